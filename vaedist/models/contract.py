@@ -1,0 +1,179 @@
+"""What a variant is: the loss inside `forward`, three hooks around a step, and declared capabilities.
+
+A variant is one file in this folder. Its name is the `kind` of the job file; it holds a `Config` (a
+`config.Strict`, whose first field is `kind: Literal["<name>"]`) and a `Model`, a subclass of `Variant` below.
+Nothing else needs to know of it: the loop, the doors, the engines and the metrics ask for capabilities.
+
+Scales. A batch carries uint8 images (B, C, H, W). Networks see and emit [-1, 1] (`to_network`). The likelihood
+object alone owns the target's scale: it takes the uint8 image, and its `mean` and `sample` are in [0, 1].
+
+Terms. `forward(batch, ctx)` returns named tensors of shape (B,): sums over pixels and latents, one number per
+example, in the unit that `Model.units` declares. `loss` is what training minimises. A statistic of the whole
+batch is a scalar (), or is added to every row of `loss`; the loop averages rows over the global batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import vaedist.models
+from vaedist.config import Spec, Strict, parse
+from vaedist.context import Batch, Context
+from vaedist.errors import NotDefined, UserError, nearest
+
+
+class Likelihood(Protocol):
+    """p(x | z) of a batch of decoded latents."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, C, H, W) in [0, 1]."""
+
+    def log_prob(self, image: Tensor) -> Tensor:
+        """(B,) nats for uint8 images (B, C, H, W), summed over pixels, in fp32 (fp64 for fp64 models)."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1], from uniform noise on [0, 1) of the same shape."""
+
+
+class Posterior(Protocol):
+    """q(z | x) of a batch."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, D) or (B, D, h, w)."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A latent per row from standard normal noise of the shape of `mean`."""
+
+    def kl(self) -> Tensor:
+        """KL(q || prior) in nats per latent dimension, the shape of `mean`."""
+
+
+class Variant(nn.Module):
+    """Base of every `Model`. Subclasses set the class attributes and implement `forward`."""
+
+    phases: ClassVar[tuple[str, ...]] = ("main",)
+    latent: ClassVar[Literal["vector", "map", "codes", "none"]] = "none"
+    conditional: bool = False
+    reconstructs: bool = False
+    samples: bool = False
+    batch_statistics: bool = False
+    """True where the loss has a term over the global batch without an exact two-pass form: accumulation is refused."""
+    units: ClassVar[Mapping[str, str]] = {"loss": "nats"}
+    why_not: ClassVar[Mapping[str, str]] = {}
+    """Operation to reason, for what is not defined: `{"sample": "..."}`."""
+
+    compiled: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
+    """Attributes that `train.compile` compiles: the bodies, never `forward`."""
+
+    config: Strict
+    spec: Spec
+
+    def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
+        """Terms of this phase; writes no persistent state (statistics go to `ctx.accumulate`)."""
+        raise NotImplementedError
+
+    def parameters_of(self, phase: str) -> Iterable[nn.Parameter]:
+        """What this phase's optimizer trains."""
+        assert phase in self.phases
+        return self.parameters()
+
+    def prepare(self, first_batches: Sequence[Batch], ctx: Context) -> None:
+        """Once before step 1 of a new run, never on resume: k-means start, data variance. Under no_grad.
+
+        `first_batches` are this process's rows of the first global batches; `ctx` holds noise for one of them.
+        """
+
+    prepare_batches: ClassVar[int] = 0
+    """How many global batches `prepare` wants to see."""
+
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        """After an accepted step of the phase, under no_grad: apply `ctx.statistic(...)`; scalars returned are logged."""
+        return {}
+
+    @property
+    def schedule_end(self) -> int:
+        """The step from which every loss weight has its final value; best and early stopping wait for it."""
+        return 0
+
+    def averaged(self, name: str) -> bool:
+        """Whether the weight average averages the parameter `name` (buffers are always copied)."""
+        return True
+
+    def encode(self, image: Tensor, label: Tensor | None = None) -> Posterior:
+        """q(z | x) of uint8 images."""
+        raise self.not_defined("encode")
+
+    def decode(self, z: Tensor, label: Tensor | None = None) -> Likelihood:
+        """p(x | z)."""
+        raise self.not_defined("decode")
+
+    def codes(self, image: Tensor) -> Tensor:
+        """(B, h, w) int64 code of each latent position, where `latent == "codes"`."""
+        raise self.not_defined("codes")
+
+    num_codes: int = 0
+
+    def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) in [0, 1] from uint8 images, without noise."""
+        raise self.not_defined("reconstruct")
+
+    def sample(
+        self, n: int, *, seed: int = 0, label: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """n images (n, C, H, W) in [0, 1] from the prior; image i depends on (seed, i) alone."""
+        raise self.not_defined("sample")
+
+    def not_defined(self, operation: str) -> NotDefined:
+        kind = getattr(self.config, "kind", type(self).__module__.rpartition(".")[2])
+        reason = self.why_not.get(operation, f"the variant {kind!r} has no such operation")
+        return NotDefined(f"{operation} is not defined, because {reason}")
+
+    def to_network(self, image: Tensor) -> Tensor:
+        """uint8 [0, 255] to [-1, 1] in the model's floating type."""
+        return image.to(next(self.parameters()).dtype) / 127.5 - 1
+
+
+_KIND = re.compile(r"[a-z0-9_]+")
+
+
+def kinds() -> tuple[str, ...]:
+    """Every variant in this folder."""
+    names = (module.name for module in pkgutil.iter_modules(vaedist.models.__path__))
+    return tuple(sorted(name for name in names if name != "contract" and not name.startswith("_")))
+
+
+def variant(kind: str) -> Any:
+    """The module of a variant: its `Config` and `Model`.
+
+    Raises:
+        UserError: there is no such kind; the nearest and all that exist are named.
+    """
+    if not _KIND.fullmatch(kind) or kind not in kinds():
+        raise UserError(f"unknown model kind {kind!r}{nearest(kind, kinds())}")
+    return importlib.import_module(f"vaedist.models.{kind}")
+
+
+def model_config(section: Mapping[str, Any], where: str = "model") -> Strict:
+    """A job's `model` section as its variant's own settings, defaults filled in."""
+    config: Strict = parse(variant(section["kind"]).Config, dict(section), where, prefix="model")
+    return config
+
+
+def build(config: Strict, spec: Spec, seed: int) -> Variant:
+    """A variant with its initial weights, a function of (config, spec, seed) alone, in fp32 on the CPU.
+
+    torch's layers draw their start from the global generator; it is borrowed and handed back as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Variant = variant(config.kind).Model(config, spec)  # type: ignore[attr-defined]
+    return model
