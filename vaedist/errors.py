@@ -11,6 +11,7 @@ with the error's code; a traceback therefore always means a bug of ours.
 | 2 | the command, a file or a setting is wrong |
 | 3 | the data are damaged: sample, shard and offset are named |
 | 4 | training diverged: the loss stayed non-finite |
+| 5 | a worker process died (killed, out of memory); the same command continues from the last checkpoint |
 | 75 | stopped on request after saving a checkpoint; the same command continues (`EX_TEMPFAIL`) |
 """
 
@@ -19,8 +20,8 @@ from __future__ import annotations
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Protocol
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75
@@ -44,6 +45,12 @@ class Diverged(UserError):
     exit_code = 4
 
 
+class WorkerLost(UserError):
+    """A process of the run was killed or vanished; everything up to the last checkpoint is safe."""
+
+    exit_code = 5
+
+
 class NotDefined(UserError):
     """The model has no such operation; the message is `not defined, because ...`."""
 
@@ -56,7 +63,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names) or '(none)'}"
 
 
-def door(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+class Door(Protocol):
+    """`main(argv)` of a door; without arguments it reads the command line."""
+
+    def __call__(self, argv: list[str] | None = None) -> int: ...
+
+
+def door(main: Door) -> Door:
     """Wrap a door's `main(argv) -> exit code` so that a `UserError` becomes one line on stderr."""
 
     @functools.wraps(main)

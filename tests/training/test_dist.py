@@ -1,0 +1,118 @@
+"""A group of real processes: gradients of batch statistics, agreement, and rendezvous that names who is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.ranks import ROOT, run_ranks
+from vaedist.errors import UserError
+from vaedist.training.dist import Group
+
+GRADIENTS = """
+import torch
+from torch import nn
+from vaedist.data.stream import slice_bounds
+from vaedist.training.dist import Group, GroupLaneContext
+torch.set_num_threads(1)
+group = Group.join("cpu", 60)
+B = 7
+data = torch.randn(B, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64))
+    def forward(self, rows, ctx):
+        y = torch.tanh(rows * self.w)
+        per_row = (y ** 2).sum(1)
+        everyone = ctx.gather(y)
+        pairs = (everyone[:, None] - everyone[None]).square().sum(-1).exp().mean()
+        variance = ctx.mean(y ** 2) - ctx.mean(y) ** 2
+        total = ctx.sum(y.sum()) ** 2
+        return per_row + pairs + variance.log().sum() + total
+net = Net()
+start, stop = slice_bounds(B, group.rank, group.world)
+ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, start=start, stop=stop)
+parallel = group.parallel(net, 1)
+loss = parallel(data[start:stop], ctx)
+(loss.sum() * group.world / B).backward()
+value = group.total(loss.detach().sum()) / B
+print(value.item().hex(), *[g.hex() for g in net.w.grad.tolist()])
+group.close()
+"""
+
+
+def numbers(output: str) -> list[float]:
+    return [float.fromhex(word) for word in output.split()]
+
+
+def test_batch_statistics_have_the_gradient_of_one_process_even_with_unequal_shares() -> None:
+    [alone] = run_ranks(GRADIENTS, 1)
+    for world in (2, 3):
+        for output in run_ranks(GRADIENTS, world):
+            assert numbers(output) == pytest.approx(numbers(alone), rel=1e-12)
+
+
+AGREEMENT = """
+import torch
+from vaedist.errors import DataError
+from vaedist.training.dist import Group
+group = Group.join("cpu", 60)
+rank = group.rank
+awkward = torch.tensor([0.1, 1e16, -1e16, 0.3], dtype=torch.float64) * (rank + 1) ** 0.5
+print(group.total(awkward).numpy().tobytes().hex(), group.largest(torch.tensor([float(rank)])).item())
+print(group.from_leader(lambda: b"x" * 100_000 + bytes([rank])).hex()[-4:])
+try:
+    def fail():
+        raise DataError(f"broken on rank {rank}")
+    group.from_leader(fail)
+except DataError as error:
+    print(type(error).__name__, error)
+group.barrier()
+group.close()
+"""
+
+
+def test_ranks_agree_to_the_bit_and_share_rank_0s_errors() -> None:
+    outputs = run_ranks(AGREEMENT, 3)
+    assert outputs[0] == outputs[1] == outputs[2]
+    lines = outputs[0].splitlines()
+    assert lines[0].endswith(" 2.0")
+    assert lines[1] == "7800"
+    assert lines[2] == "DataError broken on rank 0"
+
+
+def test_a_missing_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from vaedist.training.dist import Group; Group.join('cpu', 2.0)"
+    environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "these never came: 1, 2" in done.stderr
+
+
+def test_stale_slurm_variables_join_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "9", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    group = Group.join("cpu")
+    assert (group.rank, group.world) == (0, 1)
+    assert group.from_leader(lambda: b"alone") == b"alone"
+
+
+def test_half_an_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UserError, match="MASTER_ADDR is not"):
+        Group.join("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="no CUDA GPU here"):
+        Group.join("cuda")

@@ -1,0 +1,34 @@
+"""What a launcher and the loop tell each other. It loads without torch, because a launcher needs none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the launcher says of this attempt; none of it changes the numbers.
+
+    Attributes:
+        override: Allow changes of `override` settings on resume.
+        token: Token of the run's lock where the launcher holds it; None: rank 0 takes the lock itself.
+        attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run.
+        quiet: No console output.
+        engine: For the start-up summary.
+    """
+
+    override: bool = False
+    token: str | None = None
+    attempt: str = ""
+    quiet: bool = False
+    engine: str = "local"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: after which step, and the last validation's numbers."""
+
+    status: Literal["finished", "stopped", "already finished"]
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)

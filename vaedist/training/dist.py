@@ -1,0 +1,317 @@
+"""Processes that train together: the only room that knows `torch.distributed`.
+
+A process joins a group only if a launcher made one on purpose: it is already initialised (Ray), or `RANK`,
+`WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are all set (torchrun, our local engine, srun). Bare `SLURM_*`
+variables, as an interactive allocation leaves behind, never count.
+
+Every decision of a run is made once: on rank 0 (`from_leader`) or from small vectors that all ranks combine to
+identical bits (`total`, `largest`). Nothing here pickles an object.
+
+The contexts below give a model sums, means and gathered rows of the global batch whose gradients are those of
+one process: with the loop's weighting (see `vaedist.context`) their backward passes sum over ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vaedist import errors
+from vaedist.context import LaneContext, SampleContext
+from vaedist.errors import UserError
+
+_PART = 256 << 20
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Group:
+    """The processes of one run; with one process every operation is the identity.
+
+    Attributes:
+        rank, world: This process's number and how many there are.
+        local_rank, local_world: The same on this node.
+        device: Where this process computes.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        local_rank: int = 0,
+        local_world: int = 1,
+        ours: bool = False,
+    ) -> None:
+        self.device = device
+        self.rank, self.world = rank, world
+        self.local_rank, self.local_world = local_rank, local_world
+        self._ours = ours
+
+    @classmethod
+    def join(cls, device: str | torch.device = "auto", timeout_s: float = 120.0) -> Group:
+        """The group that a launcher made for this process, or one process alone.
+
+        Args:
+            device: `auto` takes CUDA where there is one, else the CPU; a `torch.device` is used as it is.
+            timeout_s: How long to wait for the other ranks, and for a collective.
+
+        Raises:
+            UserError: the device is not there, the environment is half set, or ranks did not appear in time.
+        """
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+            return cls(_device(device, local_rank), rank, world, local_rank, local_world)
+        given = [name for name in _ENVIRONMENT if name in os.environ]
+        if len(given) < len(_ENVIRONMENT):
+            if "RANK" in given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
+                missing = ", ".join(name for name in _ENVIRONMENT if name not in given)
+                raise UserError(f"RANK and WORLD_SIZE are set but {missing} is not: set it, or unset RANK")
+            return cls(_device(device, 0))
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        chosen = _device(device, local_rank)
+        if world == 1:
+            return cls(chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        store = _rendezvous(rank, world, timeout_s)
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        return cls(chosen, rank, world, local_rank, local_world, ours=True)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that reads checkpoints, writes files and talks."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Elementwise sum of a small tensor over ranks; no gradient.
+
+        The blocks are gathered and added in rank order, so the bits are the same on all ranks and do not depend
+        on what else the tensor holds (a ring all-reduce adds in an order that depends on the position).
+        """
+        return values if self.world == 1 else self._blocks(values).sum(0)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over ranks; no gradient."""
+        return values if self.world == 1 else self._blocks(values).amax(0)
+
+    def from_leader(self, work: Callable[[], bytes]) -> bytes:
+        """Do `work` on rank 0 alone; every rank gets its bytes, or raises its error.
+
+        Raises:
+            UserError: as raised by `work`, with the same class and sentence on every rank.
+        """
+        if self.world == 1:
+            return work()
+        answer, failure = b"", None
+        if self.leads:
+            try:
+                answer = b"+" + work()
+            except UserError as error:
+                failure = error
+                answer = b"-" + type(error).__name__.encode() + b"\n" + str(error).encode()
+            except BaseException:
+                self._broadcast_bytes(b"-UserError\nrank 0 failed; see its message")
+                raise
+        answer = self._broadcast_bytes(answer)
+        if failure is not None:
+            raise failure
+        if answer[:1] == b"-":
+            name, _, sentence = answer[1:].decode().partition("\n")
+            raise getattr(errors, name, UserError)(sentence)
+        return answer[1:]
+
+    def _broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes on every rank, in tensors of at most 256 MiB."""
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, 0)
+        held = bytearray(data) if self.leads else bytearray(int(size))
+        for start in range(0, len(held), _PART):
+            part = memoryview(held)[start : start + _PART]
+            tensor = torch.frombuffer(part, dtype=torch.uint8).to(self.device)
+            dist.broadcast(tensor, 0)
+            if not self.leads:
+                part[:] = tensor.cpu().numpy().data
+        return bytes(held)
+
+    def synchronise(self, module: nn.Module) -> None:
+        """Give every rank rank 0's parameters and buffers."""
+        if self.world > 1:
+            with torch.no_grad():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    dist.broadcast(tensor.data, 0)
+
+    def parallel(self, module: nn.Module, phases: int) -> nn.Module:
+        """`module` with gradients averaged over ranks during backward (DDP), or itself.
+
+        Buffers are never broadcast: a codebook's statistics are summed over ranks on purpose, and DDP's
+        broadcast would silently keep rank 0's.
+        """
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=phases > 1,
+        )
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.total(torch.zeros(1, device=self.device))
+
+    def close(self) -> None:
+        """Leave the group, if it is one that `join` made."""
+        if self._ours:
+            self._ours = False
+            dist.destroy_process_group()
+
+    def _blocks(self, values: Tensor) -> Tensor:
+        """(world, ...) stack of every rank's values, where the values are."""
+        held = values.detach().to(self.device).contiguous()
+        blocks = [torch.empty_like(held) for _ in range(self.world)]
+        dist.all_gather(blocks, held)
+        return torch.stack(blocks).to(values.device)
+
+
+def _device(device: str | torch.device, local_rank: int) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} workers"
+                if count
+                else "there is no CUDA GPU here: use --device cpu, or ask the allocation for one"
+            )
+        return torch.device("cuda", local_rank)
+    if device != "cpu":
+        raise UserError(f"unknown device {device!r}; valid: auto, cpu, cuda")
+    return torch.device("cpu")
+
+
+def _rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
+    """Meet the other ranks in a TCP store; after the deadline say which ones are missing."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    descriptor = os.environ.get("VAEDIST_STORE_FD") if rank == 0 else None
+    options: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
+    try:
+        store: dist.Store = dist.TCPStore(
+            address,
+            port,
+            world_size=None,
+            is_master=rank == 0 and not agent_hosts,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            **options,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank} could not reach the rendezvous at {address}:{port} within {timeout_s:.0f} s: {reason}"
+        ) from None
+    # One meeting place per start: torchrun keeps its store over restarts and counts them.
+    store = dist.PrefixStore(f"vaedist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store.set(f"here/{rank}", "1")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        missing = [other for other in range(world) if not store.check([f"here/{other}"])]
+        if not missing:
+            return store
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, missing))
+            raise UserError(
+                f"rank {rank} waited {timeout_s:.0f} s at {address}:{port}, but of {world} ranks "
+                f"these never came: {ranks}; look at their logs, then start again"
+            )
+        time.sleep(0.05)
+
+
+# What a model sees of the group ---------------------------------------------------------------------------
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward is an all-reduce: every rank's objective depends on every rank's input."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        result = x.clone()
+        dist.all_reduce(result)
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenate rows of all ranks; backward sums the gradients of this rank's rows over ranks.
+
+    Ranks may hold one row more or less than each other: every block is padded to the longest.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, world: int, rank: int) -> Tensor:
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
+        dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
+        rows = [int(count) for count in counts]
+        context.start, context.rows = sum(rows[:rank]), x.shape[0]
+        padded = x.new_zeros((max(rows), *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        blocks = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(blocks, padded)
+        return torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[context.start : context.start + context.rows], None, None
+
+
+class _Collectives:
+    """`gather` and `sum` over a group; mixed into both kinds of context."""
+
+    group: Group
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x if self.group.world == 1 else _GatherRows.apply(x, self.group.world, self.group.rank)  # type: ignore[no-any-return]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x if self.group.world == 1 else _SumOverRanks.apply(x)  # type: ignore[no-any-return]
+
+
+class GroupLaneContext(_Collectives, LaneContext):
+    """Training context of one rank of a group."""
+
+    def __init__(self, group: Group, **options: Any) -> None:
+        super().__init__(device=group.device, **options)
+        self.group = group
+
+
+class GroupSampleContext(_Collectives, SampleContext):
+    """Evaluation context of one rank of a group."""
+
+    def __init__(self, group: Group, **options: Any) -> None:
+        super().__init__(device=group.device, **options)
+        self.group = group

@@ -1,0 +1,67 @@
+"""Files that are whole or absent, also after a power cut.
+
+A file is written under a temporary name beside its place, forced to the disk, renamed over the place, and the
+folder that holds the name is forced to the disk too. A reader sees the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"
+"""How every temporary name of ours begins; nothing else may be swept."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def temporary(path: Path) -> Path:
+    """A fresh name beside `path`, on the same filesystem, that nobody else uses."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, the quota or the permitted file size was too small."""
+    return error.errno in _FULL
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in `folder` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network filesystems cannot sync a folder; they order renames on the server.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and force it to the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, all or nothing."""
+    scratch = temporary(path)
+    try:
+        write_synced(scratch, content)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def as_json(content: Any) -> bytes:
+    """Readable JSON with a final newline."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

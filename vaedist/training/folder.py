@@ -1,0 +1,274 @@
+"""The run folder: its files, the record of each start, and the cut that lets each step appear once.
+
+    runs/NAME/                     0700: medical images are private
+      job.yaml                     the job, every default filled in
+      provenance.json              one entry per start: version, git commit, libraries, command, host, changes
+      checkpoints/, best.json      see `vaedist.training.checkpoint`
+      lock                         see `vaedist.training.lock`
+      metrics.jsonl, tensorboard/  see `vaedist.training.log`; each step appears once
+      figures/                     curves.png and what the doors draw
+      finished.json                only once there is nothing left to do
+
+What a killed run logged beyond its last checkpoint will be logged again, so `cut` takes it away first: rows of
+metrics.jsonl, and whole records of TensorBoard's event files, which a mere `purge_step` would only hide.
+
+Nothing here needs torch: a launcher makes the folder and holds its lock without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import vaedist
+from vaedist.config import Job
+from vaedist.errors import UserError
+from vaedist.training.files import as_json, replace_file
+
+_LIBRARIES = ("torch", "numpy", "ray", "webdataset", "pydantic", "pillow", "scikit-image", "tensorboard")
+
+
+class Absent:
+    def __repr__(self) -> str:
+        return "not set"
+
+
+ABSENT = Absent()
+
+
+class Change(NamedTuple):
+    """One setting that differs between the saved and the asked job."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.old)} and is now {_shown(self.new)}"
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class RunFolder:
+    """The files of one run. Only the holder of its lock writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensorboard = path / "tensorboard"
+        self.metrics = path / "metrics.jsonl"
+        self.figures = path / "figures"
+        self.stop = path / "stop"
+
+    @classmethod
+    def make(cls, path: str | Path, *, new_run: bool = False) -> RunFolder:
+        """The run folder at `path`, made (0700) if missing.
+
+        Args:
+            new_run: Never continue: where `path` holds a run already, a fresh `path-2` (or 3, ...) is made.
+        """
+        wanted = Path(path).expanduser()
+        try:
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            number = 1
+            while True:
+                place = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+                try:
+                    place.mkdir(mode=0o700)
+                except FileExistsError:
+                    if not place.is_dir():
+                        raise
+                    if new_run and (number > 1 or cls(place).has_run):
+                        number += 1
+                        continue
+                    if not any(place.iterdir()):
+                        place.chmod(0o700)
+                return cls(place)
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(
+                f"cannot make the run folder {wanted}: {reason}; choose another --run-dir"
+            ) from None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether training has begun in this folder."""
+        return (self.path / "job.yaml").exists() or (self.path / "checkpoints").exists()
+
+    def begin(
+        self,
+        job: Job,
+        *,
+        step: int | None,
+        changed: Sequence[Change] = (),
+        engine: str = "local",
+        world: int = 1,
+        attempt: str = "",
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """Write down a start: the resolved job, who starts it, and cut what was logged beyond `step`.
+
+        Args:
+            job: Resolved (`vaedist.training.run.resolved`).
+            step: The checkpoint's step; None: there is none and the run starts from nothing.
+            changed: From `vaedist.training.run.resume`.
+            command: The command line, where it is not this process's own.
+        """
+        for folder in (self.tensorboard, self.figures):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        (self.path / "finished.json").unlink(missing_ok=True)
+        entry = provenance(command) | {
+            "attempt": attempt,
+            "start_step": step or 0,
+            "engine": engine,
+            "workers": world,
+            "changed": [{"key": c.key, "old": _plain(c.old), "new": _plain(c.new)} for c in changed],
+        }
+        self.write_job(job)
+        replace_file(self.path / "provenance.json", as_json([*self.starts(), entry]))
+        self.cut(step)
+
+    def write_job(self, job: Job) -> None:
+        """`job.yaml`: the job, resolved by the caller; vaedist-train takes it as it is."""
+        text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        header = "# Written by vaedist-train: the job of this run, every default filled in.\n"
+        replace_file(self.path / "job.yaml", (header + text).encode())
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The entries of provenance.json, oldest first."""
+        try:
+            content = json.loads((self.path / "provenance.json").read_bytes())
+        except FileNotFoundError:
+            return []
+        except ValueError:
+            content = None
+        if not isinstance(content, list):
+            raise UserError(
+                f"{self.path / 'provenance.json'} is damaged: remove it (its record is lost) and go on"
+            )
+        return content
+
+    def finish(self, step: int, reason: str, metrics: Mapping[str, float]) -> None:
+        """Record that there is nothing left to do: `reason` is `length` or `early stop`."""
+        content = {"step": step, "reason": reason, "metrics": _finite(metrics)}
+        replace_file(self.path / "finished.json", as_json(content))
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` recorded last: `step`, `reason`, `metrics`."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "finished.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return content
+
+    def cut(self, step: int | None) -> None:
+        """Take away what was logged beyond `step` (None: everything), so that each step appears once."""
+        last = -1 if step is None else step
+        if self.metrics.exists():
+            rows = self.metrics.read_bytes().splitlines(keepends=True)
+            kept = [row for row in rows if _row_step(row) <= last]
+            if kept != rows:
+                replace_file(self.metrics, b"".join(kept))
+        for path in sorted(self.tensorboard.rglob("*tfevents*")):
+            _cut_events(path, last)
+
+
+def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Where numbers come from: version, git commit, libraries, command line, machine."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "vaedist": vaedist.__version__,
+        "git_commit": git_commit(),
+        "libraries": _libraries(),
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "command": shlex.join(sys.argv if command is None else command),
+    }
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the source tree that runs, with `-dirty` for changed files; None for an installed package."""
+    tree = Path(vaedist.__file__).resolve().parents[1]
+    if not (tree / ".git").exists():
+        return None
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return None if value is ABSENT else value
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: float(value) if abs(value) < float("inf") else None for name, value in metrics.items()}
+
+
+def _row_step(row: bytes) -> float:
+    """The step of a row of metrics.jsonl; infinite for one that a kill has torn."""
+    try:
+        return float(json.loads(row)["step"]) if row.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _cut_events(path: Path, last: int) -> None:
+    """Drop records beyond step `last` from one TensorBoard event file.
+
+    A record is: length (u64), its checksum (u32), that many bytes of an Event message, their checksum (u32), all
+    little-endian. Records are kept or dropped whole, so no checksum changes; a torn tail is dropped.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    content = path.read_bytes()
+    kept, summaries = [], 0
+    start = 0
+    while start + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        stop = start + 12 + length + 4
+        if stop > len(content):
+            break
+        try:
+            event = Event.FromString(content[start + 12 : stop - 4])
+        except DecodeError:
+            break
+        if event.step <= last:
+            kept.append(content[start:stop])
+            summaries += event.HasField("summary")
+        start = stop
+    if not summaries:
+        path.unlink()
+    elif sum(map(len, kept)) < len(content):
+        replace_file(path, b"".join(kept))

@@ -1,0 +1,383 @@
+"""`fit`: the one loop, unchanged in one process, under torchrun, under srun, and inside a Ray Train worker.
+
+Read `fit` from top to bottom; there is nothing behind it but the rooms it names. A step is: take this rank's rows
+of global batch t, pass over the phases, average the weights, and at counted steps log, validate and save. What a
+run decides (stop, skip, best, plateau, early stop) is decided from numbers that are the same bits on every rank.
+
+Resuming is starting: the newest sound checkpoint in the run folder wins, rank 0 reads it and the others receive
+it. Training noise, sample order and learning rate are functions of the step, so nothing else has to be restored,
+and the curve goes on digit for digit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vaedist.config import Job, expand
+from vaedist.data.index import Index
+from vaedist.data.stream import EvaluationStream, TrainingStream, slice_bounds
+from vaedist.errors import Diverged, UserError, nearest
+from vaedist.models.contract import Variant, build, model_config
+from vaedist.pictures import channels_last, grid
+from vaedist.training.attempt import FitOptions, Outcome
+from vaedist.training.average import WeightAverage
+from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, load_weights, to_bytes
+from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.folder import Change, RunFolder
+from vaedist.training.lock import RunLock
+from vaedist.training.log import Log, Silent
+from vaedist.training.progress import Progress
+from vaedist.training.run import data_section, resolved, resume
+from vaedist.training.step import Stepper
+from vaedist.training.stop import StopRequest
+from vaedist.training.validate import validate
+
+Report = Callable[[dict[str, float]], None]
+
+
+def fit(
+    job: Job,
+    run_folder: Path,
+    *,
+    group: Group | None = None,
+    report: Report | None = None,
+    options: FitOptions = FitOptions(),  # noqa: B008 - frozen
+) -> Outcome:
+    """Train `job` in `run_folder`, from its newest checkpoint or from the start.
+
+    Args:
+        job: The job as asked for.
+        run_folder: Made if missing (0700).
+        group: The processes; default: `Group.join()`, closed at the end.
+        report: Called on every rank with the same numbers at every log and validation step.
+        options: Of this attempt.
+
+    Raises:
+        UserError: anything the user can mend; on every rank.
+    """
+    with contextlib.ExitStack() as exits:
+        if group is None:
+            group = Group.join()
+            exits.callback(group.close)
+        return _fit(job, run_folder, group, report, options, exits)
+
+
+def _fit(
+    job: Job,
+    folder: Path,
+    group: Group,
+    report: Report | None,
+    options: FitOptions,
+    exits: contextlib.ExitStack,
+) -> Outcome:
+    # Settle the process: threads decide the order of sums on a CPU, so the loop fixes them, not the launcher.
+    torch.set_num_threads(job.train.threads or max(1, len(os.sched_getaffinity(0)) // group.local_world))
+    stop = exits.enter_context(StopRequest(folder / "stop" if group.leads else None, options.attempt))
+
+    # The data, and what they look like to a model.
+    index = Index.open(expand(job.data.path, "data.path"))
+    job = resolved(job)
+    lanes = job.data.lanes
+    assert lanes is not None
+    batch_size = job.train.batch_size
+    bounds = slice_bounds(batch_size, group.rank, group.world)
+    reading: dict[str, Any] = {"rank": group.rank, "world": group.world, "device": group.device}
+    stream = TrainingStream(
+        index,
+        job.data.train_split,
+        batch_size=batch_size,
+        lanes=lanes,
+        seed=job.seed,
+        cache=job.data.cache,
+        workers=job.data.workers,
+        node=group,
+        **reading,
+    )
+    exits.callback(stream.close)
+    held_out = EvaluationStream(
+        index, job.data.validation_split, batch_size=batch_size, workers=job.data.workers, **reading
+    )
+    total = job.train.steps or math.ceil((job.train.epochs or 0) * stream.steps_per_epoch)
+
+    # The run folder is rank 0's: it takes the lock, looks for a sound checkpoint and compares the jobs.
+    run: RunFolder | None = None
+    committer: Committer | None = None
+    changed: tuple[Change, ...] = ()
+
+    def open_folder() -> bytes:
+        nonlocal run, committer, changed
+        run = RunFolder.make(folder)
+        lock = (
+            RunLock.holding(folder, options.token)
+            if options.token
+            else exits.enter_context(RunLock.acquire(folder))
+        )
+        store = Checkpoints(folder, keep=job.train.keep)
+        newest = store.newest()
+        changed = resume(run, newest, job, index, override=options.override)
+        committer = Committer(store, lock.check)
+        exits.callback(committer.close)
+        return to_bytes(newest)
+
+    found = from_bytes(group.from_leader(open_folder))
+    start = found.step if found else 0
+    progress = Progress(group, found.state["progress"] if found else None)
+    early = job.train.early_stop
+    if start >= total or (early and progress.waited >= early):
+        return Outcome("already finished", start, progress.validation)
+
+    # The model: its weights are a function of (model, data shape, seed), or come from a checkpoint.
+    model = build(model_config(job.model), index.spec, job.seed)
+    model.to(group.device, torch.float64 if job.train.precision == "fp64" else torch.float32)
+    _check_phases(job, model)
+    weights = found.state["model"] if found else _init_from(job, group)
+    if weights is not None:
+        _load(model, weights, str(found.path) if found else f"init_from={job.init_from}")
+    else:
+        first = stream.batches(0)
+        batches = [next(first) for _ in range(model.prepare_batches)]
+        ctx = GroupLaneContext(
+            group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes,
+            start=bounds[0], stop=bounds[1],
+        )  # fmt: skip
+        with torch.no_grad():
+            model.prepare(batches, ctx)
+    group.synchronise(model)
+    if job.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = WeightAverage(model, job.train.ema_half_life) if job.train.ema_half_life else None
+    if job.train.compile:
+        for name in model.compiled:
+            getattr(model, name).compile()
+
+    # Optimizers, and what they and the average had learnt.
+    stepper = Stepper(job, group, model, lanes, bounds)
+    if found:
+        for phase in stepper.phases:
+            phase.load(found.state["optim"][phase.name], found.state["sched"][phase.name])
+        if average and found.state["ema"]:
+            average.model.load_state_dict(found.state["ema"])
+    chosen = average.model if average and job.train.chosen_weights == "ema" else model
+
+    # Watching: rank 0 writes TensorBoard, metrics.jsonl and the console; rows beyond the resume step are cut.
+    log: Log | Silent = Silent()
+    if run is not None:
+        run.begin(
+            job,
+            step=start if found else None,
+            changed=changed,
+            engine=options.engine,
+            world=group.world,
+            attempt=options.attempt,
+        )
+        log = Log(run, job, total_steps=total, start_step=start, quiet=options.quiet)
+        log.summary(_summary(job, index, stream, model, group, options, start, total))
+    exits.callback(log.close)
+
+    def save(step: int, best: Best | None) -> None:
+        # Progress talks to all ranks; the rest of a snapshot is the same on each, so rank 0 takes it alone.
+        state_of_progress = progress.state()
+        if committer is None:
+            return
+        optim, sched = {}, {}
+        for phase in stepper.phases:
+            optim[phase.name], sched[phase.name] = phase.state()
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "ema": average.model.state_dict() if average else None,
+            "optim": optim,
+            "sched": sched,
+            "progress": state_of_progress,
+            "job": job.model_dump(mode="json"),
+            "data": data_section(index),
+        }
+        committer.submit(_on_cpu(state), step, best)
+
+    # The loop. `done` counts finished steps; global batch `done` is the next one to take.
+    batches = stream.batches(start)
+    done, finished = start, False
+    while not finished:
+        model.train()
+        batch = next(batches)
+        if done == start:
+            stepper.warm_up(batch, done)
+        result = stepper.take(batch, done, total, stop.requested)
+        done += 1
+        images = done * batch_size
+
+        # A refused step moves nothing but the count; too many in a row end the run.
+        if result.accepted:
+            progress.accepted(result.terms, bounds[1] - bounds[0])
+            if average:
+                average.update(images, batch_size)
+        else:
+            progress.refused()
+            log.message(f"step {done}: skipped, non-finite {result.refused_because}")
+            if progress.bad_in_a_row >= job.train.max_bad_steps:
+                raise Diverged(
+                    f"{progress.bad_in_a_row} steps in a row up to step {done} were non-finite in "
+                    f"{result.refused_because}: lower the learning rate or set a clip "
+                    "(train.optim.*.learning_rate, train.optim.*.clip), then continue with --override"
+                )
+
+        finished = done >= total
+        if done % job.train.log_every == 0 or finished:
+            row = progress.row() | result.scalars
+            row |= {_rate_name(phase.name, model): phase.learning_rate for phase in stepper.phases}
+            log.train(
+                done,
+                row,
+                images=images,
+                epoch=done / stream.steps_per_epoch,
+                wait_seconds=stream.wait_seconds,
+            )
+            if report:
+                report({"step": float(done), **row})
+
+        # Validation decides best, plateau and early stop, once every loss weight has its final value.
+        best: Best | None = None
+        if done % job.train.validate_every == 0 or finished:
+            with log.pause():
+                numbers, shown = validate(chosen, held_out, job, group, done)
+            metric = job.train.monitor.metric
+            if metric not in numbers:
+                raise UserError(f"train.monitor.metric: unknown metric {metric!r}{nearest(metric, numbers)}")
+            improved = progress.validated(numbers, job, settled=done >= model.schedule_end)
+            if improved:
+                best = Best(metric, numbers[metric])
+            if done >= model.schedule_end:
+                for phase in stepper.phases:
+                    if phase.plateau and phase.plateau.hear(numbers[metric]):
+                        log.message(
+                            f"step {done}: no better for a while, learning rate of {phase.name!r} cut"
+                        )
+            log.validate(done, numbers, best=improved)
+            if run is not None and shown is not None:
+                for name, picture in _pictures(chosen, shown, job.seed).items():
+                    log.images(done, name, picture)
+            if report:
+                report(
+                    {"step": float(done), **{f"validation/{name}": value for name, value in numbers.items()}}
+                )
+            if early and progress.waited >= early:
+                finished = True
+                log.message(f"step {done}: no better for {progress.waited} validations, stopping early")
+
+        if finished or result.stop or best or done % job.train.save_every == 0:
+            save(done, best)
+        if result.stop and not finished:
+            break
+
+    # Nobody leaves before the last checkpoint is on the disk.
+    def settle() -> bytes:
+        if committer is not None:
+            committer.join()
+        return b""
+
+    group.from_leader(settle)
+    status: Literal["finished", "stopped"] = "finished" if finished else "stopped"
+    if run is not None and finished:
+        run.finish(done, "length" if done >= total else "early stop", progress.validation)
+    log.message(_farewell(status, done, total))
+    return Outcome(status, done, progress.validation)
+
+
+# The small parts --------------------------------------------------------------------------------------------
+
+
+def _farewell(status: str, done: int, total: int) -> str:
+    if status == "finished":
+        return f"finished after {done} steps"
+    return f"stopped on request after step {done} of {total}: checkpoint saved, the same command continues"
+
+
+def _check_phases(job: Job, model: Variant) -> None:
+    for name in job.train.optim:
+        if name not in model.phases:
+            raise UserError(f"train.optim: unknown phase {name!r}{nearest(name, model.phases)}")
+    for name in model.phases:
+        if name not in job.train.optim:
+            raise UserError(
+                f"train.optim.{name} is missing: this model trains the phases {', '.join(model.phases)}"
+            )
+
+
+def _init_from(job: Job, group: Group) -> dict[str, torch.Tensor] | None:
+    """The weights a new run starts from: those the other run uses downstream. Every tensor must fit."""
+    if not job.init_from:
+        return None
+    path = expand(job.init_from, "init_from")
+    found = from_bytes(group.from_leader(lambda: load_weights(path)))
+    assert found is not None
+    return found.state["model"]  # type: ignore[no-any-return]
+
+
+def _load(model: Variant, weights: dict[str, torch.Tensor], source: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{source}: its weights do not fit this job's model: {reason}") from None
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of a state in the CPU's memory, which training can no longer change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(inner) for key, inner in value.items()}
+    return [_on_cpu(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _rate_name(phase: str, model: Variant) -> str:
+    return "learning_rate" if len(model.phases) == 1 else f"learning_rate/{phase}"
+
+
+@torch.no_grad()
+def _pictures(model: Variant, images: torch.Tensor, seed: int) -> dict[str, Any]:
+    """Grids to look at: originals above reconstructions, and samples from always the same noise."""
+    model.eval()
+    pictures = {}
+    if model.reconstructs:
+        pairs = np.concatenate([channels_last(images), channels_last(model.reconstruct(images))])
+        pictures["reconstructions"] = grid(pairs, columns=len(images))
+    if model.samples:
+        pictures["samples"] = grid(channels_last(model.sample(16, seed=seed)), columns=4)
+    return pictures
+
+
+def _summary(
+    job: Job,
+    index: Index,
+    stream: TrainingStream,
+    model: Variant,
+    group: Group,
+    options: FitOptions,
+    start: int,
+    total: int,
+) -> dict[str, str]:
+    spec, train = index.spec, job.train
+    split = index.split(job.data.train_split)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = {
+        "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}, "
+        f"{index.split(job.data.validation_split).count} validation images",
+        "model": f"{job.model['kind']}, {parameters:,} parameters",
+        "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
+        "engine": options.engine,
+        "batch": f"{train.batch_size} ({stream.steps_per_epoch} steps per epoch)",
+        "steps": f"{start} to {total}" + (" (resumed)" if start else ""),
+    }
+    left_out = split.count - stream.steps_per_epoch * train.batch_size
+    if left_out:
+        rows["data"] += f" ({left_out} of them, other ones each epoch, do not fill a batch and are left out)"
+    return rows

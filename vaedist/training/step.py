@@ -1,0 +1,211 @@
+"""One optimizer step: the phases in turn, each forward, backward, agree, clip, move.
+
+Every rank back-propagates `sum(loss of its rows) * world / batch_size`; DDP averages over ranks, which gives the
+gradient of the mean loss over the global batch whatever the shares (slices differ by one sample where the world
+size does not divide the batch). A share larger than `micro_batch_size` is taken in several passes whose
+gradients add up; only the last one talks to the other ranks.
+
+A step is accepted on all ranks or on none. Non-finite losses, non-finite gradients and stop requests travel in
+one small vector per phase; a refused step leaves weights, optimizer and model statistics as they were, because
+`forward` writes nothing and statistics live in the step's context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vaedist.config import Job, Optim, Plateau
+from vaedist.context import Batch, LaneContext
+from vaedist.errors import UserError
+from vaedist.models.contract import Variant
+from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.schedules import PlateauState, factor
+
+
+class Phase:
+    """One phase's optimizer and schedule."""
+
+    def __init__(self, name: str, optim: Optim, parameters: Sequence[nn.Parameter], job: Job) -> None:
+        self.name, self.optim = name, optim
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.name]
+        self.optimizer = cls(self.parameters, **self._settings())
+        schedule = optim.schedule
+        self.plateau = PlateauState(schedule, job.train.monitor) if isinstance(schedule, Plateau) else None
+        self.learning_rate = optim.learning_rate
+
+    def _settings(self) -> dict[str, Any]:
+        optim = self.optim
+        return {
+            "lr": optim.learning_rate,
+            "betas": optim.betas,
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+        }
+
+    def active(self, step: int) -> bool:
+        """Whether this phase is trained at `step`."""
+        return step >= self.optim.start and (step - self.optim.start) % self.optim.every == 0
+
+    def set_rate(self, step: int, total: int) -> None:
+        scale = self.plateau.factor if self.plateau else 1.0
+        self.learning_rate = self.optim.learning_rate * scale * factor(self.optim, step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        return self.optimizer.state_dict(), self.plateau.state() if self.plateau else None
+
+    def load(self, optimizer: dict[str, Any], plateau: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint; settings overridden in the job win over those it holds."""
+        self.optimizer.load_state_dict(optimizer)
+        for group in self.optimizer.param_groups:
+            group.update(self._settings())
+        if self.plateau and plateau:
+            self.plateau.load(plateau)
+
+
+class StepResult(NamedTuple):
+    """What one step did; the same on every rank, but for `terms`."""
+
+    accepted: bool
+    refused_because: str
+    stop: bool
+    terms: dict[str, Tensor]
+    """Sums over this process's rows (float64, on the device), of the phases that ran."""
+    scalars: dict[str, float]
+    """Gradient norms and what `after_step` returned."""
+
+
+def micro_batches(job: Job, model: Variant, rows: int) -> list[tuple[int, int]]:
+    """Cut of a process's rows into passes of at most `train.micro_batch_size`.
+
+    Raises:
+        UserError: more than one pass, and the model's loss needs the whole batch at once.
+    """
+    most = job.train.micro_batch_size or rows
+    if rows > most and model.batch_statistics:
+        raise UserError(
+            f"train.micro_batch_size is {most}, but {rows} samples fall to each process and this model's loss is a "
+            f"statistic of the whole batch, which accumulation would change: set train.micro_batch_size to {rows} or "
+            f"more, or train.batch_size to {most} times the number of processes"
+        )
+    passes = -(-rows // most)
+    bounds = [round(rows * index / passes) for index in range(passes + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows start..stop of a batch."""
+    return {name: value[start:stop] for name, value in batch.items()}  # type: ignore[return-value, index]
+
+
+class Stepper:
+    """Takes optimizer steps of one model in one group."""
+
+    def __init__(self, job: Job, group: Group, model: Variant, lanes: int, bounds: tuple[int, int]) -> None:
+        self.job, self.group, self.model, self.lanes, self.bounds = job, group, model, lanes, bounds
+        self.parallel = group.parallel(model, len(model.phases))
+        self.phases = [
+            Phase(name, job.train.optim[name], list(model.parameters_of(name)), job) for name in model.phases
+        ]
+        self._passes = micro_batches(job, model, bounds[1] - bounds[0])
+
+    def context(self, step: int, phase: str) -> GroupLaneContext:
+        return GroupLaneContext(
+            self.group,
+            seed=self.job.seed,
+            step=step,
+            phase=phase,
+            batch_size=self.job.train.batch_size,
+            lanes=self.lanes,
+            start=self.bounds[0],
+            stop=self.bounds[1],
+        )
+
+    def warm_up(self, batch: Batch, step: int) -> None:
+        """Let DDP settle its gradient buckets before the first step.
+
+        DDP reorders them once, after the first backward pass. At three ranks and more the order decides in which
+        order gradients are summed: without this, the step after every start would differ in its last bits
+        from the same step of an uninterrupted run. Forward writes no state, so nothing else changes.
+        """
+        if self.group.world > 1 and len(self.phases) == 1:
+            self._passes, passes = self._passes[-1:], self._passes
+            self._backward(batch, self.context(step, self.phases[0].name))
+            self._passes = passes
+            self.model.zero_grad(set_to_none=True)
+
+    def take(self, batch: Batch, step: int, total: int, stop_requested: bool) -> StepResult:
+        """One pass over the phases on this process's rows of global batch `step`."""
+        sums: dict[str, Tensor] = {}
+        scalars: dict[str, float] = {}
+        accepted, reason, stop = True, "", False
+        for phase in self.phases:
+            if not phase.active(step):
+                continue
+            phase.set_rate(step, total)
+            suffix = "" if len(self.phases) == 1 else f"/{phase.name}"
+
+            # Forward and backward, micro-batch by micro-batch; the loss of every row counts 1/B.
+            ctx = self.context(step, phase.name)
+            terms = self._backward(batch, ctx)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
+
+            # All ranks hear of every rank's non-finite numbers and stop requests, and then do the same.
+            names = [*terms, "gradient"]
+            bad = [~torch.isfinite(value) for value in (*terms.values(), norm)]
+            flags = torch.stack([flag.to(torch.float32) for flag in bad])
+            flags = torch.cat([flags.cpu(), torch.tensor([float(stop_requested)])])
+            *heard, stopping = self.group.largest(flags).tolist()
+            stop = stop or bool(stopping)
+            culprits = [name for name, flag in zip(names, heard, strict=True) if flag]
+            if culprits:
+                accepted, reason = False, f"{', '.join(culprits)} of phase {phase.name!r}"
+                self.model.zero_grad(set_to_none=True)
+                continue
+
+            # Clip by the global norm, move, and let the model apply the step's statistics.
+            if phase.optim.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(phase.parameters, phase.optim.clip, norm)
+            phase.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                told = self.model.after_step(ctx)
+            sums |= {f"{name}{suffix}": value for name, value in terms.items()}
+            scalars[f"gradient_norm{suffix}"] = norm.item()
+            scalars |= {name: value.item() for name, value in told.items()}
+        return StepResult(accepted, reason, stop, sums, scalars)
+
+    def _backward(self, batch: Batch, ctx: LaneContext) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the global batch; returns the sums of the terms over these rows."""
+        sums: dict[str, Tensor] = {}
+        scale = self.group.world / self.job.train.batch_size
+        for number, (start, stop) in enumerate(self._passes):
+            last = number == len(self._passes) - 1
+            quiet = (
+                contextlib.nullcontext() if last or self.group.world == 1 else self.parallel.no_sync()  # type: ignore[operator]
+            )
+            with quiet:
+                with precision(self.job, self.group.device):
+                    terms = self.parallel(cut(batch, start, stop), ctx.part(start, stop))
+                (terms["loss"].sum() * scale).backward()
+            for name, value in terms.items():
+                # A scalar is a statistic of the whole batch: it stands for each of its rows.
+                value = value.detach().double()
+                value = value.sum() if value.ndim else value * (stop - start)
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+
+def precision(job: Job, device: torch.device) -> Any:
+    """Autocast to bfloat16 where the job asks for it; likelihoods and codebooks leave it by themselves."""
+    if job.train.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()

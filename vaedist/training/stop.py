@@ -1,0 +1,70 @@
+"""Asking a run to stop: signals, and a file for those who cannot send one.
+
+SIGTERM, SIGUSR1 and Ctrl-C to any rank, or a file `stop` in the run folder that names this attempt (or `any`),
+only raise a flag here. The loop carries the flag to all ranks at the next step boundary, where they save and leave
+together. A second Ctrl-C interrupts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_POLL_SECONDS = 1.0
+NAME = "stop"
+
+
+def ask(run_folder: Path, attempt: str) -> None:
+    """Write the stop file of `run_folder` for one attempt, whole or not at all."""
+    scratch = run_folder / f".{NAME}-{os.getpid()}"
+    scratch.write_text(f"{attempt}\n")
+    scratch.replace(run_folder / NAME)
+
+
+class StopRequest:
+    """Whether this process has been asked to stop; a context manager that listens while it is open.
+
+    Args:
+        file: The stop file to look at (rank 0 only), or None.
+        attempt: Name of this attempt, which the file's text must hold; an old attempt's file means nothing.
+    """
+
+    def __init__(self, file: Path | None, attempt: str) -> None:
+        self._file, self._attempt = file, attempt
+        self._signalled = False
+        self._looked = -_POLL_SECONDS
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        if not self._signalled and self._file and time.monotonic() - self._looked >= _POLL_SECONDS:
+            # The clock only spares the file system: what is seen here is acted on where all ranks agree.
+            self._looked = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._signalled = self._file.read_text().strip() in {self._attempt or "any", "any"}
+        return self._signalled
+
+    def __enter__(self) -> StopRequest:
+        # Python allows handlers in the main thread alone; inside a Ray worker the driver writes the file.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signalled = True
