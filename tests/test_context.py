@@ -49,7 +49,7 @@ def test_noise_is_standard_normal_and_uniform_is_uniform() -> None:
     normal, uniform = ctx.noise("z", (16, 4096)), ctx.uniform("u", (16, 4096))
     # 65,536 draws: the standard error of the mean is 0.0039, of the variance 0.0055.
     assert abs(normal.mean().item()) < 0.02 and abs(normal.var().item() - 1) < 0.03
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean().item() - 0.5) < 0.005 and abs(uniform.var().item() - 1 / 12) < 0.002
     # Lanes are independent: no row is like another.
     correlation = torch.corrcoef(normal) - torch.eye(16)

@@ -96,7 +96,7 @@ class Variant(nn.Module):
     """How many global batches `prepare` wants to see."""
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        """After an accepted step of the phase, under no_grad: apply `ctx.statistic(...)`; scalars returned are logged."""
+        """After an accepted step, under no_grad: apply `ctx.statistic(...)`; returned scalars are logged."""
         return {}
 
     @property

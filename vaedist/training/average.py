@@ -33,14 +33,12 @@ class WeightAverage:
     def __init__(self, model: Variant, half_life: float) -> None:
         self.half_life = half_life
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        pairs = [
+        pairs: list[tuple[str, Tensor, Tensor]] = [
             (name, twin, source)
             for (name, twin), source in zip(self.model.named_parameters(), model.parameters(), strict=True)
         ]
         self._averaged = [(twin, source) for name, twin, source in pairs if model.averaged(name)]
-        self._copied: list[tuple[Tensor, Tensor]] = [
-            (twin, source) for name, twin, source in pairs if not model.averaged(name)
-        ]
+        self._copied = [(twin, source) for name, twin, source in pairs if not model.averaged(name)]
         self._copied += list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     def decay(self, images: int, batch_size: int) -> float:

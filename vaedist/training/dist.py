@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vaedist import errors
 from vaedist.context import LaneContext, SampleContext
@@ -207,14 +208,14 @@ def _device(device: str | torch.device, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
+def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
     """Meet the other ranks in a TCP store; after the deadline say which ones are missing."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     descriptor = os.environ.get("VAEDIST_STORE_FD") if rank == 0 else None
     options: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
     try:
-        store: dist.Store = dist.TCPStore(
+        store: Store = TCPStore(
             address,
             port,
             world_size=None,
@@ -229,7 +230,7 @@ def _rendezvous(rank: int, world: int, timeout_s: float) -> dist.Store:
             f"rank {rank} could not reach the rendezvous at {address}:{port} within {timeout_s:.0f} s: {reason}"
         ) from None
     # One meeting place per start: torchrun keeps its store over restarts and counts them.
-    store = dist.PrefixStore(f"vaedist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"vaedist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"here/{rank}", "1")
     deadline = time.monotonic() + timeout_s
     while True:
@@ -258,7 +259,7 @@ class _SumOverRanks(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient
@@ -283,7 +284,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient[context.start : context.start + context.rows], None, None
@@ -295,10 +296,10 @@ class _Collectives:
     group: Group
 
     def gather(self, x: Tensor) -> Tensor:
-        return x if self.group.world == 1 else _GatherRows.apply(x, self.group.world, self.group.rank)  # type: ignore[no-any-return]
+        return x if self.group.world == 1 else _GatherRows.apply(x, self.group.world, self.group.rank)  # type: ignore[no-untyped-call]
 
     def sum(self, x: Tensor) -> Tensor:
-        return x if self.group.world == 1 else _SumOverRanks.apply(x)  # type: ignore[no-any-return]
+        return x if self.group.world == 1 else _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
 
 
 class GroupLaneContext(_Collectives, LaneContext):

@@ -142,14 +142,14 @@ def _fit(
     if weights is not None:
         _load(model, weights, str(found.path) if found else f"init_from={job.init_from}")
     else:
-        first = stream.batches(0)
-        batches = [next(first) for _ in range(model.prepare_batches)]
+        beginning = stream.batches(0)
+        first = [next(beginning) for _ in range(model.prepare_batches)]
         ctx = GroupLaneContext(
             group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes,
             start=bounds[0], stop=bounds[1],
         )  # fmt: skip
         with torch.no_grad():
-            model.prepare(batches, ctx)
+            model.prepare(first, ctx)
     group.synchronise(model)
     if job.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -318,7 +318,7 @@ def _init_from(job: Job, group: Group) -> dict[str, torch.Tensor] | None:
     path = expand(job.init_from, "init_from")
     found = from_bytes(group.from_leader(lambda: load_weights(path)))
     assert found is not None
-    return found.state["model"]  # type: ignore[no-any-return]
+    return found.state["model"]
 
 
 def _load(model: Variant, weights: dict[str, torch.Tensor], source: str) -> None:

@@ -1,0 +1,127 @@
+"""Autoencoder with a discrete latent map (VQ-VAE).
+
+    loss = -log p(x | q) + commitment * P * mean((z - sg(q))^2)   [ + P * mean((sg(z) - q)^2) ]
+
+z is the encoder's map, q its nearest code vectors, sg stops the gradient, P = C*H*W is the number of values in an
+image: the reconstruction is summed over pixels, so a per-element mean times P keeps the published meaning of
+`commitment: 0.25`. The bracket trains the code vectors where `codebook.kind` is `gradient`; running means (`ema`) and
+fixed grids (`fsq`) have no such term. van den Oord et al., "Neural discrete representation learning".
+
+`dssim` adds structural dissimilarity to what is minimised, as its own term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from vaedist.config import OVERRIDE, Spec, Strict
+from vaedist.context import Batch, Context
+from vaedist.errors import UserError
+from vaedist.models.contract import Likelihood, Variant
+from vaedist.nets.bodies import Body, Resnet, decoder, encoder, grid
+from vaedist.nets.likelihoods import GaussianLikelihood, LikelihoodConfig, Observation, check_dssim
+from vaedist.nets.quantize import EmaCodebook, QuantizerConfig, quantizer, starting_vectors
+
+
+class Config(Strict):
+    """Settings of `kind: vqvae`."""
+
+    kind: Literal["vqvae"] = "vqvae"
+    encoder: Body = Resnet()
+    decoder: Body | None = Field(None, description="Default: as the encoder, mirrored.")
+    codebook: QuantizerConfig = EmaCodebook()
+    likelihood: LikelihoodConfig = GaussianLikelihood()
+    commitment: float = Field(
+        0.25, ge=0, description="Weight of the commitment term.", json_schema_extra=OVERRIDE
+    )
+    dssim: float = Field(
+        0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.", json_schema_extra=OVERRIDE
+    )
+
+
+class Model(Variant):
+    """See the module."""
+
+    latent = "codes"
+    reconstructs = True
+    units: ClassVar[Mapping[str, str]] = {
+        "loss": "nats",
+        "distortion": "nats",
+        "commitment": "squared latent value per element",
+        "codebook": "squared latent value per element",
+        "dssim": "pixels * (1 - SSIM) / 2",
+        "mse": "squared grey value in [0, 1], per pixel",
+    }
+    why_not: ClassVar[Mapping[str, str]] = {
+        "sample": "there is no prior over the codes yet: the variants for that (`prior`) are trained on this "
+        "run's codes and are not part of this version",
+        "encode": "the latent is a map of codes: see `codes`",
+        "decode": "the latent is a map of codes: see `decode_codes`",
+    }
+    prepare_batches: ClassVar[int] = 4
+
+    config: Config
+
+    def __init__(self, config: Config, spec: Spec) -> None:
+        super().__init__()
+        check_dssim(config.dssim, spec)
+        self.config, self.spec = config, spec
+        self.grid = grid(config.encoder, spec)
+        mirrored = config.decoder or config.encoder
+        if (other := grid(mirrored, spec, "model.decoder")) != self.grid:
+            raise UserError(
+                f"model.encoder emits a {self.grid[0]}x{self.grid[1]} map and model.decoder reads "
+                f"{other[0]}x{other[1]}: give both the same downsampling"
+            )
+        self.quantizer = quantizer(config.codebook)
+        self.num_codes = self.quantizer.num_codes
+        self.encoder = encoder(config.encoder, spec, self.quantizer.dim, vector=False)
+        self.decoder = decoder(mirrored, spec, self.quantizer.dim, vector=False)
+        self.observation = Observation(config.likelihood)
+
+    def prepare(self, first_batches: Sequence[Batch], ctx: Context) -> None:
+        self.observation.prepare(first_batches, ctx)
+        if self.quantizer.starts_from_data:
+            maps = [self.encoder(self.to_network(batch["image"])) for batch in first_batches]
+            self.quantizer.start(*starting_vectors(maps, ctx, wanted=min(64 * self.num_codes, 1 << 16)))
+
+    def averaged(self, name: str) -> bool:
+        return not name.startswith("quantizer.")
+
+    def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
+        image = batch["image"]
+        quantized = self.quantizer(self.encoder(self.to_network(image)), ctx)
+        decoded = self.observation(self.decoder(quantized.values))
+        distortion = -decoded.log_prob(image)
+        terms = {"distortion": distortion, "mse": decoded.mse(image).detach()}
+        loss = distortion
+        if quantized.commitment is not None:
+            terms["commitment"] = quantized.commitment
+            loss = loss + self.config.commitment * self.spec.pixels * quantized.commitment
+        if quantized.codebook is not None:
+            terms["codebook"] = quantized.codebook
+            loss = loss + self.spec.pixels * quantized.codebook
+        if self.config.dssim > 0:
+            terms["dssim"] = decoded.dssim(image)
+            loss = loss + self.config.dssim * terms["dssim"]
+        return {"loss": loss, **terms}
+
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        return self.quantizer.after_step(ctx)
+
+    def codes(self, image: Tensor) -> Tensor:
+        codes: Tensor = self.quantizer.encode(self.encoder(self.to_network(image)))
+        return codes
+
+    def decode_codes(self, codes: Tensor) -> Likelihood:
+        """p(x | codes) of (B, h, w) int64 codes."""
+        values = self.quantizer.embed(codes).to(next(self.parameters()).dtype)
+        decoded: Likelihood = self.observation(self.decoder(values))
+        return decoded
+
+    def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.decode_codes(self.codes(image)).mean

@@ -1,0 +1,305 @@
+"""Bodies: the encoder and decoder networks between an image and a latent.
+
+An encoder maps an image (B, C, H, W) in [-1, 1] to features, either one vector per image (B, out) or a map
+(B, out, h, w); a decoder goes the other way. Three kinds:
+
+| kind | what it is |
+|---|---|
+| `mlp` | hidden layers of `width` units over the flattened image |
+| `conv` | strided convolutions, each followed by `depth` 3x3 convolutions at the same grid size |
+| `resnet` | the same with pre-activation residual blocks: x + conv(act(norm(conv(act(norm(x)))))) |
+
+Grids. `downsample` is the whole factor between image and latent grid. The first `patch` of it is space-to-depth
+(an image of C channels becomes C * patch^2 channels on a grid `patch` times coarser, nothing lost), and every
+further factor of two is a strided convolution. A 3x3 convolution at half the grid size costs a quarter, so `patch`
+is what makes large images cheap. `width` is the number of channels at the coarsest grid; each finer grid has half of
+the one below it, at least 16.
+
+`upsample` says how the decoder doubles a grid: `transpose` (transposed 4x4 convolution), `resize` (nearest
+neighbour, then 3x3 convolution: no checkerboard) or `shuffle` (3x3 convolution to four times the channels, then
+depth-to-space; sub-pixels start equal, after Aitken et al., "Checkerboard artifact free sub-pixel convolution").
+
+Normalisation is GroupNorm (Wu and He, "Group normalization") or none. It never looks across samples, so the
+result depends neither on the batch nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from vaedist.config import Spec, Strict
+from vaedist.errors import UserError
+
+Upsample = Literal["transpose", "resize", "shuffle"]
+
+
+class Mlp(Strict):
+    """A fully connected body."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(512, ge=1, description="Units of each hidden layer.")
+    depth: int = Field(2, ge=1, description="Hidden layers.")
+    grid: int = Field(1, ge=1, description="Side of the latent map that it emits; 1 for a vector.")
+
+
+class _Grid(Strict):
+    width: int = Field(
+        64, ge=1, description="Channels at the coarsest grid; finer grids have half, at least 16."
+    )
+    depth: int = Field(2, ge=0, description="Blocks at each grid size.")
+    downsample: int = Field(4, ge=1, description="Image side / latent side; a power of two.")
+    patch: int = Field(
+        1, ge=1, description="The part of `downsample` that is space-to-depth; a power of two."
+    )
+    upsample: Upsample = "transpose"
+    norm: Literal["group", "none"] = "group"
+
+    @model_validator(mode="after")
+    def _powers_of_two(self) -> _Grid:
+        for name in ("downsample", "patch"):
+            value = getattr(self, name)
+            if value & (value - 1):
+                raise ValueError(f"{name} must be a power of two (it is {value})")
+        if self.patch > self.downsample:
+            raise ValueError(f"patch ({self.patch}) is a part of downsample ({self.downsample}), not more")
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each grid size, finest first."""
+        levels = (self.downsample // self.patch).bit_length() - 1
+        return tuple(min(self.width, max(16, self.width >> level)) for level in reversed(range(levels + 1)))
+
+
+class Conv(_Grid):
+    """Plain strided convolutions."""
+
+    kind: Literal["conv"] = "conv"
+
+
+class Resnet(_Grid):
+    """Residual blocks."""
+
+    kind: Literal["resnet"] = "resnet"
+
+
+Body = Annotated[Mlp | Conv | Resnet, Field(discriminator="kind")]
+
+
+def grid(body: Mlp | Conv | Resnet, spec: Spec, where: str = "model.encoder") -> tuple[int, int]:
+    """(h, w) of the latent map that `body` emits for images of `spec`.
+
+    Raises:
+        UserError: the image side is not a multiple of the downsampling.
+    """
+    if isinstance(body, Mlp):
+        return body.grid, body.grid
+    factor = body.downsample
+    if spec.height % factor or spec.width % factor:
+        fitting = [str(1 << k) for k in range(12) if not math.gcd(spec.height, spec.width) % (1 << k)]
+        up = -(-max(spec.height, spec.width) // factor) * factor
+        raise UserError(
+            f"{where}.downsample is {factor}, which does not divide images of {spec.height}x{spec.width}: "
+            f"use {' or '.join(fitting)}, or pack the images with --size {up}"
+        )
+    return spec.height // factor, spec.width // factor
+
+
+def encoder(
+    body: Mlp | Conv | Resnet, spec: Spec, out: int, *, vector: bool, where: str = "model.encoder"
+) -> nn.Sequential:
+    """A network from (B, C, H, W) to (B, out) if `vector`, else to (B, out, h, w) with (h, w) = `grid(...)`.
+
+    Its children are the blocks that a layer table shows.
+    """
+    h, w = grid(body, spec, where)
+    net = nn.Sequential()
+    if isinstance(body, Mlp):
+        _no_grid(body, vector, where)
+        net.add_module("flatten", nn.Flatten())
+        for layer, (a, b) in enumerate(_pairs(spec.pixels, body)):
+            net.add_module(f"hidden{layer}", nn.Sequential(nn.Linear(a, b), nn.SiLU()))
+        net.add_module("head", nn.Linear(body.width, out * h * w))
+        if not vector:
+            net.add_module("map", nn.Unflatten(1, (out, h, w)))
+        return net
+    widths = body.widths
+    stem: list[nn.Module] = [nn.PixelUnshuffle(body.patch)] if body.patch > 1 else []
+    net.add_module("stem", nn.Sequential(*stem, *_conv(body, spec.channels * body.patch**2, widths[0])))
+    for level, width in enumerate(widths):
+        if level:
+            down = _unit(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1), _gain(body))
+            net.add_module(f"down{level}", nn.Sequential(down, *_after(body, width)))
+        net.add_module(f"blocks{level}", nn.Sequential(*_blocks(body, width)))
+    head: list[nn.Module] = [*_before(body, widths[-1])]
+    last = nn.Linear(widths[-1] * h * w, out) if vector else _unit(nn.Conv2d(widths[-1], out, 1), _SILU_GAIN)
+    head += [nn.Flatten(), last] if vector else [last]
+    net.add_module("head", nn.Sequential(*head))
+    return net
+
+
+def decoder(
+    body: Mlp | Conv | Resnet, spec: Spec, latent: int, *, vector: bool, where: str = "model.decoder"
+) -> nn.Sequential:
+    """A network from (B, latent) if `vector`, else from (B, latent, h, w), to an image (B, C, H, W).
+
+    Nothing bounds its output: [-1, 1] is what the likelihood reads as black to white.
+    """
+    h, w = grid(body, spec, where)
+    net = nn.Sequential()
+    if isinstance(body, Mlp):
+        _no_grid(body, vector, where)
+        if not vector:
+            net.add_module("flatten", nn.Flatten())
+        for layer, (a, b) in enumerate(_pairs(latent * h * w, body)):
+            net.add_module(f"hidden{layer}", nn.Sequential(nn.Linear(a, b), nn.SiLU()))
+        net.add_module("head", nn.Linear(body.width, spec.pixels))
+        net.add_module("image", nn.Unflatten(1, (spec.channels, spec.height, spec.width)))
+        return net
+    widths = body.widths[::-1]
+    if vector:
+        first: list[nn.Module] = [nn.Linear(latent, widths[0] * h * w), nn.Unflatten(1, (widths[0], h, w))]
+        net.add_module("stem", nn.Sequential(*first, *_after(body, widths[0])))
+    else:
+        net.add_module("stem", nn.Sequential(*_conv(body, latent, widths[0])))
+    for level, width in enumerate(widths):
+        if level:
+            up = _up(body.upsample, widths[level - 1], width, _gain(body))
+            net.add_module(f"up{level}", nn.Sequential(*up, *_after(body, width)))
+        net.add_module(f"blocks{level}", nn.Sequential(*_blocks(body, width)))
+    image = [_equal_subpixels(widths[-1], spec.channels, body.patch), nn.PixelShuffle(body.patch)]
+    net.add_module("head", nn.Sequential(*_before(body, widths[-1]), *image))
+    return net
+
+
+def layer_table(model: nn.Module) -> list[tuple[str, str, int]]:
+    """(name, what, trained parameters) of each top-level block, then of the whole model as `total`.
+
+    A block is a child, or a grandchild where the child is a body; `what` is its class, for a body's block the
+    chain of its layers' classes. Codebooks held as buffers count 0 parameters.
+    """
+    rows = []
+    for name, child in model.named_children():
+        blocks = child.named_children() if isinstance(child, nn.Sequential) else iter([("", child)])
+        for inner, block in blocks:
+            parts = block if isinstance(block, nn.Sequential) else [block]
+            what = " > ".join(type(part).__name__ for part in parts) or "(empty)"
+            rows.append((f"{name}.{inner}".rstrip("."), what, _count(block)))
+    own = sum(p.numel() for p in model.parameters(recurse=False))
+    return [*rows, *([("(own)", type(model).__name__, own)] if own else []), ("total", "", _count(model))]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _no_grid(body: Mlp, vector: bool, where: str) -> None:
+    if vector and body.grid != 1:
+        raise UserError(f"{where}.grid is {body.grid}, but this model's latent is a vector: leave it at 1")
+
+
+def _pairs(inputs: int, body: Mlp) -> list[tuple[int, int]]:
+    sizes = [inputs] + [body.width] * body.depth
+    return list(itertools.pairwise(sizes))
+
+
+def _norm(body: _Grid, width: int) -> Iterator[nn.Module]:
+    if body.norm == "group":
+        yield nn.GroupNorm(math.gcd(8, width), width)
+
+
+def _after(body: _Grid, width: int) -> Iterator[nn.Module]:
+    """What follows a convolution between blocks: plain bodies normalise and activate there, residual ones do not."""
+    if isinstance(body, Conv):
+        yield from _norm(body, width)
+        yield nn.SiLU()
+
+
+def _before(body: _Grid, width: int) -> Iterator[nn.Module]:
+    """What precedes the last convolution: the activation that residual blocks leave open."""
+    if isinstance(body, Resnet):
+        yield from _norm(body, width)
+        yield nn.SiLU()
+
+
+def _conv(body: _Grid, inputs: int, width: int, gain: float = 1.0) -> Iterator[nn.Module]:
+    yield _unit(nn.Conv2d(inputs, width, 3, padding=1), gain)
+    yield from _after(body, width)
+
+
+def _blocks(body: _Grid, width: int) -> Iterator[nn.Module]:
+    for _ in range(body.depth):
+        if isinstance(body, Resnet):
+            yield Residual(body, width)
+        else:
+            yield from _conv(body, width, width, _SILU_GAIN)
+
+
+_SILU_GAIN = 1.68  # 1 / sqrt(E[silu(x)^2]) for x ~ N(0, 1)
+
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def _gain(body: _Grid) -> float:
+    """Plain bodies change the grid after an activation, residual ones before it."""
+    return _SILU_GAIN if isinstance(body, Conv) else 1.0
+
+
+def _unit(layer: _Layer, gain: float = 1.0) -> _Layer:
+    """The layer, started so that inputs of variance 1 / gain^2 give outputs of variance 1.
+
+    torch's own start divides the variance by 3 at every layer, and without normalisation that leaves a latent
+    too small to tell codes apart.
+    """
+    with torch.no_grad():
+        fan = layer.weight[0].numel()
+        if isinstance(layer, nn.ConvTranspose2d):
+            fan = layer.weight[:, 0].numel() // math.prod(layer.stride)
+        layer.weight *= gain / math.sqrt(fan) / layer.weight.std()
+        assert layer.bias is not None
+        layer.bias.zero_()
+    return layer
+
+
+class Residual(nn.Module):
+    """x + f(x), where f starts at 0 so that a deep stack starts as the identity."""
+
+    def __init__(self, body: _Grid, width: int) -> None:
+        super().__init__()
+        last = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
+        layers = [*_norm(body, width), nn.SiLU(), _unit(nn.Conv2d(width, width, 3, padding=1), _SILU_GAIN)]
+        self.f = nn.Sequential(*layers, *_norm(body, width), nn.SiLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def _equal_subpixels(inputs: int, outputs: int, factor: int) -> nn.Conv2d:
+    """3x3 convolution before a depth-to-space by `factor`; the sub-pixels of a channel start equal."""
+    conv = nn.Conv2d(inputs, outputs * factor**2, 3, padding=1)
+    with torch.no_grad():
+        assert conv.bias is not None
+        conv.weight.copy_(conv.weight[:outputs].repeat_interleave(factor**2, dim=0))
+        conv.bias.copy_(conv.bias[:outputs].repeat_interleave(factor**2, dim=0))
+    return conv
+
+
+def _up(how: Upsample, inputs: int, outputs: int, gain: float) -> list[nn.Module]:
+    if how == "transpose":
+        return [_unit(nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1), gain)]
+    if how == "resize":
+        return [
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            _unit(nn.Conv2d(inputs, outputs, 3, padding=1), gain),
+        ]
+    return [_unit(_equal_subpixels(inputs, outputs, 2), gain), nn.PixelShuffle(2)]

@@ -1,0 +1,83 @@
+"""Structural similarity, differentiable and equal to scikit-image's.
+
+    SSIM = (2 mx my + C1)(2 cxy + C2) / ((mx^2 + my^2 + C1)(vx + vy + C2)),   C1 = 0.01^2, C2 = 0.03^2
+
+with local means, variances and covariance under a window, for images in [0, 1] (data range 1). Wang et al.,
+"Image quality assessment: from error visibility to structural similarity".
+
+| window | same as `skimage.metrics.structural_similarity(..., data_range=1.0, ...)` with |
+|---|---|
+| `gaussian` | `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`: 11x11 |
+| `uniform` | its defaults: 7x7, sample covariance (n / (n - 1)) |
+
+Borders. `ssim_map` has the size of the image; beyond the edge the image is mirrored with its edge pixel
+repeated (d c b a | a b c d | d c b a), as scipy's filters do and as `full=True` shows. The mean that scikit-image
+returns leaves out `(side - 1) / 2` pixels along each edge, which `crop` gives and `ssim` applies.
+
+The windows are separable, and each direction is one matrix product with a banded (n, n) matrix that holds the
+mirrored border too: on a CPU this is several times faster than a one-channel convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Window = Literal["gaussian", "uniform"]
+
+SIDE = {"gaussian": 11, "uniform": 7}
+
+
+def crop(window: Window = "gaussian") -> int:
+    """Pixels along each edge that the mean leaves out."""
+    return (SIDE[window] - 1) // 2
+
+
+def ssim_map(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
+    """SSIM at each pixel: (B, C, H, W) from two images of that shape in [0, 1], each channel on its own.
+
+    Computed in fp32, or fp64 for fp64 images. H and W are at least the window's side.
+    """
+    assert x.shape == y.shape and x.dim() == 4
+    side = SIDE[window]
+    assert min(x.shape[-2:]) >= side, f"images must be at least {side}x{side}"
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(dtype), y.to(dtype)
+        rows = _matrix(window, x.shape[-2], dtype, x.device)
+        columns = _matrix(window, x.shape[-1], dtype, x.device).T
+
+        def local(image: Tensor) -> Tensor:
+            return rows @ image @ columns
+
+        scale = 1.0 if window == "gaussian" else side**2 / (side**2 - 1)
+        mx, my = local(x), local(y)
+        vx = scale * (local(x * x) - mx * mx)
+        vy = scale * (local(y * y) - my * my)
+        cxy = scale * (local(x * y) - mx * my)
+        c1, c2 = 0.01**2, 0.03**2
+        return ((2 * mx * my + c1) * (2 * cxy + c2)) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+
+
+def ssim(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
+    """(B,) mean SSIM as scikit-image returns it: borders left out, channels averaged."""
+    edge = crop(window)
+    return ssim_map(x, y, window)[..., edge:-edge, edge:-edge].mean((1, 2, 3))
+
+
+@functools.lru_cache(maxsize=32)
+def _matrix(window: Window, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n, n): row i holds the window's weights around i, folded back at the borders."""
+    side = SIDE[window]
+    offsets = torch.arange(side, dtype=torch.float64) - side // 2
+    weights = torch.exp(-0.5 * (offsets / 1.5) ** 2) if window == "gaussian" else torch.ones_like(offsets)
+    weights /= weights.sum()
+    index = torch.arange(n)[:, None] + offsets.long()[None, :]
+    index = torch.where(index < 0, -1 - index, index)
+    index = torch.where(index >= n, 2 * n - 1 - index, index)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    matrix.scatter_add_(1, index, weights.expand(n, side))
+    return matrix.to(device, dtype)
