@@ -1,0 +1,112 @@
+"""Small packed folders, written with webdataset's own writer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from vaedist.data.index import Index, Shard, identity, pixel_digest, write_columns, write_index
+
+Pack = Callable[..., Index]
+
+
+def picture(split: str, number: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """(C, H, W) uint8 that only this sample has: noise from its own generator."""
+    seed = np.random.SeedSequence(zlib.crc32(split.encode()), spawn_key=(number,))
+    return np.random.Generator(np.random.PCG64(seed)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _encoded(image: np.ndarray, codec: str) -> bytes:
+    stored = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+    file = io.BytesIO()
+    if codec == "png":
+        Image.fromarray(stored).save(file, "PNG")
+    else:
+        np.save(file, np.ascontiguousarray(stored))
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def pack() -> Pack:
+    """`pack(folder, {"train": [counts per shard], ...}, codec=, shape=, classes=)`: a packed folder, opened."""
+
+    def write(
+        folder: Path,
+        splits: Mapping[str, Sequence[int]],
+        *,
+        codec: str = "png",
+        shape: tuple[int, int, int] = (1, 8, 8),
+        classes: Sequence[str] = ("a", "b", "c"),
+    ) -> Index:
+        folder.mkdir(parents=True, exist_ok=True)
+        samples, shards = [], {}
+        for split, counts in splits.items():
+            shards[split], number = [], 0
+            for place, count in enumerate(counts):
+                tar = folder / f"{split}-{place:06d}.tar"
+                columns = tar.with_suffix(".cols")
+                numbers = range(number, number + count)
+                with webdataset.TarWriter(str(tar), mtime=0) as writer:
+                    for n in numbers:
+                        label = n % len(classes) if classes else -1
+                        data = _encoded(picture(split, n, shape), codec)
+                        sample = {"__key__": f"{split}-{n:05d}", codec: data, "json": {"n": n}}
+                        writer.write(sample | ({"cls": label} if classes else {}))
+                with tarfile.open(tar) as archive:
+                    members = {member.name: member.offset_data for member in archive}
+                raw = tar.read_bytes()
+                offsets, sizes, crcs = [], [], []
+                for n in numbers:
+                    offset = members[f"{split}-{n:05d}.{codec}"]
+                    size = len(_encoded(picture(split, n, shape), codec))
+                    if codec == "npy":
+                        pixels = int(np.prod(shape))
+                        offset, size = offset + size - pixels, pixels
+                    offsets.append(offset)
+                    sizes.append(size)
+                    crcs.append(zlib.crc32(raw[offset : offset + size]))
+                keys = [f"{split}-{n:05d}" for n in numbers]
+                labels = [n % len(classes) if classes else -1 for n in numbers]
+                digests = [pixel_digest(picture(split, n, shape)) for n in numbers]
+                digest = write_columns(
+                    columns,
+                    tar=tar,
+                    keys=keys,
+                    offsets=offsets,
+                    sizes=sizes,
+                    crcs=crcs,
+                    labels=labels,
+                    subjects=[f"subject {n // 4}" for n in numbers],
+                    pixels=digests,
+                )
+                samples += [(split, *row) for row in zip(keys, labels, digests, strict=True)]
+                sha = hashlib.sha256(raw).hexdigest()
+                shards[split].append(Shard(tar, columns, count, len(raw), sha, digest))
+                number += count
+        write_index(
+            folder,
+            identity=identity(samples, shape),
+            shape=shape,
+            codec=codec,
+            classes=classes,
+            splits=shards,
+            source={"kind": "test"},
+        )
+        return Index.open(folder)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[..., np.ndarray]:
+    """`expected(split, numbers, shape)`: the (B, C, H, W) images that `pack` wrote."""
+    return lambda split, numbers, shape=(1, 8, 8): np.stack([picture(split, n, shape) for n in numbers])

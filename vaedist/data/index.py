@@ -1,0 +1,357 @@
+"""The packed folder: plain WebDataset tars, and beside them what lets a reader jump to any sample.
+
+| file | what it is |
+|---|---|
+| `<split>-000000.tar` | samples as WebDataset writes them: `<key>.png` or `<key>.npy`, `<key>.cls`, `<key>.json` |
+| `<split>-000000.cols` | the per-sample columns of that tar, binary (`vaedist.data.columns`) |
+| `index.json` | splits, shards, fields, classes, data identity; written last: without it a folder is unfinished |
+| `contact-<split>.png` | 64 samples for a person to look at |
+
+`index.json` grows with the number of shards only; what grows with the number of samples lies in the columns,
+which are read shard by shard when first needed. Every path in it is relative and stays inside the folder.
+
+    {"format": 1, "identity": "<hex>",
+     "fields": [{"name": "image", "dtype": "uint8", "shape": [C, H, W], "codec": "png" | "npy"},
+                {"name": "label", "dtype": "int64", "shape": [], "codec": "column"}],
+     "classes": ["..."], "splits": {"train": {"count": N, "shards": [{"tar": "train-000000.tar",
+        "columns": "train-000000.cols", "count": n, "bytes": size of the tar, "sha256": of the tar,
+        "columns_sha256": of the columns}, ...]}, ...}, "source": {free}, "struck": [free]}
+
+A png or npy member stores (H, W) for one channel and (H, W, C) otherwise.
+
+The data identity is a hash over (split, key, label, pixels) of all samples in sorted order and the image shape:
+it does not change with the codec, the shard size or the order of packing, and it changes with any pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field as Setting
+from pydantic import model_validator
+
+from vaedist.config import Spec, Strict, parse
+from vaedist.data.columns import Columns, replace_file, write_columns
+from vaedist.errors import DataError, UserError, nearest
+
+__all__ = ["Columns", "Index", "Shard", "Split", "identity", "pixel_digest", "write_columns", "write_index"]
+
+FORMAT = 1
+INDEX_NAME = "index.json"
+_COLUMNS_KEPT = 64  # columns of so many shards stay in memory per split: about 20 MB at 3,000 samples each
+
+
+def pixel_digest(image: NDArray[np.uint8]) -> bytes:
+    """SHA-256 of a decoded image, (C, H, W) uint8: the `pixels` column."""
+    assert image.dtype == np.uint8 and image.ndim == 3
+    return hashlib.sha256(np.ascontiguousarray(image).data).digest()
+
+
+def identity(samples: Iterable[tuple[str, str, int, bytes]], shape: tuple[int, int, int]) -> str:
+    """The data identity: 64 hex digits, whatever the codec, the shards and the order of `samples`.
+
+    Args:
+        samples: (split, key, label, pixel digest) of every sample. 32 bytes of memory each.
+        shape: (C, H, W) of the images.
+    """
+    rows = bytearray()
+    for split, key, label, digest in samples:
+        rows += hashlib.sha256(f"{split}\0{key}\0{label}\0".encode() + digest).digest()
+    ordered = np.sort(np.frombuffer(bytes(rows), "S32"))
+    return hashlib.sha256(f"vaedist {tuple(shape)} {len(ordered)}\0".encode() + ordered.tobytes()).hexdigest()
+
+
+# The index ---------------------------------------------------------------------------------------------------
+
+_Hex = Setting(pattern="^[0-9a-f]{64}$")
+
+
+class _FieldEntry(Strict):
+    name: str
+    dtype: Literal["uint8", "int64"]
+    shape: tuple[int, ...]
+    codec: Literal["png", "npy", "column"]
+
+
+class _ShardEntry(Strict):
+    tar: str
+    columns: str
+    count: int = Setting(ge=1)
+    bytes: int = Setting(ge=1)
+    sha256: str = _Hex
+    columns_sha256: str = _Hex
+
+    @model_validator(mode="after")
+    def _inside(self) -> _ShardEntry:
+        for path in (self.tar, self.columns):
+            parts = path.split("/")
+            if not all(parts) or {".", ".."} & set(parts) or "\0" in path:
+                raise ValueError(f"the path {path!r} is not a plain path inside the folder")
+        return self
+
+
+class _SplitEntry(Strict):
+    count: int = Setting(ge=0)
+    shards: tuple[_ShardEntry, ...]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> _SplitEntry:
+        if self.count != sum(shard.count for shard in self.shards):
+            raise ValueError("the counts of the shards do not add up to the split's")
+        return self
+
+
+class _Document(Strict):
+    format: Literal[1]
+    identity: str = _Hex
+    fields: tuple[_FieldEntry, ...]
+    classes: tuple[str, ...]
+    splits: dict[str, _SplitEntry]
+    source: dict[str, Any] = Setting(default_factory=dict)
+    struck: tuple[Any, ...] = ()
+
+    @property
+    def image(self) -> _FieldEntry:
+        return next(field for field in self.fields if field.name == "image")
+
+    @model_validator(mode="after")
+    def _has_images(self) -> _Document:
+        images = [field for field in self.fields if field.name == "image"]
+        if len(images) != 1 or images[0].dtype != "uint8" or images[0].codec == "column":
+            raise ValueError("expected one field `image` of dtype uint8 and codec png or npy")
+        shape = images[0].shape
+        if len(shape) != 3 or min(shape) < 1 or max(shape) > 65536 or np.prod(shape, dtype=float) > 2**28:
+            raise ValueError(f"the image shape {list(shape)} is not a sensible [C, H, W]")
+        return self
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar and its columns."""
+
+    tar: Path
+    columns_path: Path
+    count: int
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Of the tar."""
+    columns_sha256: str
+
+
+class Split:
+    """The samples of one split, numbered in index order: shard after shard, row after row.
+
+    Attributes:
+        name: `train`, `validate`, ...
+        shards: In index order.
+        count: Samples, N.
+        counts: (shards,) int64 samples per shard.
+        starts: (shards + 1,) int64; the first sample number of each shard, then N.
+    """
+
+    def __init__(self, name: str, shards: tuple[Shard, ...]) -> None:
+        self.name, self.shards = name, shards
+        self.counts = np.array([shard.count for shard in shards], np.int64)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts)])
+        self.count = int(self.starts[-1])
+        self._held: OrderedDict[int, Columns] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def columns(self, shard: int) -> Columns:
+        """Columns of shard number `shard`, read and checked at the first use.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        with self._lock:
+            held = self._held.get(shard)
+            if held is not None:
+                self._held.move_to_end(shard)
+                return held
+        entry = self.shards[shard]
+        columns = Columns.read(entry.columns_path, entry.columns_sha256)
+        if len(columns) != entry.count or columns.offset[-1] + columns.size[-1] > entry.bytes:
+            raise DataError(
+                f"{entry.columns_path} does not fit {entry.tar.name}; pack or index the data again"
+            )
+        with self._lock:
+            self._held[shard] = columns
+            while len(self._held) > _COLUMNS_KEPT:
+                self._held.popitem(last=False)
+        return columns
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard number, row in the shard) of a sample number."""
+        if not 0 <= sample < self.count:
+            raise IndexError(sample)
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return shard, sample - int(self.starts[shard])
+
+    def key(self, sample: int) -> str:
+        shard, row = self.locate(sample)
+        return self.columns(shard).keys[row]
+
+    def subject(self, sample: int) -> str:
+        """Whose image it is; an empty string where the source does not tell."""
+        shard, row = self.locate(sample)
+        return self.columns(shard).subject(row)
+
+    def label(self, sample: int) -> int:
+        """Class number; -1 where the sample has none."""
+        shard, row = self.locate(sample)
+        return int(self.columns(shard).label[row])
+
+
+class Index:
+    """A packed folder, opened.
+
+    Attributes:
+        folder: Where it lies.
+        identity: Data identity, 64 hex digits.
+        classes: Class names; empty where the data have none.
+        channels, height, width: Of every image.
+        codec: How the tars store images, `png` or `npy`.
+        splits: By name.
+        source: What `vaedist-shard` noted about where the data came from.
+        struck: Samples taken out by `vaedist-shard --strike`.
+    """
+
+    def __init__(self, folder: Path, document: _Document) -> None:
+        self.folder = folder
+        self.identity = document.identity
+        self.classes = document.classes
+        self.channels, self.height, self.width = document.image.shape
+        self.codec = document.image.codec
+        self.source, self.struck = document.source, document.struck
+        self.splits: Mapping[str, Split] = {
+            name: Split(
+                name,
+                tuple(
+                    Shard(folder / s.tar, folder / s.columns, s.count, s.bytes, s.sha256, s.columns_sha256)
+                    for s in entry.shards
+                ),
+            )
+            for name, entry in document.splits.items()
+        }
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Index:
+        """Read `index.json`; touches neither tars nor columns.
+
+        Raises:
+            UserError: there is none, it is damaged, or a newer vaedist wrote it.
+        """
+        folder = Path(folder)
+        path = folder / INDEX_NAME
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            what = "no such folder" if not folder.is_dir() else f"it has no {INDEX_NAME}"
+            raise UserError(
+                f"{folder} is not a packed folder ({what}); make it with `vaedist-shard INPUT --out {folder}`"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is damaged (not JSON); copy or pack the folder again") from None
+        written = content.get("format") if isinstance(content, dict) else None
+        if isinstance(written, int) and written > FORMAT:
+            raise UserError(
+                f"{path} has format {written}, and this vaedist reads up to {FORMAT}: install a newer vaedist, "
+                "or pack the folder again with this one"
+            )
+        return cls(folder, parse(_Document, content, where=str(path)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.height, self.width
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.channels, self.height, self.width, len(self.classes))
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            UserError: there is none, or it is empty; names those that exist.
+        """
+        if name not in self.splits:
+            raise UserError(f"{self.folder} has no split {name!r}{nearest(name, self.splits)}")
+        if not self.splits[name].count:
+            raise UserError(f"the split {name!r} of {self.folder} is empty")
+        return self.splits[name]
+
+    def samples(self) -> Iterator[tuple[str, str, int, bytes]]:
+        """(split, key, label, pixel digest) of every sample: what `identity` hashes."""
+        for split in self.splits.values():
+            for shard in range(len(split.shards)):
+                columns = split.columns(shard)
+                rows = zip(columns.keys, columns.label.tolist(), columns.pixels, strict=True)
+                for key, label, digest in rows:
+                    yield split.name, key, label, digest.tobytes()
+
+
+def write_index(
+    folder: Path,
+    *,
+    identity: str,
+    shape: tuple[int, int, int],
+    codec: str,
+    classes: Sequence[str],
+    splits: Mapping[str, Sequence[Shard]],
+    source: Mapping[str, Any] | None = None,
+    struck: Sequence[Any] = (),
+) -> None:
+    """Write `index.json`, atomically: the step that makes a folder of tars a packed folder.
+
+    Args:
+        folder: Where the tars and columns lie.
+        identity: As `identity` returns it.
+        shape: (C, H, W).
+        codec: `png` or `npy`.
+        classes: Class names, in the order of their numbers.
+        splits: Shards by split, in index order; their paths lie inside `folder`.
+        source, struck: Free provenance, kept as given (JSON values).
+    """
+    content = {
+        "format": FORMAT,
+        "identity": identity,
+        "fields": [
+            {"name": "image", "dtype": "uint8", "shape": list(shape), "codec": codec},
+            {"name": "label", "dtype": "int64", "shape": [], "codec": "column"},
+        ],
+        "classes": list(classes),
+        "splits": {
+            name: {
+                "count": sum(shard.count for shard in shards),
+                "shards": [
+                    {
+                        "tar": shard.tar.relative_to(folder).as_posix(),
+                        "columns": shard.columns_path.relative_to(folder).as_posix(),
+                        "count": shard.count,
+                        "bytes": shard.bytes,
+                        "sha256": shard.sha256,
+                        "columns_sha256": shard.columns_sha256,
+                    }
+                    for shard in shards
+                ],
+            }
+            for name, shards in splits.items()
+        },
+        "source": dict(source or {}),
+        "struck": list(struck),
+    }
+    parse(_Document, content, where=str(folder / INDEX_NAME))  # what we write, we can read
+    replace_file(folder / INDEX_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,133 @@
+"""From bytes of a shard to pixels, checking every byte on the way.
+
+A shard is read in one pass into memory, whole (training, which permutes inside it) or a run of rows of it
+(evaluation, and filling the memory cache). What lies between the images, which is tar headers and the other
+members, is checked as it is read; an image is checked when it is decoded. So each byte is checked once, and no
+damage passes silently: a header that webdataset's reader takes for the end of the archive is an error here.
+
+Images are png or npy members. Only these decoders can run, whatever the bytes say, and an image whose size or
+mode is not what the index declares is refused before it is decompressed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vaedist.data.index import Index, Split
+from vaedist.errors import DataError
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_WAY_OUT = (
+    "copy the shard again from a sound packed folder, or take the sample out with `vaedist-shard --strike`"
+)
+
+
+class Rows:
+    """Rows `first` to `stop` of one shard, in memory.
+
+    Args:
+        index: The packed folder.
+        split: One of its splits.
+        shard: Shard number in that split.
+        first, stop: Rows; default: all.
+
+    Raises:
+        DataError: the shard is missing, has another size than the index says, or the bytes between its images
+            changed; names sample, shard and offset.
+    """
+
+    def __init__(
+        self, index: Index, split: Split, shard: int, first: int = 0, stop: int | None = None
+    ) -> None:
+        self.tar = split.shards[shard].tar
+        self.columns = split.columns(shard)
+        self._shape = index.shape
+        self._png = index.codec == "png"
+        columns, rows = self.columns, len(self.columns)
+        stop = rows if stop is None else stop
+        assert 0 <= first < stop <= rows
+        ends = (columns.offset[first:stop] + columns.size[first:stop]).tolist()
+        starts = columns.offset[first:stop].tolist()
+        self._base = int(columns.offset[first - 1] + columns.size[first - 1]) if first else 0
+        end = split.shards[shard].bytes if stop == rows else ends[-1]
+        self.data = self._read(self._base, end, split.shards[shard].bytes, first)
+        view, place = self.data.data, self._base
+        leads = columns.lead[first : stop + 1].tolist()
+        for row, (start, after) in enumerate(zip(starts, ends, strict=True)):
+            if zlib.crc32(view[place - self._base : start - self._base]) != leads[row]:
+                raise self._damage(
+                    first + row, place, f"the {start - place} bytes of tar headers before it changed"
+                )
+            place = after
+        if stop == rows and zlib.crc32(view[place - self._base :]) != leads[-1]:
+            raise self._damage(rows - 1, place, "the bytes after it, at the end of the shard, changed")
+
+    def _read(self, start: int, end: int, expected: int, first: int) -> NDArray[np.uint8]:
+        data = np.empty(end - start, np.uint8)  # unlike bytearray, not zeroed first
+        try:
+            with open(self.tar, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected:
+                    raise self._wrong_size(size, expected, first)
+                file.seek(start)
+                view = data.data
+                while view:
+                    got = file.readinto(view)
+                    if not got:
+                        raise self._wrong_size(end - len(view), expected, first)
+                    view = view[got:]
+        except OSError as error:
+            raise self._damage(first, start, f"the shard cannot be read ({error.strerror})") from None
+        return data
+
+    def _wrong_size(self, size: int, expected: int, first: int) -> DataError:
+        cut = np.flatnonzero(self.columns.offset + self.columns.size > size)
+        row = int(cut[0]) if len(cut) else len(self.columns) - 1
+        return self._damage(row, size, f"the shard has {size} bytes and the index says {expected}")
+
+    def _damage(self, row: int, place: int, what: str) -> DataError:
+        return DataError(f"{self.tar}: sample {self.columns.keys[row]!r} at byte {place}: {what}; {_WAY_OUT}")
+
+    def decode(self, row: int, out: NDArray[np.uint8]) -> None:
+        """Write the image of `row` into `out`, (C, H, W) uint8.
+
+        Raises:
+            DataError: its bytes changed, or are not an image of the declared shape.
+        """
+        place = int(self.columns.offset[row])
+        start = place - self._base
+        data = self.data.data[start : start + int(self.columns.size[row])]
+        if zlib.crc32(data) != self.columns.crc[row]:
+            raise self._damage(row, place, f"its {len(data)} bytes changed (CRC-32 differs)")
+        channels, height, width = self._shape
+        if self._png:
+            pixels = self._decode_png(row, place, data)
+        elif len(data) == channels * height * width:
+            pixels = np.frombuffer(data, np.uint8)
+        else:
+            raise self._damage(row, place, f"{len(data)} bytes are not an image of shape {self._shape}")
+        if channels == 1:
+            out[0] = pixels.reshape(height, width)
+        else:
+            out[:] = pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+    def _decode_png(self, row: int, place: int, data: memoryview) -> NDArray[np.uint8]:
+        channels, height, width = self._shape
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                if image.size != (width, height) or image.mode != _MODES.get(channels):
+                    what = f"a {image.size[0]}x{image.size[1]} image of mode {image.mode}"
+                    raise self._damage(row, place, f"it is {what}, and the index says {self._shape}")
+                return np.asarray(image)
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a stranger's bytes can make a decoder raise anything
+            raise self._damage(
+                row, place, f"the png does not decode ({type(error).__name__}: {error})"
+            ) from None

@@ -1,0 +1,376 @@
+"""The stream: batches of one rank, for training from any step and for evaluation.
+
+`vaedist.data.order` says which samples make up a training batch: a pure function of seed and step, the same for
+every number of processes. This module reads them, ahead of time and in threads, and resumes at any step without
+touching what came before it.
+
+Evaluation has another order: every sample once, in index order, the last batch padded with its last sample and
+masked, and all ranks yield the same number of batches.
+
+Memory: a shard being trained on lies in memory whole, as it is in the tar (64 MB at most by default). A lane is a
+contiguous run of the order, so a rank holds one shard for each lane that it reads, and for a moment the next one;
+`resident_limit` states the most, 2 * lanes read + reader threads. Evaluation reads runs of rows and holds none.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaedist.context import Batch
+from vaedist.data.cache import Node, fill_memory
+from vaedist.data.index import Index
+from vaedist.data.order import Order, Samples, default_lanes, epoch_order, slice_bounds
+from vaedist.data.reading import Rows
+from vaedist.errors import UserError
+
+__all__ = ["EvaluationStream", "Order", "TrainingStream", "default_lanes", "epoch_order", "slice_bounds"]
+
+
+# Shards in memory --------------------------------------------------------------------------------------------
+
+
+class _Resident:
+    """Shards held in memory: each is read when first asked for and dropped when no planned batch needs it."""
+
+    def __init__(self, read: Callable[[int], Rows], limit: int) -> None:
+        self._read, self._limit = read, limit
+        self._needed: collections.Counter[int] = collections.Counter()
+        self._held: collections.OrderedDict[int, Future[Rows]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self.peak = 0
+
+    def need(self, shards: Sequence[int]) -> None:
+        """A batch that will be made needs these."""
+        with self._lock:
+            self._needed.update(shards)
+
+    def done(self, shard: int) -> None:
+        """One batch that needed it does no more."""
+        with self._lock:
+            self._needed[shard] -= 1
+            if not self._needed[shard]:
+                del self._needed[shard]
+                self._held.pop(shard, None)
+
+    def get(self, shard: int) -> Rows:
+        """The shard; a thread that asks for one which another is reading waits for it."""
+        with self._lock:
+            future = self._held.get(shard)
+            mine = future is None
+            if future is None:
+                while len(self._held) >= self._limit:
+                    self._held.popitem(last=False)  # only where shards are tiny: it is read again when needed
+                future = self._held[shard] = Future()
+                self.peak = max(self.peak, len(self._held))
+            self._held.move_to_end(shard)
+        if mine:
+            try:
+                future.set_result(self._read(shard))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return future.result()
+
+
+# Batches in order, made ahead --------------------------------------------------------------------------------
+
+_Part = tuple[int, NDArray[np.intp], Samples]  # shard, rows of the batch, rows of the shard
+_Plan = TypeVar("_Plan")
+_Made = TypeVar("_Made")
+
+
+def _in_order(
+    make: Callable[[_Plan], _Made], plans: Iterator[_Plan], workers: int, device: torch.device
+) -> Generator[Callable[[], _Made], None, None]:
+    """For each plan, in order, a call that returns `make(plan)`; `workers` threads run up to 2 * workers ahead."""
+    if workers == 0:
+        for plan in plans:
+            yield partial(make, plan)
+        return
+
+    def enter_thread() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # pinned memory belongs to the current device's context
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="vaedist-reader", initializer=enter_thread)
+    waiting: collections.deque[Future[_Made]] = collections.deque()
+    try:
+        for plan in plans:
+            waiting.append(pool.submit(make, plan))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result
+        while waiting:
+            yield waiting.popleft().result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Stream:
+    """What both streams share: the index, a thread pool behind an iterator, and assembling a batch."""
+
+    def __init__(
+        self, index: Index, split: str, *, rank: int, world: int, workers: int, device: torch.device | str
+    ) -> None:
+        assert 0 <= rank < world
+        self.index, self.split = index, index.split(split)
+        self.rank, self.world, self.workers = rank, world, workers
+        self.device = torch.device(device)
+        self.wait_seconds = 0.0
+        self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+    def close(self) -> None:
+        """Stop and join the reader threads; running iterators end. Safe to call twice."""
+        while self._running:
+            self._running.pop().close()
+
+    def _run(self, batches: Generator[Batch, None, None]) -> Iterator[Batch]:
+        self._running.add(batches)
+        return batches
+
+    def _timed(self, made: Generator[Callable[[], Batch], None, None]) -> Generator[Batch, None, None]:
+        """Wait for each batch, counting the seconds, and send it to the device."""
+        try:
+            while True:
+                begin = time.perf_counter()
+                wait = next(made, None)
+                batch = None if wait is None else wait()
+                self.wait_seconds += time.perf_counter() - begin
+                if batch is None:
+                    return
+                if self.device.type != "cpu":
+                    batch["image"] = batch["image"].to(self.device, non_blocking=True)
+                    batch["label"] = batch["label"].to(self.device, non_blocking=True)
+                    if "mask" in batch:
+                        batch["mask"] = batch["mask"].to(self.device)
+                yield batch
+        finally:
+            made.close()
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty(
+            (rows, *self.index.shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )
+
+    def _by_shard(self, samples: Samples) -> list[_Part]:
+        """Which rows come from which shard, in the order of first use."""
+        shards = np.searchsorted(self.split.starts, samples, side="right") - 1
+        inside = samples - self.split.starts[shards]
+        numbers, firsts = np.unique(shards, return_index=True)
+        return [
+            (int(shard), places, inside[places])
+            for shard in numbers[np.argsort(firsts)]
+            for places in [np.flatnonzero(shards == shard)]
+        ]
+
+    def _describe(self, samples: Samples, parts: list[_Part]) -> Batch:
+        """Everything but the images: (B_r,) labels, keys and sample numbers."""
+        label = np.empty(len(samples), np.int64)
+        keys = [""] * len(samples)
+        for shard, places, rows in parts:
+            columns = self.split.columns(shard)
+            label[places] = columns.label[rows]
+            for place, key in zip(places.tolist(), columns.keys.take(rows), strict=True):
+                keys[place] = key
+        np.maximum(label, 0, out=label)  # -1 says that a sample has no class
+        labels = torch.from_numpy(label)
+        if self.device.type == "cuda":
+            labels = labels.pin_memory()
+        return {"label": labels, "key": keys, "sample": samples.tolist()}
+
+
+class TrainingStream(_Stream):
+    """Batches of one rank for training, endless, from any step.
+
+    Args:
+        index: The packed folder.
+        split: Name of the split to train on.
+        batch_size: Global batch B.
+        lanes: Order lanes L; none: `default_lanes(batch_size)`.
+        seed: The job's seed.
+        rank, world: This process among all.
+        cache: `memory` decodes every image once into memory that the node's processes share.
+        workers: Reader threads, which keep up to 2 * workers batches ready; 0 reads in the caller's thread.
+        device: Where batches go; pinned and sent without waiting for a GPU.
+        memory_limit: Bytes that the cache may take on this node; default: 80 % of what is free.
+        node: The process group, needed by `cache: memory` of several processes. The constructor is then
+            collective.
+
+    Attributes:
+        steps_per_epoch: N // B.
+        wait_seconds: Time that the consumer has waited for batches.
+        resident_limit: The most shards in memory at once.
+
+    Raises:
+        UserError: the batch does not fit the data, the lanes or the processes; says what would.
+        DataError: on reading, naming sample, shard and offset.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        *,
+        batch_size: int,
+        lanes: int | None = None,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        cache: Literal["none", "memory"] = "none",
+        workers: int = 1,
+        device: torch.device | str = "cpu",
+        memory_limit: int | None = None,
+        node: Node | None = None,
+    ) -> None:
+        super().__init__(index, split, rank=rank, world=world, workers=workers, device=device)
+        count = self.split.count
+        if batch_size > count:
+            raise UserError(
+                f"the split {split!r} of {index.folder} has {count} samples, fewer than one global batch of "
+                f"{batch_size}: set train.batch_size to at most {count}, or pack more data"
+            )
+        if world > batch_size:
+            raise UserError(
+                f"{world} processes cannot share a global batch of {batch_size}: use at most {batch_size} "
+                f"processes, or set train.batch_size to at least {world}"
+            )
+        lanes = default_lanes(batch_size) if lanes is None else lanes
+        if lanes < 1 or batch_size % lanes:
+            valid = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+            raise UserError(
+                f"data.lanes is {lanes}, which does not divide the global batch of {batch_size}: use one of {valid}"
+            )
+        self.batch_size, self.lanes = batch_size, lanes
+        self.start, self.stop = slice_bounds(batch_size, rank, world)
+        self._counts, self._seed = self.split.counts, seed
+        self.steps_per_epoch = count // batch_size
+        width = batch_size // lanes
+        self.resident_limit = 2 * (-(-self.stop // width) - self.start // width) + max(1, workers)
+        self.resident_peak = 0
+        self._images: NDArray[np.uint8] | None = None
+        if cache == "memory":
+            self._images = fill_memory(
+                index, self.split, node=node, workers=workers, memory_limit=memory_limit
+            )
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """This rank's rows of the global batches `start`, `start + 1`, ...; reads no earlier ones."""
+        return self._run(self._batches(start))
+
+    def _batches(self, start: int) -> Generator[Batch, None, None]:
+        order = Order(self._counts, seed=self._seed, batch_size=self.batch_size, lanes=self.lanes)
+        steps = (order.rows(step, self.start, self.stop) for step in itertools.count(start))
+        if self._images is not None:
+            yield from self._timed(_in_order(self._from_memory, steps, self.workers, self.device))
+            return
+        resident = _Resident(partial(Rows, self.index, self.split), self.resident_limit)
+        make = partial(self._from_shards, resident)
+        try:
+            yield from self._timed(_in_order(make, self._plans(steps, resident), self.workers, self.device))
+        finally:
+            self.resident_peak = max(self.resident_peak, resident.peak)
+
+    def _plans(self, steps: Iterator[Samples], resident: _Resident) -> Iterator[tuple[Samples, list[_Part]]]:
+        """Samples and their shards, one batch ahead of use: a shard that the next batch needs is not dropped."""
+        ahead = None
+        for samples in steps:
+            parts = self._by_shard(samples)
+            resident.need([shard for shard, _, _ in parts])
+            if ahead is not None:
+                yield ahead
+            ahead = samples, parts
+
+    def _from_shards(self, resident: _Resident, plan: tuple[Samples, list[_Part]]) -> Batch:
+        samples, parts = plan
+        image = self._empty(len(samples))
+        pixels = image.numpy()
+        for shard, places, rows in parts:
+            held = resident.get(shard)
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                held.decode(row, pixels[place])
+            resident.done(shard)
+        return {"image": image, **self._describe(samples, parts)}
+
+    def _from_memory(self, samples: Samples) -> Batch:
+        assert self._images is not None
+        image = self._empty(len(samples))
+        np.take(self._images, samples, axis=0, out=image.numpy(), mode="clip")
+        return {"image": image, **self._describe(samples, self._by_shard(samples))}
+
+
+class EvaluationStream(_Stream):
+    """Every sample of a split once, in index order; can be iterated again.
+
+    Batch t holds samples t*B to (t+1)*B, of which each rank takes its slice. Rows beyond the last sample repeat
+    it and are False in `mask`, so that all ranks yield the same number of batches of the same sizes.
+
+    Args:
+        index: The packed folder.
+        split: Name of the split.
+        batch_size: Rows over all processes; raised to `world` where it is less, so that no rank has none.
+        rank, world: This process among all.
+        workers: Reader threads; 0 reads in the caller's thread.
+        device: Where batches go.
+        limit: Only the first so many samples.
+
+    Raises:
+        DataError: on reading, naming sample, shard and offset.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 1,
+        device: torch.device | str = "cpu",
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(index, split, rank=rank, world=world, workers=workers, device=device)
+        self.batch_size = max(batch_size, world)
+        self.count = self.split.count if limit is None else min(limit, self.split.count)
+        self.start, self.stop = slice_bounds(self.batch_size, rank, world)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._run(self._batches())
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        yield from self._timed(_in_order(self._make, iter(range(len(self))), self.workers, self.device))
+
+    def _make(self, number: int) -> Batch:
+        wanted = np.arange(self.start, self.stop) + number * self.batch_size
+        mask = wanted < self.count
+        samples = np.minimum(wanted, self.count - 1)
+        image = self._empty(len(samples))
+        pixels = image.numpy()
+        parts = self._by_shard(samples)
+        for shard, places, rows in parts:
+            first = int(rows[0])
+            held = Rows(self.index, self.split, shard, first, int(rows[-1]) + 1)
+            done = -1
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                if row == done:
+                    pixels[place] = pixels[place - 1]  # padding
+                else:
+                    held.decode(row, pixels[place])
+                done = row
+        return {"image": image, "mask": torch.from_numpy(mask), **self._describe(samples, parts)}

@@ -1,0 +1,215 @@
+"""`vaedist-shard`: from images to a packed folder that `vaedist-train` reads.
+
+    vaedist-shard INPUT --out DIR [options]     pack a folder, idx files, volumes, or the word `phantom`
+    vaedist-shard DIR --verify                  read everything and check it
+    vaedist-shard DIR --strike KEY...           take samples out of the index
+    vaedist-shard DIR --index                   index tars that somebody else wrote
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from vaedist.errors import EXIT_FINISHED, UserError, door
+
+if TYPE_CHECKING:
+    from vaedist.data.index import Index
+    from vaedist.data.shards import Packing
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaedist-shard",
+        description="Pack images into WebDataset tars with an index; check, mend or index packed folders.",
+        epilog="example: vaedist-shard phantom --out shards/phantom --size 64 --count "
+        "train=9664,validate=1120,test=544",
+    )
+    parser.add_argument("input", metavar="INPUT", help="folder of images, idx files, volumes or tars; `phantom`")
+    tasks = parser.add_argument_group("what to do (default: pack INPUT into --out)")
+    tasks.add_argument("--verify", action="store_true", help="check every byte and image of a packed folder")
+    tasks.add_argument(
+        "--strike",
+        nargs="*",
+        metavar="KEY",
+        help="take these samples out of the index; with --verify and no keys: the damaged ones",
+    )
+    tasks.add_argument("--strike-file", metavar="FILE", help="keys to strike, one per line")
+    tasks.add_argument("--index", action="store_true", help="make index.json for tars made by others")
+    packing = parser.add_argument_group("packing")
+    packing.add_argument("--out", metavar="DIR", help="the packed folder to make")
+    packing.add_argument("--source", metavar="NAME", help="kind of source; default: told by the layout")
+    packing.add_argument("--size", type=_positive, metavar="N", help="side of the square images in pixels")
+    packing.add_argument(
+        "--fit", choices=("pad", "crop", "stretch"), help="how rectangles become squares (default: pad)"
+    )
+    colour = packing.add_mutually_exclusive_group()
+    colour.add_argument("--gray", dest="channels", action="store_const", const=1, help="one channel")
+    colour.add_argument("--rgb", dest="channels", action="store_const", const=3, help="three channels")
+    packing.add_argument("--codec", choices=("png", "npy"), help="lossless both; npy reads faster (default: png)")
+    packing.add_argument("--samples-per-shard", type=_positive, metavar="N", help="default: what fits in 64 MB")
+    packing.add_argument(
+        "--order", choices=("random", "source"), help="order of packing (default: random, seeded)"
+    )
+    packing.add_argument("--seed", type=int, metavar="N", help="of order, chosen splits and phantom (default: 0)")
+    packing.add_argument(
+        "--subjects", metavar="FILE", help="table of key (or its beginning) and subject, for names that do not tell"
+    )
+    packing.add_argument(
+        "--validation-fraction",
+        type=_fraction,
+        metavar="F",
+        help="share to hold apart, by subject (default: 0.1 where the source has no such split)",
+    )
+    packing.add_argument("--test-fraction", type=_fraction, metavar="F", help="likewise (default: 0)")
+    packing.add_argument("--workers", type=_positive, metavar="N", help="processes (default: 1)")
+    packing.add_argument("--skip-bad", action="store_true", help="leave bad files out, listed in rejected.jsonl")
+    packing.add_argument("--max-pixels", type=_positive, metavar="N", help="per image (default: 67,108,864)")
+    packing.add_argument("--max-bytes", type=_positive, metavar="N", help="per file (default: 268,435,456)")
+    some = parser.add_argument_group("some sources only")
+    some.add_argument("--match", metavar="GLOB", help="folder, volume: only paths below INPUT that match")
+    some.add_argument(
+        "--slices", type=_range, metavar="A:B", help="volume: from and to which share of the height (default: 0:1)"
+    )
+    some.add_argument("--axis", type=int, choices=(0, 1, 2), help="volume: axis to cut along (default: 2, axial)")
+    some.add_argument(
+        "--count", type=_counts, metavar="SPLIT=N,...", help="phantom: images (default: train=1024,validate=128,test=128)"
+    )
+    return parser
+
+
+@door
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    task = _task(arguments)
+    if task == "pack":
+        return _pack(arguments)
+    raise UserError("not there yet")
+
+
+def _task(arguments: argparse.Namespace) -> str:
+    """Which of the four things is asked for; options of another one are refused, not ignored."""
+    chosen = [
+        name
+        for name, given in (
+            ("verify", arguments.verify),
+            ("strike", arguments.strike is not None or arguments.strike_file),
+            ("index", arguments.index),
+        )
+        if given
+    ]
+    return chosen[0] if chosen else "pack"
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from vaedist.data.shards import pack
+
+    with tqdm(unit=" images", disable=None, dynamic_ncols=True, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = pack(_packing(arguments), progress)
+    if report.already:
+        print(f"{arguments.out} is packed already; nothing to do")
+    _describe(report.index)
+    if report.rejected:
+        print(f"left out   {report.rejected} files: see {report.index.folder / 'rejected.jsonl'}")
+    if report.twins:
+        print(f"note       {report.twins} images outside train have exactly the pixels of one in train")
+    print(f"next       vaedist-train JOB.yaml data.path={arguments.out}")
+    return EXIT_FINISHED
+
+
+def _packing(arguments: argparse.Namespace) -> Packing:
+    from pathlib import Path
+
+    from vaedist.data.images import MAX_BYTES, MAX_PIXELS, Limits
+    from vaedist.data.shards import Packing
+    from vaedist.data.sources import Settings
+
+    if arguments.out is None:
+        raise UserError("say where to pack to: --out DIR")
+    limits = Limits(arguments.max_pixels or MAX_PIXELS, arguments.max_bytes or MAX_BYTES)
+    return Packing(
+        input=arguments.input,
+        out=Path(arguments.out),
+        source=arguments.source,
+        size=arguments.size,
+        fit=arguments.fit,
+        channels=arguments.channels,
+        codec=arguments.codec or "png",
+        per_shard=arguments.samples_per_shard,
+        order=arguments.order or "random",
+        seed=arguments.seed or 0,
+        subjects=Path(arguments.subjects) if arguments.subjects else None,
+        validation=arguments.validation_fraction,
+        test=arguments.test_fraction,
+        skip_bad=arguments.skip_bad,
+        workers=arguments.workers or 1,
+        settings=Settings(
+            limits=limits,
+            count=arguments.count,
+            match=arguments.match,
+            slices=arguments.slices,
+            axis=arguments.axis,
+        ),
+    )
+
+
+def _describe(index: Index) -> None:
+    """Print what a packed folder holds."""
+    channels, height, width = index.shape
+    print(f"packed     {index.folder}: {width} x {height}, {'gray' if channels == 1 else f'{channels} channels'}")
+    for split in index.splits.values():
+        subjects: set[str] = set()
+        for shard in range(len(split.shards)):
+            columns = split.columns(shard)
+            subjects.update(columns.subject(row) for row in range(len(columns)))
+        subjects.discard("")
+        told = f", {len(subjects):,} subjects" if subjects else ""
+        size = sum(shard.bytes for shard in split.shards) / 2**20
+        print(f"{split.name:<10} {split.count:,} images{told}, {len(split.shards)} shards, {size:.1f} MiB")
+    if index.classes:
+        shown = ", ".join(index.classes[:12]) + (", ..." if len(index.classes) > 12 else "")
+        print(f"classes    {len(index.classes)}: {shown}")
+    print(f"identity   {index.identity}")
+    print(f"look at    {index.folder / f'contact-{next(iter(index.splits))}.png'}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
+    return value
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(":")
+    if not 0 <= float(low) < float(high) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not A:B with 0 <= A < B <= 1")
+    return float(low), float(high)
+
+
+def _counts(text: str) -> dict[str, int]:
+    counts = {}
+    for part in text.split(","):
+        split, equals, number = part.partition("=")
+        if not equals or not split.isidentifier() or not number.isdecimal() or int(number) < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} is not SPLIT=N; write train=640,validate=128,test=128")
+        counts[split] = int(number)
+    return counts
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
