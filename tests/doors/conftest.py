@@ -1,0 +1,62 @@
+"""A small packed phantom and two runs trained on it for a few steps, by the code that users run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vaedist.config import Job
+from vaedist.data.shards import Packing, pack
+from vaedist.data.sources import Settings
+from vaedist.training.attempt import FitOptions
+from vaedist.training.loop import fit
+
+SIZE = 16
+COUNT = {"train": 48, "validate": 8, "test": 21}
+
+
+def pack_phantom(folder: Path, seed: int = 0, size: int = SIZE) -> Path:
+    settings = Settings(seed=seed, size=size, count=COUNT)
+    pack(Packing(input="phantom", out=folder, seed=seed, size=size, settings=settings))
+    return folder
+
+
+def trained(folder: Path, data: Path, model: dict[str, Any]) -> Path:
+    train = {
+        "steps": 4,
+        "batch_size": 8,
+        "validate_every": 2,
+        "save_every": 2,
+        "ema_half_life": 50,
+        "threads": 1,
+    }
+    job = Job(name=folder.name, data={"path": str(data)}, model=model, train=train)
+    fit(job, folder, options=FitOptions(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed() -> Callable[..., Path]:
+    """`packed(folder, seed=, size=)`: a packed phantom."""
+    return pack_phantom
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_phantom(tmp_path_factory.mktemp("phantom") / "packed")
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    model = {"kind": "vae", "encoder": {"kind": "mlp", "width": 16, "depth": 1}, "latent": 3}
+    return trained(tmp_path_factory.mktemp("runs") / "vae", data, model)
+
+
+@pytest.fixture(scope="session")
+def vqvae(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    encoder = {"kind": "conv", "width": 16, "depth": 0, "downsample": 4}
+    model = {"kind": "vqvae", "encoder": encoder, "codebook": {"kind": "ema", "codes": 8, "dim": 4}}
+    return trained(tmp_path_factory.mktemp("runs") / "vqvae", data, model)

@@ -1,0 +1,85 @@
+"""The figure of an evaluation: originals, their reconstructions, and where they differ.
+
+Drawn with matplotlib's Agg canvas and no pyplot: nothing global is touched and no screen is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from vaedist.pictures import Pixels, channels_last, png_bytes
+
+TITLES = {"ssim": "SSIM", "ssim_default": "SSIM", "psnr": "PSNR"}
+
+
+def pair_figure(
+    originals: Pixels, others: Pixels, titles: Sequence[str], *, heading: str = "", dots_per_inch: int = 110
+) -> bytes:
+    """A PNG file: one column per pair, with rows original, reconstruction, absolute difference.
+
+    All difference maps share one colour scale, from 0 to the largest difference shown, so that columns compare.
+
+    Args:
+        originals, others: uint8 (n, C, H, W), n >= 1.
+        titles: n lines, one over each column.
+        heading: A line over the whole figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert len(originals) == len(others) == len(titles) >= 1
+    differences = np.abs(originals.astype(np.float64) - others).mean(axis=1) / 255
+    largest = float(differences.max()) or 1 / 255
+    rows = (channels_last(originals), channels_last(others), differences)
+    count, (height, width) = len(titles), originals.shape[2:]
+    side = min(2.6, max(1.5, width / dots_per_inch))
+    figure = Figure(
+        figsize=(count * side + 0.9, 3 * side * height / width + 0.75),
+        dpi=dots_per_inch,
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, count, squeeze=False)
+    for i, (title, *pictures) in enumerate(zip(titles, *rows, strict=True)):
+        for axis, picture in zip(axes[:2, i], pictures[:2], strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        shown = axes[2, i].imshow(pictures[2], cmap="magma", vmin=0, vmax=largest, interpolation="nearest")
+        axes[0, i].set_title(title, fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis, name in zip(axes[:, 0], ("original", "reconstruction", "difference"), strict=True):
+        axis.set_ylabel(name, fontsize=8)
+    bar = figure.colorbar(shown, ax=list(axes[2]), fraction=0.05, pad=0.01)
+    bar.ax.tick_params(labelsize=7)
+    if heading:
+        figure.suptitle(heading, fontsize=9)
+    buffer = io.BytesIO()
+    # Without a software tag the bytes are a function of the pictures and the matplotlib version.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def pair_sheet(originals: Pixels, others: Pixels, columns: int = 4, pad: int = 2) -> bytes:
+    """A PNG file of pairs, original left and reconstruction right, at their own size, `columns` pairs per row.
+
+    Args:
+        originals, others: uint8 (n, C, H, W), n >= 1.
+    """
+    from vaedist.pictures import grid
+
+    both = np.stack([originals, others], axis=1).reshape(-1, *originals.shape[1:])
+    return png_bytes(grid(channels_last(both), 2 * min(columns, len(originals)), pad))
+
+
+def pair_title(metrics: dict[str, float]) -> str:
+    """`SSIM 0.912`, or the PSNR of images too small for an SSIM."""
+    for name, label in TITLES.items():
+        value = metrics[name]
+        if math.isfinite(value):
+            return f"{label} {value:.3f}" if label == "SSIM" else f"{label} {value:.1f} dB"
+    return "exact"

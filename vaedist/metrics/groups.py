@@ -1,0 +1,68 @@
+"""Groups of images that a file names: patient, contrast, scanner, whatever stands beside a case.
+
+    # case     patient    contrast
+    case_001   patient01  T1W
+    case_009   patient01  T2W
+
+One line per case, columns apart by blanks, tabs, commas or semicolons. The first line may name the columns
+(after `#`, or where its first word is `case`, `key` or `subject`); else they are `column 2`, `column 3`, ...
+The first column is an image's key, its subject, or the beginning of its key up to a `_`, `-` or `.`:
+`case_001` means every slice `case_001_slice_7`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from vaedist.errors import UserError
+
+_CUT = re.compile(r"[_\-.]")
+_HEADS = {"case", "key", "subject"}
+
+
+def read_groups(path: str | Path) -> dict[str, dict[str, str]]:
+    """Column name to (first column's value to that column's value).
+
+    Raises:
+        UserError: the file cannot be read, has no columns, is ragged, or names a case twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the groups file {path}: {reason}") from None
+    names: list[str] | None = None
+    groups: list[dict[str, str]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = re.split(r"[,;\t]\s*|\s+", line.strip().lstrip("#").strip())
+        heading = not groups and (line.lstrip().startswith("#") or words[0].lower() in _HEADS)
+        if words == [""] or (line.lstrip().startswith("#") and not heading):
+            continue
+        if heading:
+            names = words[1:]
+            continue
+        groups = groups or [{} for _ in words[1:]]
+        if not groups or len(words) - 1 != len(groups):
+            raise UserError(
+                f"{path}, line {number}: expected a case and {max(len(groups), 1)} more columns, as in the "
+                f"lines before, but it has {len(words) - 1} more"
+            )
+        if words[0] in groups[0]:
+            raise UserError(f"{path}, line {number}: {words[0]!r} is given twice")
+        for group, word in zip(groups, words[1:], strict=True):
+            group[words[0]] = word
+    if not groups:
+        raise UserError(f"the groups file {path} is empty: give lines such as `case_001 patient01 T1W`")
+    if names is None or len(names) != len(groups):
+        names = [f"column {i}" for i in range(2, len(groups) + 2)]
+    return dict(zip(names, groups, strict=True))
+
+
+def group_of(groups: Mapping[str, str], key: str, subject: str) -> str | None:
+    """The group of an image: by its key, its subject, or the longest beginning of its key that is listed."""
+    for name in (key, subject, *(key[: cut.start()] for cut in reversed(list(_CUT.finditer(key))))):
+        if name in groups:
+            return groups[name]
+    return None

@@ -1,0 +1,136 @@
+"""From numbers to pictures: uint8 conversion, grids, PNG files. numpy and Pillow only, so every room may use it.
+
+Every picture and every sample metric, of real and of generated images alike, goes through uint8 (`to_uint8`):
+what is measured is then what a person would see in the file.
+
+Axes: models speak (N, C, H, W); pictures are (H, W) or (H, W, 3). `channels_last` turns one into the other.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaedist.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+
+def as_numpy(images: Any) -> NDArray[Any]:
+    """A numpy array of a numpy array or a torch tensor on any device (bfloat16 becomes float32)."""
+    if hasattr(images, "detach"):
+        tensor = images.detach().cpu()
+        return np.asarray((tensor if "bfloat16" not in str(tensor.dtype) else tensor.float()).numpy())
+    return np.asarray(images)
+
+
+def to_uint8(images: Any) -> Pixels:
+    """Images in [0, 1] as uint8: round to nearest of 255 levels, values outside clipped, NaN shown as black.
+
+    Args:
+        images: float (..., H, W), numpy or torch; uint8 passes through unchanged.
+
+    Returns:
+        uint8, same shape.
+    """
+    array = as_numpy(images)
+    if array.dtype == np.uint8:
+        return array
+    assert np.issubdtype(array.dtype, np.floating), f"images are float in [0, 1] or uint8, not {array.dtype}"
+    levels = np.rint(np.clip(array, 0.0, 1.0) * 255.0)
+    return np.nan_to_num(levels, nan=0.0).astype(np.uint8)
+
+
+def channels_last(images: Any) -> Pixels:
+    """uint8 (N, C, H, W) as (N, H, W) for one channel and (N, H, W, C) for more: what `grid` and Pillow take."""
+    array = to_uint8(images)
+    assert array.ndim == 4, f"expected (N, C, H, W), got {array.shape}"
+    return np.ascontiguousarray(array[:, 0] if array.shape[1] == 1 else array.transpose(0, 2, 3, 1))
+
+
+def grid(images: Any, columns: int, pad: int = 2) -> Pixels:
+    """Images side by side, row by row.
+
+    Args:
+        images: uint8 (N, H, W) or (N, H, W, C), N >= 1.
+        columns: Images per row, at least 1; the last row may be short.
+        pad: Width in pixels of the border around and between images; mid-grey, so that black images show.
+
+    Returns:
+        uint8 (H', W', C): C is 1 for (N, H, W) input.
+    """
+    array = np.asarray(images)
+    if array.ndim == 3:
+        array = array[..., None]
+    assert array.ndim == 4 and array.dtype == np.uint8, (
+        f"uint8 (N, H, W[, C]), got {array.dtype} {array.shape}"
+    )
+    count, height, width, channels = array.shape
+    assert count >= 1 and columns >= 1 and pad >= 0
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.full(
+        (rows * (height + pad) + pad, columns * (width + pad) + pad, channels), 128 if pad else 0, np.uint8
+    )
+    for i in range(rows * columns):
+        top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
+        sheet[top : top + height, left : left + width] = array[i] if i < count else 0
+    return sheet
+
+
+def png_bytes(array: Any) -> bytes:
+    """A PNG file of uint8 (H, W), (H, W, 1) or (H, W, 3)."""
+    from PIL import Image
+
+    pixels = np.asarray(array)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    assert pixels.dtype == np.uint8, f"pictures are uint8, not {pixels.dtype}"
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(path: str | Path, array: Any) -> None:
+    """Write a PNG whole or not at all (temporary file in the same folder, then renamed).
+
+    Args:
+        path: Where; the folder is made if it is missing.
+        array: uint8 (H, W), (H, W, 1) or (H, W, 3).
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_whole(path, png_bytes(array))
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary file in the same folder, fsync, rename.
+
+    Raises:
+        UserError: the file cannot be written (no permission, no space, the path is a folder).
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write {path}: {reason}; choose another place or free some space") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
