@@ -1,0 +1,73 @@
+"""SSIM against scikit-image, borders included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from vaedist.context import generator
+from vaedist.nets.ssim import Window, crop, ssim, ssim_map
+
+SETTINGS = {
+    "gaussian": {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False},
+    "uniform": {},
+}
+
+
+def pair(height: int, width: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A smooth picture with a black part, and a noisy copy, both in [0, 1]."""
+    rows, columns = torch.meshgrid(
+        torch.linspace(0, 7, height, dtype=torch.float64),
+        torch.linspace(0, 5, width, dtype=torch.float64),
+        indexing="ij",
+    )
+    x = (torch.sin(rows) * torch.cos(columns)).clamp(0, 1)[None, None]
+    disturbance = torch.randn(x.shape, generator=generator("ssim", noise), dtype=torch.float64)
+    return x, (x + noise * disturbance).clamp(0, 1)
+
+
+@pytest.mark.parametrize("window", ["gaussian", "uniform"])
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (13, 29), (64, 48)])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.5])
+def test_equals_scikit_image(window: Window, height: int, width: int, noise: float) -> None:
+    x, y = pair(height, width, noise)
+    mean, full = structural_similarity(
+        x[0, 0].numpy(), y[0, 0].numpy(), data_range=1.0, full=True, **SETTINGS[window]
+    )
+    ours = ssim_map(x, y, window)
+    np.testing.assert_allclose(ours[0, 0].numpy(), full, atol=1e-10, rtol=0)
+    assert float(ssim(x, y, window)) == pytest.approx(mean, abs=1e-10)
+    assert ours.shape == x.shape
+    inside = full[crop(window) : height - crop(window), crop(window) : width - crop(window)]
+    assert mean == pytest.approx(inside.mean(), abs=1e-12)
+
+
+def test_channels_and_images_do_not_mix() -> None:
+    pictures = [pair(20, 20, noise) for noise in (0.01, 0.1, 0.2, 0.3)]
+    x = torch.cat([p[0] for p in pictures]).view(2, 2, 20, 20)
+    y = torch.cat([p[1] for p in pictures]).view(2, 2, 20, 20)
+    apart = torch.stack([ssim_map(*p)[0, 0] for p in pictures]).view(2, 2, 20, 20)
+    torch.testing.assert_close(ssim_map(x, y), apart, rtol=0, atol=1e-12)
+
+
+def test_single_precision_is_close_enough_for_a_loss() -> None:
+    x, y = pair(64, 64, 0.05)
+    assert float(ssim(x.float(), y.float())) == pytest.approx(float(ssim(x, y)), abs=2e-5)
+    assert ssim_map(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+def test_gradient() -> None:
+    x, y = pair(12, 11, 0.1)
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(lambda image: ssim_map(x, image), (y,), atol=1e-6)
+
+
+def test_identical_images_score_one_and_pull_nowhere() -> None:
+    x, _ = pair(32, 32, 0.1)
+    y = x.clone().requires_grad_()
+    similarity = ssim(x, y)
+    similarity.sum().backward()
+    torch.testing.assert_close(similarity, torch.ones_like(similarity))
+    assert y.grad is not None and y.grad.abs().max() < 1e-12

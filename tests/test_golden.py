@@ -1,0 +1,67 @@
+"""Golden curves: the first steps of each variant in fp64, as text. A refactor leaves them identical.
+
+After a change that is meant to alter them: `VAEDIST_WRITE_GOLDEN=1 pytest tests/test_golden.py`, look at the
+difference, and say in the commit why it is right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vaedist.config import Job, parse
+from vaedist.training.attempt import FitOptions
+from vaedist.training.loop import fit
+
+GOLDEN = Path(__file__).parent / "golden"
+BODY = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "vae": {"kind": "vae", "latent": 4, "encoder": BODY, "beta": {"start": 0.1, "end": 1.0, "steps": 10}},
+    "vqvae": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "ema", "codes": 16, "dim": 4}},
+    "vqvae_gradient": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "gradient", "codes": 16, "dim": 4}},
+    "vqvae_fsq": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "fsq", "levels": [5, 3]}},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_curve(name: str, phantom: Path, tmp_path: Path) -> None:
+    content = {
+        "seed": 1,
+        "data": {"path": str(phantom), "workers": 0},
+        "model": MODELS[name],
+        "train": {
+            "steps": 20,
+            "batch_size": 8,
+            "precision": "fp64",
+            "ema_half_life": 1000,
+            "log_every": 1,
+            "validate_every": 10,
+            "save_every": 100,
+            "optim": {"main": {"learning_rate": 2e-3, "clip": 1e5, "schedule": {"kind": "cosine", "warmup": 4}}},
+        },
+    }
+    fit(parse(Job, content, "golden"), tmp_path / "run", options=FitOptions(quiet=True))
+    lines = []
+    for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        kept = sorted(row.keys() - {"step", "kind", "epoch", "time", "images_per_second", "data_wait"})
+        numbers = " ".join(f"{key}={row[key]:.9e}" for key in kept)
+        lines.append(f"{row['kind']} {row['step']} {numbers}")
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("VAEDIST_WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+        pytest.skip(f"written to {path}: look at it, then run again")
+    golden = path.read_text().splitlines()
+    assert len(lines) == len(golden)
+    for ours, theirs in zip(lines, golden, strict=True):
+        # Digits, not bits: another processor adds in another order. fp64 leaves nine digits beyond doubt.
+        for mine, kept in zip(ours.split(), theirs.split(), strict=True):
+            name_, _, value = mine.partition("=")
+            kept_name, _, kept_value = kept.partition("=")
+            assert name_ == kept_name
+            if value:
+                assert float(value) == pytest.approx(float(kept_value), rel=1e-7, abs=1e-12), f"{ours}\n{theirs}"
