@@ -87,14 +87,27 @@ def test_ranks_agree_to_the_bit_and_share_rank_0s_errors() -> None:
 
 def test_a_missing_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "from vaedist.training.dist import Group; Group.join('cpu', 2.0)"
-    environment = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=60)
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0
     assert "these never came: 1, 2" in done.stderr
 
 
 def test_stale_slurm_variables_join_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "9", "SLURM_LOCALID": "1"}.items():
+    for name, value in {
+        "SLURM_PROCID": "1",
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_ID": "9",
+        "SLURM_LOCALID": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

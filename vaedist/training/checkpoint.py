@@ -41,8 +41,8 @@ from vaedist.errors import UserError
 from vaedist.training.files import (
     TEMPORARY,
     as_json,
-    is_full,
     replace_file,
+    room,
     sync_folder,
     temporary,
     write_synced,
@@ -108,27 +108,24 @@ class Checkpoints:
         target = self._free_name(step)
         scratch = temporary(target)
         try:
-            scratch.mkdir(mode=0o700)
-            size, digest = _save(state, scratch / STATE)
-            manifest = {"format": FORMAT, "step": step, "files": {STATE: {"bytes": size, "sha256": digest}}}
-            write_synced(scratch / MANIFEST, as_json(manifest))
-            sync_folder(scratch)
-            guard()
-            os.rename(scratch, target)
-            sync_folder(self.folder)
+            with room(f"the checkpoint of step {step}", self.folder):
+                scratch.mkdir(mode=0o700)
+                size, digest = _save(state, scratch / STATE)
+                manifest = {
+                    "format": FORMAT,
+                    "step": step,
+                    "files": {STATE: {"bytes": size, "sha256": digest}},
+                }
+                write_synced(scratch / MANIFEST, as_json(manifest))
+                sync_folder(scratch)
+                guard()
+                os.rename(scratch, target)
+                sync_folder(self.folder)
         except FileNotFoundError:
             guard()  # the sweep of whoever took the run over is the likely reason, and `guard` says it better
             raise UserError(
                 f"the checkpoint of step {step} vanished from {self.folder} while it was written: does "
                 "another process clean that folder? Run the same command again to continue"
-            ) from None
-        except OSError as error:
-            if not is_full(error):
-                raise
-            raise UserError(
-                f"no room to write the checkpoint of step {step} in {self.folder} ({error.strerror}; "
-                f"{_free(self.folder)} free): older checkpoints are intact; make room and run the same "
-                "command again to continue"
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -176,7 +173,8 @@ class Checkpoints:
     def mark_best(self, path: Path, best: Best) -> None:
         """Point the run's `best.json` at a committed checkpoint."""
         pointer = {"checkpoint": path.name, "metric": best.metric, "value": best.value}
-        replace_file(self.run_folder / BEST, as_json(pointer))
+        with room(BEST, self.run_folder):
+            replace_file(self.run_folder / BEST, as_json(pointer))
 
     def best(self) -> Path | None:
         """The folder of the best checkpoint, if one was marked and is still there."""
@@ -440,7 +438,3 @@ def _assert_plain(value: Any, where: str) -> None:
     else:
         plain = isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes, type(None))
         assert plain, f"{where} is a {type(value).__name__}: neither a tensor nor a plain value"
-
-
-def _free(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"

@@ -13,6 +13,7 @@ one process: with the loop's weighting (see `vaedist.context`) their backward pa
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable
@@ -164,11 +165,14 @@ class Group:
         """
         if self.world == 1:
             return module
-        return nn.parallel.DistributedDataParallel(
+        parallel = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # since torch 2.13
+        options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return parallel(
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             find_unused_parameters=phases > 1,
+            **options,
         )
 
     def barrier(self) -> None:

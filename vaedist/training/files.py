@@ -6,12 +6,17 @@ folder that holds the name is forced to the disk too. A reader sees the old cont
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vaedist.errors import UserError
 
 TEMPORARY = ".tmp-"
 """How every temporary name of ours begins; nothing else may be swept."""
@@ -24,9 +29,23 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
 
 
-def is_full(error: OSError) -> bool:
-    """Whether the disk, the quota or the permitted file size was too small."""
-    return error.errno in _FULL
+@contextlib.contextmanager
+def room(what: str, folder: Path) -> Iterator[None]:
+    """Say in one sentence that the disk, the quota or the permitted file size was too small for `what`.
+
+    Raises:
+        UserError: in place of that OSError; others pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise UserError(
+            f"no room to write {what} in {folder} ({error.strerror}; {free:.1f} MiB free): checkpoints written "
+            "before are intact; make room and run the same command again to continue"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

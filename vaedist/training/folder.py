@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import struct
@@ -38,8 +39,9 @@ import yaml
 import vaedist
 from vaedist.config import Job
 from vaedist.errors import UserError
-from vaedist.training.files import as_json, replace_file
+from vaedist.training.files import as_json, replace_file, room
 
+_TIME_IN_NAME = re.compile(r"\.\d{10}\.")
 _LIBRARIES = ("torch", "numpy", "ray", "webdataset", "pydantic", "pillow", "scikit-image", "tensorboard")
 
 
@@ -131,19 +133,20 @@ class RunFolder:
             changed: From `vaedist.training.run.resume`.
             command: The command line, where it is not this process's own.
         """
-        for folder in (self.tensorboard, self.figures):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        (self.path / "finished.json").unlink(missing_ok=True)
-        entry = provenance(command) | {
-            "attempt": attempt,
-            "start_step": step or 0,
-            "engine": engine,
-            "workers": world,
-            "changed": [{"key": c.key, "old": _plain(c.old), "new": _plain(c.new)} for c in changed],
-        }
-        self.write_job(job)
-        replace_file(self.path / "provenance.json", as_json([*self.starts(), entry]))
-        self.cut(step)
+        with room("the record of this start", self.path):
+            for folder in (self.tensorboard, self.figures):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            (self.path / "finished.json").unlink(missing_ok=True)
+            entry = provenance(command) | {
+                "attempt": attempt,
+                "start_step": step or 0,
+                "engine": engine,
+                "workers": world,
+                "changed": [{"key": c.key, "old": _plain(c.old), "new": _plain(c.new)} for c in changed],
+            }
+            self.write_job(job)
+            replace_file(self.path / "provenance.json", as_json([*self.starts(), entry]))
+            self.cut(step)
 
     def write_job(self, job: Job) -> None:
         """`job.yaml`: the job, resolved by the caller; vaedist-train takes it as it is."""
@@ -168,7 +171,8 @@ class RunFolder:
     def finish(self, step: int, reason: str, metrics: Mapping[str, float]) -> None:
         """Record that there is nothing left to do: `reason` is `length` or `early stop`."""
         content = {"step": step, "reason": reason, "metrics": _finite(metrics)}
-        replace_file(self.path / "finished.json", as_json(content))
+        with room("finished.json", self.path):
+            replace_file(self.path / "finished.json", as_json(content))
 
     def finished(self) -> dict[str, Any] | None:
         """What `finish` recorded last: `step`, `reason`, `metrics`."""
@@ -186,8 +190,12 @@ class RunFolder:
             kept = [row for row in rows if _row_step(row) <= last]
             if kept != rows:
                 replace_file(self.metrics, b"".join(kept))
-        for path in sorted(self.tensorboard.rglob("*tfevents*")):
-            _cut_events(path, last)
+        attempts = sorted(
+            (found, path) for path in self.tensorboard.glob("*tfevents*") for found in _cut_events(path, last)
+        )
+        # TensorBoard reads files by name, which begins with the time of a clock: the next attempt's may be behind.
+        for number, (_, path) in enumerate(attempts):
+            path.replace(path.with_name(_TIME_IN_NAME.sub(f".{number:010d}.", path.name, count=1)))
 
 
 def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -243,17 +251,20 @@ def _row_step(row: bytes) -> float:
         return float("inf")
 
 
-def _cut_events(path: Path, last: int) -> None:
-    """Drop records beyond step `last` from one TensorBoard event file.
+def _cut_events(path: Path, last: int) -> list[int]:
+    """Drop records beyond step `last` from one TensorBoard event file, or the file if nothing is left to show.
 
     A record is: length (u64), its checksum (u32), that many bytes of an Event message, their checksum (u32), all
     little-endian. Records are kept or dropped whole, so no checksum changes; a torn tail is dropped.
+
+    Returns:
+        The last step that is left, if any.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
     content = path.read_bytes()
-    kept, summaries = [], 0
+    kept, steps = [], []
     start = 0
     while start + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, start)
@@ -266,9 +277,11 @@ def _cut_events(path: Path, last: int) -> None:
             break
         if event.step <= last:
             kept.append(content[start:stop])
-            summaries += event.HasField("summary")
+            if event.HasField("summary"):
+                steps.append(event.step)
         start = stop
-    if not summaries:
+    if not steps:
         path.unlink()
     elif sum(map(len, kept)) < len(content):
         replace_file(path, b"".join(kept))
+    return [max(steps)] if steps else []

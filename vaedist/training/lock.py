@@ -97,10 +97,13 @@ class RunLock:
         """Take the run's lock.
 
         Raises:
-            UserError: another process holds it and cannot be shown to have gone.
+            UserError: another process holds it and cannot be shown to have gone, or the folder takes no files.
         """
         me = Owner.this_process()
-        _take(Path(run_folder) / NAME, me)
+        try:
+            _take(Path(run_folder) / NAME, me)
+        except OSError as error:
+            raise UserError(f"cannot make the lock of the run {run_folder}: {error.strerror}") from None
         return cls(Path(run_folder) / NAME, me.token)
 
     @classmethod

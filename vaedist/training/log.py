@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.config import Job
-from vaedist.errors import UserError
-from vaedist.training.files import is_full, temporary
+from vaedist.training.files import room, temporary
 from vaedist.training.folder import RunFolder
 
 SPEED = frozenset({"images_per_second", "data_wait"})
@@ -102,7 +102,11 @@ class Log(Silent):
         self._board: Any = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self._bar: Any = None
         if not quiet and console is None and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            # Terminals without a size (`docker run -t`, for one) would get a bar of no width.
+            size = shutil.get_terminal_size((100, 24))
+            self._bar = tqdm(
+                total=total_steps, initial=start_step, unit="step", ncols=size.columns, nrows=size.lines
+            )
         if start_step == 0:
             self._hparams(job)
         self._began = self._tick = time.monotonic()
@@ -134,6 +138,7 @@ class Log(Silent):
         if self._bar is not None:
             self._bar.set_postfix_str(f"{loss}, {rate:.4g} images/s", refresh=False)
             self._bar.update(step - self._bar.n)
+            self._bar.refresh()
         else:
             self.message(
                 f"{_clock()}  step {step}/{self.total_steps}  epoch {epoch:.2f}  {loss}  {rate:.4g} images/s  "
@@ -146,7 +151,7 @@ class Log(Silent):
         self.message(f"{_clock()}  step {step}  validation  {shown}{'  (best so far)' if best else ''}")
 
     def images(self, step: int, tag: str, grid: NDArray[np.uint8]) -> None:
-        with self._room():
+        with room("the log", self.run.path):
             self._board.add_image(tag, grid, step, dataformats="HW" if grid.ndim == 2 else "HWC")
             self._board.flush()
 
@@ -159,7 +164,7 @@ class Log(Silent):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        with self._room():
+        with room("the log", self.run.path):
             self._board.close()
             self._rows.close()
             draw_curves(self.run.metrics, self.run.figures / "curves.png")
@@ -173,23 +178,11 @@ class Log(Silent):
         }
         numbers = {name: float(value) for name, value in scalars.items()}
         told = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        with self._room():
+        with room("the log", self.run.path):
             self._rows.write(json.dumps(clock | told, allow_nan=False) + "\n")
             for name, value in numbers.items():
                 self._board.add_scalar(f"{'speed' if name in SPEED else kind}/{name}", value, step)
             self._board.flush()
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not is_full(error):
-                raise
-            raise UserError(
-                f"no room to write the log in {self.run.path} ({error.strerror}): checkpoints are intact; make "
-                "room and run the same command again to continue"
-            ) from None
 
     def _left(self, step: int) -> str:
         """Time left, from the pace of this start, validation included."""

@@ -1,0 +1,333 @@
+"""Processes on this machine: this one, or N that this process starts, watches and never leaves behind.
+
+With one worker the loop runs right here. So it does where another launcher (torchrun, srun) made this process one
+rank of a group: it then is one rank, and starts nothing.
+
+With N workers this process trains nothing. It holds the run's lock for its whole life and hands the token down;
+it opens the port of the rendezvous itself and gives rank 0 the listening socket, so that no other program can
+take the port in between; and it starts `python -m vaedist.engines.local` N times. Each rank reads its orders (JSON)
+from standard input and answers with one JSON object on a pipe of its own. The end of that pipe is how a death is
+noticed at once: the kernel closes it however the rank died. The others get a moment to tell what they saw, then
+they are killed. Should this process die itself, the kernel kills the ranks (`PR_SET_PDEATHSIG`).
+
+A killed rank costs what was trained since the last checkpoint: all ranks start again from there, at most
+`max_failures` times. An error that a rank could name is not tried again.
+
+Signals to this process become the run's stop file; a signal to a rank is agreed on by all. Either way every rank
+saves the same step and leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import selectors
+import signal
+import site
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import vaedist
+from vaedist import errors
+from vaedist.config import Job
+from vaedist.errors import UserError, WorkerLost
+from vaedist.training import stop
+from vaedist.training.attempt import FitOptions, Outcome
+from vaedist.training.folder import RunFolder
+from vaedist.training.lock import RunLock
+
+_GRACE_SECONDS = 5.0
+"""How long the other ranks may tell what they saw after one has failed, and how long a rank may take to leave."""
+
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run(
+    job: Job,
+    run_folder: Path,
+    *,
+    workers: int | None = None,
+    device: str = "auto",
+    max_failures: int = 0,
+    options: FitOptions = FitOptions(),
+) -> Outcome:
+    """Train with `workers` processes on this machine.
+
+    Args:
+        job: The job.
+        run_folder: Made if missing (0700).
+        workers: Processes; None: one, or the rank that another launcher made of this process.
+        device: `auto`, `cpu` or `cuda`; a rank takes the GPU of its number.
+        max_failures: How often a group that lost a rank is started again.
+        options: What the door asked for; token and attempt are filled in here.
+
+    Raises:
+        UserError: what stopped the run, from whichever rank.
+    """
+    launched = all(name in os.environ for name in _RENDEZVOUS)
+    if workers is not None and launched:
+        raise UserError(
+            f"this process is rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} of another launcher (RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set): leave --workers out, or unset these variables"
+        )
+    options = replace(options, attempt=options.attempt or secrets.token_hex(4))
+    if workers is None or workers == 1:
+        return _fit(job, run_folder, device, options)
+    RunFolder.make(run_folder)
+    with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
+        options = replace(options, token=lock.token)
+        failures = 0
+        while True:
+            try:
+                return _run_group(job, run_folder, workers, device, options, asked)
+            except WorkerLost as lost:
+                failures += 1
+                if failures > max_failures or asked.requested:
+                    raise
+                told = f"{lost}; starting again from there ({failures} of at most {max_failures} times)"
+                print(f"vaedist: {told}", file=sys.stderr, flush=True)
+
+
+def _fit(job: Job, run_folder: Path, device: str, options: FitOptions) -> Outcome:
+    from vaedist.training.dist import Group
+    from vaedist.training.loop import fit
+
+    group = Group.join(device)
+    try:
+        return fit(job, run_folder, group=group, options=options)
+    finally:
+        group.close()
+
+
+# The launching process --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Rank:
+    """One started process: what it said, and how it ended."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    answers: int  # the pipe's reading end
+    console: IO[bytes] | None  # what ranks beyond 0 print, shown only if the rank dies
+    heard: bytearray = field(default_factory=bytearray)
+    killed_by_us: bool = False
+
+    @property
+    def answer(self) -> dict[str, Any] | None:
+        """Its outcome or its error; None if it died without a word."""
+        return json.loads(self.heard) if self.heard.endswith(b"\n") else None
+
+    @property
+    def failed(self) -> bool:
+        answer = self.answer
+        return answer is None or "outcome" not in answer
+
+    def last_lines(self) -> str:
+        if self.console is None:
+            return ""
+        self.console.seek(0)
+        text = self.console.read().decode(errors="replace").strip()
+        return "\n".join(text.splitlines()[-20:])
+
+
+def _run_group(
+    job: Job, run_folder: Path, workers: int, device: str, options: FitOptions, asked: stop.StopRequest
+) -> Outcome:
+    orders = {
+        "launcher": os.getpid(),
+        "job": job.model_dump(mode="json"),
+        "run_folder": str(run_folder),
+        "device": device,
+        "options": asdict(options),
+    }
+    ranks: list[_Rank] = []
+    with contextlib.ExitStack() as exits:
+        exits.callback(_end, ranks)
+        listener = exits.enter_context(socket.create_server(("127.0.0.1", 0), backlog=2 * workers + 8))
+        for number in range(workers):
+            ranks.append(_start(number, workers, listener, orders, exits))
+        listener.close()  # rank 0 holds it now
+        failures = _watch(ranks, run_folder, options, asked)
+        if failures:
+            raise _verdict(failures, workers)
+    answer = ranks[0].answer
+    assert answer is not None
+    return Outcome(**answer["outcome"])
+
+
+def _start(
+    number: int, workers: int, listener: socket.socket, orders: dict[str, Any], exits: contextlib.ExitStack
+) -> _Rank:
+    reading, writing = os.pipe()
+    exits.callback(os.close, reading)
+    console = None if number == 0 else exits.enter_context(tempfile.TemporaryFile())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environment |= {
+        "RANK": str(number),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_RANK": str(number),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        "PYTHONPATH": python_path(),
+    }
+    environment.pop("VAEDIST_STORE_FD", None)
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        # One machine: never depend on how its host name resolves.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    handed = [writing]
+    if number == 0:
+        environment["VAEDIST_STORE_FD"] = str(listener.fileno())
+        handed.append(listener.fileno())
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vaedist.engines.local"],
+            stdin=subprocess.PIPE,
+            stdout=console,
+            stderr=console,
+            env=environment,
+            pass_fds=handed,
+        )
+    finally:
+        os.close(writing)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(json.dumps({**orders, "answers": writing}).encode())
+    return _Rank(number, process, reading, console)
+
+
+def python_path() -> str:
+    """PYTHONPATH with which another Python finds this vaedist, checkout or installed."""
+    home = str(Path(vaedist.__file__).resolve().parents[1])
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    if home not in (*path, *site.getsitepackages(), site.getusersitepackages()):
+        path.insert(0, home)
+    return os.pathsep.join(path)
+
+
+def _watch(
+    ranks: list[_Rank], run_folder: Path, options: FitOptions, asked: stop.StopRequest
+) -> list[_Rank]:
+    """Wait for all ranks; those that failed, the first to fail first."""
+    failures: list[_Rank] = []
+    deadline: float | None = None
+    told = False
+    with selectors.DefaultSelector() as open_pipes:
+        for rank in ranks:
+            open_pipes.register(rank.answers, selectors.EVENT_READ, rank)
+        while open_pipes.get_map():
+            for key, _ in open_pipes.select(timeout=0.5):
+                rank = key.data
+                part = os.read(rank.answers, 1 << 16)
+                rank.heard += part
+                if part:
+                    continue
+                open_pipes.unregister(rank.answers)
+                if rank.failed:
+                    failures.append(rank)
+                    deadline = deadline or time.monotonic() + _GRACE_SECONDS
+            if asked.requested and not told:
+                told = True
+                stop.ask(run_folder, options.attempt)
+            if deadline and time.monotonic() > deadline:
+                break
+    _end(ranks)
+    return failures
+
+
+def _end(ranks: list[_Rank]) -> None:
+    """Wait a moment for ranks that have said their last word, kill what is left, and leave no zombie."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if rank.heard.endswith(b"\n"):
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.killed_by_us = True
+            rank.process.kill()
+    for rank in ranks:
+        rank.process.wait()
+
+
+def _verdict(failures: list[_Rank], workers: int) -> Exception:
+    """What the user is told: a named error before a death, a death before the errors it caused in others."""
+    for rank in failures:
+        if rank.answer is not None and "error" in rank.answer:
+            kind = getattr(errors, rank.answer["error"], UserError)
+            error: Exception = kind(rank.answer["text"])
+            return error
+    for rank in failures:
+        if rank.answer is None and not rank.killed_by_us:
+            if lines := rank.last_lines():
+                print(f"vaedist: rank {rank.number} last printed:\n{lines}", file=sys.stderr)
+            return WorkerLost(
+                f"rank {rank.number} of {workers} {_death(rank.process.returncode)}; the same command continues "
+                "from the last checkpoint"
+            )
+    for rank in failures:
+        if rank.answer is not None:
+            return RuntimeError(f"rank {rank.number} of {workers} failed\n{rank.answer['traceback']}")
+    raise AssertionError("a group failed, but no rank did")
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"left with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (often the kernel, out of memory: ask for more, or lower data.cache and train.batch_size)"
+    return f"was killed by {name}" + (hint if name == "SIGKILL" else "")
+
+
+# A started rank ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _early_signals(run_folder: Path, attempt: str) -> Iterator[None]:
+    """Until the loop listens, a signal to this rank becomes the stop file, which outlives its start."""
+    heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stop.ask(run_folder, attempt)) for number in heard]
+    try:
+        yield
+    finally:
+        for number, handler in zip(heard, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _rank_main() -> int:
+    orders = json.load(sys.stdin)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die when the launcher does
+    if os.getppid() != orders["launcher"]:
+        return 1  # it died before that was set
+    os.set_inheritable(orders["answers"], False)
+    folder, options = Path(orders["run_folder"]), FitOptions(**orders["options"])
+    with _early_signals(folder, options.attempt):
+        try:
+            outcome = _fit(Job.model_validate(orders["job"]), folder, orders["device"], options)
+            answer: dict[str, Any] = {"outcome": asdict(outcome)}
+        except UserError as error:
+            answer = {"error": type(error).__name__, "text": str(error)}
+        except Exception:  # noqa: BLE001 - whatever it is, the launcher prints it
+            answer = {"traceback": traceback.format_exc()}
+    with os.fdopen(orders["answers"], "w") as pipe:
+        pipe.write(json.dumps(answer) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_rank_main())

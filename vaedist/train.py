@@ -1,0 +1,152 @@
+"""`vaedist-train`: a job file to a run folder. The same command continues a run that was stopped or killed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaedist-train",
+        description="Train the model of a job file on packed shards; the same command continues a stopped run.",
+        epilog="Exit codes: 0 finished, or nothing was left to do; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C, or "
+        "a file RUN/stop that says `any`) after saving a checkpoint; 5 a worker process died; 4 training diverged; "
+        "3 the data are damaged; 2 the command, a file or a setting is wrong.",
+    )
+    parser.add_argument("job", metavar="JOB", help="job file (YAML), for example jobs/vqvae_phantom.yaml")
+    parser.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        help="settings that replace those of the file, for example train.steps=1000 model.codebook.size=512",
+    )
+    place = parser.add_argument_group("where")
+    place.add_argument("--run-dir", metavar="DIR", type=Path, help="run folder (default: runs/NAME of the job)")
+    place.add_argument(
+        "--new-run", action="store_true", help="never continue: if DIR holds a run, train in DIR-2 (or 3, ...)"
+    )
+    place.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: processes of this machine, or one rank under torchrun or srun; ray: Ray Train (default: local)",
+    )
+    place.add_argument("--workers", metavar="N", type=_count, help="processes that train together (default: 1)")
+    place.add_argument(
+        "--gpus-per-worker",
+        metavar="G",
+        type=int,
+        choices=(0, 1),
+        help="0 or 1, ray only (default: 1 where Ray has GPUs)",
+    )
+    place.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU where there is one (default: auto)",
+    )
+    place.add_argument(
+        "--max-failures",
+        metavar="N",
+        type=_count_or_none,
+        help="how often workers start again from the last checkpoint after one of them died (default: 3)",
+    )
+    parser.add_argument(
+        "--override",
+        action="store_true",
+        help="accept changed learning rates and loss weights when continuing a run; the change is recorded",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--print-job", action="store_true", help="print the job with every default, and exit")
+    only.add_argument(
+        "--summary", action="store_true", help="print the model's layers and parameter counts, and exit"
+    )
+    return parser
+
+
+@door
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args(argv)
+    from vaedist.config import load_job
+
+    job = load_job(arguments.job, arguments.settings)
+    if arguments.print_job:
+        import yaml
+
+        from vaedist.training.run import resolved
+
+        print(yaml.safe_dump(resolved(job).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        return EXIT_FINISHED
+    if arguments.summary:
+        from vaedist.training.summary import layer_table
+
+        print(layer_table(job))
+        return EXIT_FINISHED
+
+    from vaedist.training.attempt import FitOptions
+    from vaedist.training.folder import RunFolder
+
+    options = FitOptions(override=arguments.override, quiet=arguments.quiet)
+    several = (arguments.workers or 1) > 1
+    failures = 3 if arguments.max_failures is None else arguments.max_failures
+    if arguments.engine == "local":
+        if arguments.gpus_per_worker is not None:
+            raise UserError("--gpus-per-worker has no effect without --engine ray: use --device cuda or cpu")
+        if arguments.max_failures is not None and not several:
+            raise UserError("--max-failures has no effect on a single process: give --workers 2 or more")
+    folder = RunFolder.make(arguments.run_dir or Path("runs") / job.name, new_run=arguments.new_run).path
+    if arguments.engine == "local":
+        from vaedist.engines import local
+
+        outcome = local.run(
+            job,
+            folder,
+            workers=arguments.workers,
+            device=arguments.device,
+            max_failures=failures,
+            options=options,
+        )
+    else:
+        from vaedist.engines import ray
+
+        outcome = ray.run(
+            job,
+            folder,
+            workers=arguments.workers or 1,
+            gpus_per_worker=arguments.gpus_per_worker,
+            device=arguments.device,
+            max_failures=failures,
+            options=options,
+        )
+    if not arguments.quiet and os.environ.get("RANK", "0") == "0":
+        print(f"{_ENDED[outcome.status]} at step {outcome.step}: {folder}")
+    return EXIT_STOPPED if outcome.status == "stopped" else EXIT_FINISHED
+
+
+_ENDED = {
+    "finished": "finished",
+    "stopped": "stopped on request; the same command continues it. Saved",
+    "already finished": "nothing left to do (a larger train.steps goes on): this run had finished",
+}
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
