@@ -1,21 +1,25 @@
 """`vaedist-shard`: from images to a packed folder that `vaedist-train` reads.
 
-    vaedist-shard INPUT --out DIR [options]     pack a folder, idx files, volumes, or the word `phantom`
-    vaedist-shard DIR --verify                  read everything and check it
-    vaedist-shard DIR --strike KEY...           take samples out of the index
-    vaedist-shard DIR --index                   index tars that somebody else wrote
+vaedist-shard INPUT --out DIR [options]     pack a folder, idx files, volumes, or the word `phantom`
+vaedist-shard DIR --verify                  read everything and check it
+vaedist-shard DIR --strike KEY...           take samples out of the index
+vaedist-shard DIR --index                   index tars that somebody else wrote
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vaedist.errors import EXIT_FINISHED, UserError, door
+from vaedist.errors import EXIT_FINISHED, DataError, UserError, door
 
 if TYPE_CHECKING:
+    from vaedist.data.images import Limits
     from vaedist.data.index import Index
     from vaedist.data.shards import Packing
+    from vaedist.data.upkeep import Damage
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: vaedist-shard phantom --out shards/phantom --size 64 --count "
         "train=9664,validate=1120,test=544",
     )
-    parser.add_argument("input", metavar="INPUT", help="folder of images, idx files, volumes or tars; `phantom`")
+    parser.add_argument(
+        "input", metavar="INPUT", help="folder of images, idx files, volumes or tars; `phantom`"
+    )
     tasks = parser.add_argument_group("what to do (default: pack INPUT into --out)")
     tasks.add_argument("--verify", action="store_true", help="check every byte and image of a packed folder")
     tasks.add_argument(
@@ -46,14 +52,22 @@ def build_parser() -> argparse.ArgumentParser:
     colour = packing.add_mutually_exclusive_group()
     colour.add_argument("--gray", dest="channels", action="store_const", const=1, help="one channel")
     colour.add_argument("--rgb", dest="channels", action="store_const", const=3, help="three channels")
-    packing.add_argument("--codec", choices=("png", "npy"), help="lossless both; npy reads faster (default: png)")
-    packing.add_argument("--samples-per-shard", type=_positive, metavar="N", help="default: what fits in 64 MB")
+    packing.add_argument(
+        "--codec", choices=("png", "npy"), help="lossless both; npy reads faster (default: png)"
+    )
+    packing.add_argument(
+        "--samples-per-shard", type=_positive, metavar="N", help="default: what fits in 64 MB"
+    )
     packing.add_argument(
         "--order", choices=("random", "source"), help="order of packing (default: random, seeded)"
     )
-    packing.add_argument("--seed", type=int, metavar="N", help="of order, chosen splits and phantom (default: 0)")
     packing.add_argument(
-        "--subjects", metavar="FILE", help="table of key (or its beginning) and subject, for names that do not tell"
+        "--seed", type=int, metavar="N", help="of order, chosen splits and phantom (default: 0)"
+    )
+    packing.add_argument(
+        "--subjects",
+        metavar="FILE",
+        help="table of key (or its beginning) and subject, for names that do not tell",
     )
     packing.add_argument(
         "--validation-fraction",
@@ -63,17 +77,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     packing.add_argument("--test-fraction", type=_fraction, metavar="F", help="likewise (default: 0)")
     packing.add_argument("--workers", type=_positive, metavar="N", help="processes (default: 1)")
-    packing.add_argument("--skip-bad", action="store_true", help="leave bad files out, listed in rejected.jsonl")
+    packing.add_argument(
+        "--skip-bad", action="store_true", help="leave bad files out, listed in rejected.jsonl"
+    )
     packing.add_argument("--max-pixels", type=_positive, metavar="N", help="per image (default: 67,108,864)")
     packing.add_argument("--max-bytes", type=_positive, metavar="N", help="per file (default: 268,435,456)")
     some = parser.add_argument_group("some sources only")
     some.add_argument("--match", metavar="GLOB", help="folder, volume: only paths below INPUT that match")
     some.add_argument(
-        "--slices", type=_range, metavar="A:B", help="volume: from and to which share of the height (default: 0:1)"
+        "--slices",
+        type=_range,
+        metavar="A:B",
+        help="volume: from and to which share of the height (default: 0:1)",
     )
-    some.add_argument("--axis", type=int, choices=(0, 1, 2), help="volume: axis to cut along (default: 2, axial)")
     some.add_argument(
-        "--count", type=_counts, metavar="SPLIT=N,...", help="phantom: images (default: train=1024,validate=128,test=128)"
+        "--axis", type=int, choices=(0, 1, 2), help="volume: axis to cut along (default: 2, axial)"
+    )
+    some.add_argument(
+        "--count",
+        type=_counts,
+        metavar="SPLIT=N,...",
+        help="phantom: images (default: train=1024,validate=128,test=128)",
     )
     return parser
 
@@ -82,36 +106,130 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     task = _task(arguments)
-    if task == "pack":
-        return _pack(arguments)
-    raise UserError("not there yet")
+    return {"pack": _pack, "verify": _verify, "strike": _strike, "index": _index}[task](arguments)
+
+
+_ALSO = {
+    "verify": {"strike"},
+    "strike": {"verify", "strike_file"},
+    "index": {"skip_bad", "max_pixels", "max_bytes"},
+}
 
 
 def _task(arguments: argparse.Namespace) -> str:
     """Which of the four things is asked for; options of another one are refused, not ignored."""
-    chosen = [
-        name
-        for name, given in (
-            ("verify", arguments.verify),
-            ("strike", arguments.strike is not None or arguments.strike_file),
-            ("index", arguments.index),
+    given = {
+        name for name, value in vars(arguments).items() if value not in (None, False) and name != "input"
+    }
+    task = "strike" if given & {"strike", "strike_file"} else next((t for t in _ALSO if t in given), "pack")
+    if task == "pack":
+        return task
+    foreign = sorted(given - {task} - _ALSO[task])
+    if foreign:
+        option = "--gray or --rgb" if foreign[0] == "channels" else f"--{foreign[0].replace('_', '-')}"
+        raise UserError(f"{option} has no meaning with --{task}: leave it away")
+    return task
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vaedist.data.index import Index
+
+    index = Index.open(arguments.input)
+    damages = _damages(index)
+    _describe(index)
+    if not damages:
+        print("sound      every byte and image is as it was packed")
+        return EXIT_FINISHED
+    for damage in damages[:20]:
+        print(f"damaged    {damage}")
+    more = f" ({len(damages) - 20} more)" if len(damages) > 20 else ""
+    if all(damage.key is not None for damage in damages):
+        way = f"copy the folder again, or take them out: vaedist-shard {arguments.input} --verify --strike"
+    else:
+        way = "copy the folder again, or pack it again"
+    raise DataError(f"{arguments.input}: {len(damages)} damages{more}; first: {damages[0]}; {way}")
+
+
+def _damages(index: Index) -> list[Damage]:
+    from vaedist.data.upkeep import verify
+
+    with _bar(" images") as progress:
+        return verify(index, progress)
+
+
+def _strike(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from vaedist.data.index import Index
+    from vaedist.data.upkeep import read_keys, strike
+
+    index = Index.open(arguments.input)
+    keys = list(arguments.strike or [])
+    if arguments.strike_file:
+        keys += read_keys(Path(arguments.strike_file))
+    reason = "asked for"
+    if arguments.verify:
+        if keys:
+            raise UserError("--verify --strike strikes what is damaged: leave the keys away")
+        reason = "damaged"
+        damages = _damages(index)
+        rest = next((damage for damage in damages if damage.key is None), None)
+        if rest is not None:
+            raise DataError(
+                f"{rest}; this is not a sample that could be struck: pack or copy the folder again"
+            )
+        keys = [damage.key for damage in damages if damage.key is not None]
+    elif not keys:
+        raise UserError("say which samples: --strike KEY..., --strike-file FILE, or --verify --strike")
+    struck, count = strike(index, keys, reason)
+    _describe(struck)
+    print(
+        f"struck     {count} now, {len(struck.struck)} in all; the data identity was {index.identity[:12]}..."
+    )
+    return EXIT_FINISHED
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from vaedist.data.foreign import index_tars
+
+    with _bar(" tars") as progress:
+        folder = Path(arguments.input)
+        index, rejected = index_tars(
+            folder, skip_bad=arguments.skip_bad, limits=_limits(arguments), progress=progress
         )
-        if given
-    ]
-    return chosen[0] if chosen else "pack"
+    _describe(index)
+    if rejected:
+        print(f"left out   {rejected} samples: see {folder / 'rejected.jsonl'}")
+    print(f"next       vaedist-train JOB.yaml data.path={folder}")
+    return EXIT_FINISHED
 
 
-def _pack(arguments: argparse.Namespace) -> int:
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal: a function of (done, in all)."""
     from tqdm import tqdm
 
-    from vaedist.data.shards import pack
-
-    with tqdm(unit=" images", disable=None, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(unit=unit, disable=None, dynamic_ncols=True, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
+        yield progress
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    from vaedist.data.images import MAX_BYTES, MAX_PIXELS, Limits
+
+    return Limits(arguments.max_pixels or MAX_PIXELS, arguments.max_bytes or MAX_BYTES)
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from vaedist.data.shards import pack
+
+    with _bar(" images") as progress:
         report = pack(_packing(arguments), progress)
     if report.already:
         print(f"{arguments.out} is packed already; nothing to do")
@@ -127,13 +245,11 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _packing(arguments: argparse.Namespace) -> Packing:
     from pathlib import Path
 
-    from vaedist.data.images import MAX_BYTES, MAX_PIXELS, Limits
     from vaedist.data.shards import Packing
     from vaedist.data.sources import Settings
 
     if arguments.out is None:
         raise UserError("say where to pack to: --out DIR")
-    limits = Limits(arguments.max_pixels or MAX_PIXELS, arguments.max_bytes or MAX_BYTES)
     return Packing(
         input=arguments.input,
         out=Path(arguments.out),
@@ -151,7 +267,7 @@ def _packing(arguments: argparse.Namespace) -> Packing:
         skip_bad=arguments.skip_bad,
         workers=arguments.workers or 1,
         settings=Settings(
-            limits=limits,
+            limits=_limits(arguments),
             count=arguments.count,
             match=arguments.match,
             slices=arguments.slices,
@@ -163,7 +279,9 @@ def _packing(arguments: argparse.Namespace) -> Packing:
 def _describe(index: Index) -> None:
     """Print what a packed folder holds."""
     channels, height, width = index.shape
-    print(f"packed     {index.folder}: {width} x {height}, {'gray' if channels == 1 else f'{channels} channels'}")
+    print(
+        f"packed     {index.folder}: {width} x {height}, {'gray' if channels == 1 else f'{channels} channels'}"
+    )
     for split in index.splits.values():
         subjects: set[str] = set()
         for shard in range(len(split.shards)):
@@ -206,7 +324,9 @@ def _counts(text: str) -> dict[str, int]:
     for part in text.split(","):
         split, equals, number = part.partition("=")
         if not equals or not split.isidentifier() or not number.isdecimal() or int(number) < 1:
-            raise argparse.ArgumentTypeError(f"{part!r} is not SPLIT=N; write train=640,validate=128,test=128")
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not SPLIT=N; write train=640,validate=128,test=128"
+            )
         counts[split] = int(number)
     return counts
 

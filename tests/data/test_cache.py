@@ -62,7 +62,7 @@ def plain(index):
     return batches
 
 
-@pytest.mark.parametrize(("world", "nodes"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "nodes"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_processes_of_a_node_share_one_nameless_memory(tmp_path, pack, world, nodes):
     index = pack(tmp_path, {"train": [9, 17, 14]})
     before = set(os.listdir("/dev/shm"))

@@ -173,30 +173,24 @@ def test_columns_that_belong_to_another_tar_are_refused(tmp_path, pack):
 
 _STRANGER = """
 import hashlib, json, sys, webdataset
-codec, decode, *tars = sys.argv[1:]
-for row in webdataset.WebDataset(tars, shardshuffle=False).decode(decode):
-    print(json.dumps([row["__key__"], row["cls"], row["json"], hashlib.sha256(row[codec].tobytes()).hexdigest()]))
+for codec, decode, *tars in json.loads(sys.argv[1]):
+    for row in webdataset.WebDataset(tars, shardshuffle=False).decode(decode):
+        digest = hashlib.sha256(row[codec].tobytes()).hexdigest()
+        print(json.dumps([row["__key__"], row["cls"], row["json"], digest]))
 """  # in its own process: webdataset draws from the global generators and leaves files open
 
 
-@pytest.mark.parametrize(("codec", "shape"), [("png", (1, 8, 8)), ("png", (3, 5, 7)), ("npy", (1, 8, 8))])
-def test_webdataset_reads_the_tars(tmp_path, pack, expected, codec, shape):
-    split = pack(tmp_path, {"train": [5, 3]}, codec=codec, shape=shape).split("train")
-    tars = [str(shard.tar) for shard in split.shards]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        _STRANGER,
-        codec,
-        "rgb8" if shape[0] == 3 else "l8",
-        *tars,
-    ]
+def test_webdataset_reads_the_tars(tmp_path, pack, expected):
+    asked, wanted = [], []
+    for codec, shape in (("png", (1, 8, 8)), ("png", (3, 5, 7)), ("npy", (1, 8, 8))):
+        split = pack(tmp_path / f"{codec}{shape[0]}", {"train": [5, 3]}, codec=codec, shape=shape).split(
+            "train"
+        )
+        asked.append([codec, "rgb8" if shape[0] == 3 else "l8", *(str(shard.tar) for shard in split.shards)])
+        stored = expected("train", range(8), shape).transpose(0, 2, 3, 1)
+        for n, image in enumerate(stored):
+            digest = hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+            wanted.append([split.key(n), n % 3, {"n": n}, digest])
+    command = [sys.executable, "-W", "ignore", "-c", _STRANGER, json.dumps(asked)]
     told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    stored = expected("train", range(8), shape).transpose(0, 2, 3, 1)
-    wanted = [
-        [split.key(n), n % 3, {"n": n}, hashlib.sha256(np.ascontiguousarray(stored[n])).hexdigest()]
-        for n in range(8)
-    ]
     assert [json.loads(line) for line in told.splitlines()] == wanted

@@ -21,29 +21,26 @@ _STRIP = 15  # pixels under a picture for the name of its class
 _TITLE = 26
 
 
-def read_picture(tar: Path, offset: int, size: int, shape: tuple[int, int, int], codec: str) -> Picture:
-    """One image straight from a tar, (H, W) or (H, W, C).
+def picture_of(data: bytes, shape: tuple[int, int, int], codec: str) -> Picture:
+    """The image whose data (as the index points at them) are `data`, (H, W) or (H, W, C).
 
     Raises:
-        DataError: the bytes there are not an image of that shape.
+        ValueError: they are not an image of that shape.
     """
     channels, height, width = shape
     wanted = (height, width) if channels == 1 else (height, width, channels)
+    if codec == "npy":
+        return np.frombuffer(data, np.uint8).reshape(wanted)
     try:
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        if codec == "npy":
-            return np.frombuffer(data, np.uint8).reshape(wanted)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != (width, height):
                 raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels")
             pixels = np.asarray(image)
-        if pixels.shape != wanted or pixels.dtype != np.uint8:
-            raise ValueError(f"its mode is {image.mode}")
-        return pixels
     except Exception as error:  # noqa: BLE001 - a damaged file can make a decoder raise anything
-        raise DataError(f"{tar}: no image of shape {shape} at byte {offset}: {error}") from None
+        raise ValueError(str(error) or type(error).__name__) from None
+    if pixels.shape != wanted or pixels.dtype != np.uint8:
+        raise ValueError(f"it has the shape {pixels.shape} and the type {pixels.dtype}")
+    return pixels
 
 
 def write_contact_sheet(
@@ -53,6 +50,9 @@ def write_contact_sheet(
 
     Returns:
         Its path.
+
+    Raises:
+        DataError: one of them is damaged.
     """
     count = min(SAMPLES, split.count)
     chosen = [i * split.count // count for i in range(count)]
@@ -61,7 +61,14 @@ def write_contact_sheet(
         shard, row = split.locate(sample)
         columns = split.columns(shard)
         offset, size = int(columns.offset[row]), int(columns.size[row])
-        picture = _thumbnail(read_picture(split.shards[shard].tar, offset, size, shape, codec))
+        tar = split.shards[shard].tar
+        try:
+            with open(tar, "rb") as file:
+                file.seek(offset)
+                picture = _thumbnail(picture_of(file.read(size), shape, codec))
+        except (OSError, ValueError) as error:
+            key = columns.keys[row]
+            raise DataError(f"{tar}: sample {key!r} at byte {offset} cannot be shown: {error}") from None
         label = int(columns.label[row])
         name = classes[label] if 0 <= label < len(classes) else ""
         cells.append(_labelled(picture, name) if classes else picture)

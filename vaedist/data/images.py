@@ -110,7 +110,7 @@ def decode(data: bytes, limits: Limits | None = None) -> Picture:
         raise
     except MemoryError:
         raise BadImage("needs more memory to decode than there is") from None
-    except Exception as error:  # decoders of hostile files raise anything: SyntaxError, struct.error, ...
+    except Exception as error:  # noqa: BLE001 - a hostile file can make a decoder raise anything
         raise BadImage(f"is damaged: {str(error) or type(error).__name__}") from None
 
 

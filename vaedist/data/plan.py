@@ -105,7 +105,11 @@ def read_subject_map(path: Path) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        words = next(csv.reader([line.lstrip("# ")], delimiter=delimiter)) if delimiter else line.strip("# ").split()
+        words = (
+            next(csv.reader([line.lstrip("# ")], delimiter=delimiter))
+            if delimiter
+            else line.strip("# ").split()
+        )
         words = [word.strip() for word in words]
         if not found and column is None:
             named = [i for i, word in enumerate(words) if _is_subject_column(word)]
@@ -165,7 +169,8 @@ def part_subjects(items: Sequence[Item], bad: Bad) -> list[Item]:
     if not crossing:
         return list(items)
     home = {
-        subject: min(counts, key=lambda split: (-counts[split], split)) for subject, counts in crossing.items()
+        subject: min(counts, key=lambda split: (-counts[split], split))
+        for subject, counts in crossing.items()
     }
     kept = []
     for item in items:
@@ -199,7 +204,10 @@ def choose_splits(
         if share is not None and name in own:
             option = "--validation-fraction" if name == "validate" else "--test-fraction"
             raise UserError(f"the source has a split {name!r} of its own, so {option} has no meaning here")
-    shares = {"test": test or 0.0, "validate": (0.0 if "validate" in own else 0.1) if validation is None else validation}
+    shares = {
+        "test": test or 0.0,
+        "validate": (0.0 if "validate" in own else 0.1) if validation is None else validation,
+    }
     free = [i for i, item in enumerate(items) if item.split in (None, "train")]
     units: dict[str, list[int]] = defaultdict(list)
     for i in free:

@@ -105,7 +105,7 @@ _preparer: Preparer | None = None
 
 
 def _start_worker(preparer: Preparer) -> None:
-    global _preparer  # noqa: PLW0603 - a worker process has one job, and this is where it is kept
+    global _preparer  # a worker process has one job, and this is where it is kept
     _preparer = preparer
 
 

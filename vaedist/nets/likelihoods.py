@@ -79,7 +79,7 @@ class _Decoded:
 
     @property
     def location(self) -> Tensor:
-        """(B, C, H, W): the mean before it is cut to [0, 1], so that its gradient never vanishes."""
+        """(B, C, H, W): the mean before it is cut to [0, 1]."""
         return (self.output + 1) / 2
 
     @property
@@ -105,8 +105,12 @@ class _Decoded:
         return (self.mean - self.target(image)).square().flatten(1).mean(1)
 
     def dssim(self, image: Tensor) -> Tensor:
-        """(B,) structural dissimilarity P * (1 - SSIM) / 2: a number per image that grows as nats do."""
-        similarity = ssim(self.location, self.target(image))
+        """(B,) structural dissimilarity P * (1 - SSIM) / 2: a number per image that grows as nats do.
+
+        Of `mean`, which is what gets looked at: values beyond black or white count as black or white. Their
+        gradient is left to `log_prob`.
+        """
+        similarity = ssim(self.mean, self.target(image))
         return self.output.shape[1:].numel() * (1 - similarity) / 2
 
 

@@ -22,7 +22,7 @@ import pkgutil
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -69,7 +69,7 @@ class Settings:
     size: int | None = None
     workspace: Path | None = None
     """A private folder for intermediate files; kept until packing has ended."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     """On one input file."""
     count: Mapping[str, int] | None = None
     match: str | None = None
@@ -142,9 +142,10 @@ def clean_key(text: str) -> str:
     return plain
 
 
-def natural(text: str) -> list[tuple[int, str]]:
+def natural(text: str) -> list[tuple[bool, int, str]]:
     """Sort key under which `slice_2` comes before `slice_10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text) if part]
+    parts = [part for part in re.split(r"(\d+)", text) if part]
+    return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
 
 
 def split_name(folder: str) -> str | None:
@@ -175,7 +176,8 @@ def walk(top: Path, folder: Path | None = None, *, deep: bool = True) -> Iterato
     Hidden files and the litter of desktops (`Thumbs.db`, `desktop.ini`) are passed over.
     """
     folder = folder or top
-    yield from _walk(top, folder, (os.path.realpath(folder),), deep)
+    above = [folder, *(one for one in folder.parents if one.is_relative_to(top))]
+    yield from _walk(top, folder, tuple(os.path.realpath(one) for one in above), deep)
 
 
 def _walk(top: Path, folder: Path, chain: tuple[str, ...], deep: bool) -> Iterator[Found | Problem]:

@@ -2,7 +2,7 @@
 
 | layout | split | class |
 |---|---|---|
-| `train_data/<class>/...`, `test_data/<class>/...`; also `train`, `val`, `valid`, `validate`, `test` | the folder | `<class>` |
+| `train_data/<class>/...`, `test_data/<class>/...`, also `train`, `val`, `test` | the folder | `<class>` |
 | `train/...`, `test/...` without class folders | the folder | none |
 | `<class>/...` | chosen by the packer | `<class>` |
 | files only | chosen by the packer | none |
@@ -20,7 +20,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vaedist.data.images import Picture, decode, read_file
-from vaedist.data.sources import Found, Item, Problem, Settings, clean_key, folders, relative_to, split_name, walk
+from vaedist.data.sources import (
+    Found,
+    Item,
+    Problem,
+    Settings,
+    clean_key,
+    folders,
+    relative_to,
+    split_name,
+    walk,
+)
 from vaedist.errors import UserError
 
 OPTIONS = frozenset({"fit", "match"})

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.data.images import Picture
+from vaedist.data.images import Limits, Picture
 from vaedist.data.sources import Item, Problem, Settings
 from vaedist.errors import UserError
 
 OPTIONS = frozenset({"fit"})
 _NAME = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 _SPLITS = {"train": "train", "t10k": "test"}
-_LARGEST = 2**31  # bytes of one unpacked idx file; MNIST's largest has 47 million
+_IMAGES_PER_FILE = 8  # times --max-bytes: what an unpacked idx file may have, for it holds many images
 
 
 def recognises(path: Path) -> int:
@@ -42,7 +42,7 @@ def _files(path: Path) -> dict[tuple[str, str], Path]:
     return found
 
 
-def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
+def read_idx(path: Path, axes: int, limits: Limits) -> NDArray[np.uint8]:
     """The array of an idx file of uint8 with that many axes.
 
     Raises:
@@ -55,8 +55,10 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
                 raise UserError(f"{path} is not an idx file of uint8 with {axes} axes")
             shape = struct.unpack(f">{axes}I", head[4:])
             size = int(np.prod(shape, dtype=np.float64))
-            if size > _LARGEST:
-                raise UserError(f"{path} announces {shape} values, more than {_LARGEST:,}")
+            if size > limits.bytes * _IMAGES_PER_FILE:
+                raise UserError(
+                    f"{path} announces {size:,} values {shape}, more than is allowed (--max-bytes)"
+                )
             data = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read or is damaged ({error})") from None
@@ -67,7 +69,8 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
 
 
 class MnistSource:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self._limits = limits
         self._files = _files(path)
         if not any(part == "images" for _, part in self._files):
             raise UserError(f"{path} holds no train-images-idx3-ubyte or t10k-images-idx3-ubyte (.gz or not)")
@@ -78,7 +81,7 @@ class MnistSource:
 
     def _pictures(self, part: str) -> NDArray[np.uint8]:
         if part not in self._images:
-            self._images[part] = read_idx(self._files[part, "images"], 3)
+            self._images[part] = read_idx(self._files[part, "images"], 3, self._limits)
         return self._images[part]
 
     def items(self) -> Iterator[Item | Problem]:
@@ -88,7 +91,7 @@ class MnistSource:
             images, file = self._pictures(part), self._files[part, "images"]
             labels: list[str] | None = None
             if (part, "labels") in self._files:
-                labels = [str(label) for label in read_idx(self._files[part, "labels"], 1)]
+                labels = [str(label) for label in read_idx(self._files[part, "labels"], 1, self._limits)]
                 if len(labels) != len(images):
                     raise UserError(
                         f"{self._files[part, 'labels']} has {len(labels)} labels for {len(images)} images"
@@ -103,4 +106,4 @@ class MnistSource:
 
 
 def open_source(path: Path, settings: Settings) -> MnistSource:
-    return MnistSource(path)
+    return MnistSource(path, settings.limits)

@@ -81,7 +81,7 @@ def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
         raise
     except MemoryError:
         raise BadImage("needs more memory to read than there is") from None
-    except Exception as error:  # nibabel and zlib raise many kinds on damaged files
+    except Exception as error:  # noqa: BLE001 - nibabel and zlib raise many kinds on damaged files
         raise BadImage(f"cannot be read as a volume: {str(error) or type(error).__name__}") from None
     scaled = normalise(data)
     # Rows run down (from the far end of the second axis that is left), columns to the right.
@@ -93,7 +93,9 @@ def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
         finer = min(tall, wide)
         height, width = round(height * tall / finer), round(width * wide / finer)
         if height * width > limits.pixels:
-            raise BadImage(f"has voxels of {tall:g} x {wide:g} mm, which make slices of {width} x {height} pixels")
+            raise BadImage(
+                f"has voxels of {tall:g} x {wide:g} mm, which make slices of {width} x {height} pixels"
+            )
         return np.stack([resize(one, height, width) for one in slices])
     return np.ascontiguousarray(slices)
 
@@ -128,7 +130,10 @@ def _stem(name: str) -> str:
 class VolumeSource:
     def __init__(self, path: Path, settings: Settings, spool: Path) -> None:
         self._path, self._match, self._limits = path, settings.match, settings.limits
-        self._slices, self._axis = settings.slices or (0.0, 1.0), 2 if settings.axis is None else settings.axis
+        self._slices, self._axis = (
+            settings.slices or (0.0, 1.0),
+            2 if settings.axis is None else settings.axis,
+        )
         self._spool = spool
 
     def items(self) -> Iterator[Item | Problem]:
@@ -143,9 +148,12 @@ class VolumeSource:
             files = [found for found in files if fnmatchcase(found.relative, self._match)]
         elif disc:
             files = disc
+        stems = {_stem(found.path.name) for found in files}
         for found in files:
+            # The file's name makes the shorter key, where it is enough to tell the volumes apart.
+            name = _stem(found.path.name if len(stems) == len(files) else found.relative)
             try:
-                yield from self._volume(found)
+                yield from self._volume(found, clean_key(name))
             except BadImage as error:
                 yield Problem(found.relative, str(error))
 
@@ -155,7 +163,7 @@ class VolumeSource:
         else:
             yield from walk(self._path)
 
-    def _volume(self, found: Found) -> Iterator[Item]:
+    def _volume(self, found: Found, key: str) -> Iterator[Item]:
         if found.size == 0:
             raise BadImage("is empty (0 bytes)")
         state = found.path.stat()
@@ -171,7 +179,6 @@ class VolumeSource:
         numbers = [i for i in range(first, last) if there[i]]
         if not numbers:
             raise BadImage("has no slice with anything in it")
-        key = clean_key(_stem(found.relative))
         split = split_name(found.relative.split("/")[0]) if "/" in found.relative else None
         for i in numbers:
             yield Item(

@@ -1,0 +1,115 @@
+"""What all tests share: real and built-in data, one Ray, and a guard over the global random generators."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: two slow cores serve best when no test opens more threads than it needs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real images beside the repository; tests that use them are marked `shared`."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not (folder / "README.md").exists():
+        pytest.skip("the real images are not here: ../shared/data beside the repository is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed phantom images, 16x16 gray, two classes: 64 to train on, 32 to validate, 32 to test."""
+    return pack_phantom(tmp_path_factory.mktemp("phantom") / "shards", size=16)
+
+
+def pack_phantom(folder: Path, size: int) -> Path:
+    """A small packed phantom of any size."""
+    from vaedist.data.shards import Packing, pack
+    from vaedist.data.sources import Settings
+
+    count = {"train": 64, "validate": 32, "test": 32}
+    pack(Packing(input="phantom", out=folder, size=size, settings=Settings(size=size, count=count)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one Ray of this session: starting one takes tens of seconds. Tests that use it are marked `ray`."""
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"Ray must be there in continuous integration: {error}")
+        pytest.skip(f"Ray is not installed: {error}")
+    from vaedist.engines.ray import cluster
+
+    with cluster(cpus=4):
+        yield
+
+
+# Random generators --------------------------------------------------------------------------------------------
+
+
+def _global_random_state() -> dict[str, bytes]:
+    states = {"random": repr(hash(random.getstate())).encode()}
+    if "numpy" in sys.modules:
+        _, keys, position, *rest = sys.modules["numpy"].random.get_state(legacy=True)
+        states["numpy.random"] = keys.tobytes() + repr((position, rest)).encode()
+    if "torch" in sys.modules:
+        states["torch"] = sys.modules["torch"].random.get_rng_state().numpy().tobytes()
+    return states
+
+
+@pytest.fixture(autouse=True)
+def global_generators_untouched() -> Iterator[None]:
+    """Randomness belongs to the sample: no test may find a global generator moved by what it ran."""
+    before = _global_random_state()
+    yield
+    after = _global_random_state()
+    moved = [name for name, state in before.items() if after[name] != state]
+    assert not moved, f"moved a global random generator: {', '.join(moved)}"
+
+
+# Minutes by area, printed above pytest's last line --------------------------------------------------------------
+
+_AREAS = ("set-up", "house", "variants", "Ray", "docs")
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def _area(item_path: str, keywords: object) -> str:
+    marks = keywords if isinstance(keywords, dict) else {}
+    if "ray" in marks:
+        return "Ray"
+    if "docs" in marks:
+        return "docs"
+    return "variants" if item_path.startswith(("tests/models/", "tests/nets/")) else "house"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[_area(report.nodeid, report.keywords)] += report.duration
+
+
+def pytest_sessionstart() -> None:
+    _seconds["set-up"] = float(os.environ.get("VAEDIST_SETUP_SECONDS", 0))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    told = "  ".join(f"{area} {_seconds[area] / 60:.1f}" for area in _AREAS)
+    terminalreporter.write_line(f"minutes by area: {told}")

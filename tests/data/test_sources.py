@@ -1,0 +1,477 @@
+"""What each source finds, and what it says of what it cannot use."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vaedist.data.images import BadImage
+from vaedist.data.sources import Item, Problem, Settings, Source, clean_key, detect, find, names, phantom
+from vaedist.errors import UserError
+
+
+def write_png(path: Path, value: int = 100, size: tuple[int, int] = (8, 8)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size, value, np.uint8)).save(path)
+    return path
+
+
+def opened(path: Path, name: str | None = None, **settings: object) -> Source:
+    return find(name or detect(path)).open_source(path, Settings(**settings))  # type: ignore[arg-type]
+
+
+def listed(source: Source) -> tuple[list[Item], list[Problem]]:
+    found = list(source.items())
+    return [one for one in found if isinstance(one, Item)], [one for one in found if isinstance(one, Problem)]
+
+
+# The registry ------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_the_registry() -> None:
+    assert names() == ["folder", "mnist", "oasis", "phantom", "volume"]
+    with pytest.raises(UserError, match=r"'osis'; did you mean 'oasis'\? Valid: folder, mnist"):
+        find("osis")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        detect(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nothing that can be packed"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("case_001_slice_0", "case_001_slice_0"),
+        ("a/b.c d", "a_b_c_d"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("x" * 80, "x" * 80),
+    ],
+)
+def test_keys_are_made_safe(text: str, key: str) -> None:
+    assert clean_key(text) == key
+
+
+def test_keys_stay_different_where_letters_are_lost() -> None:
+    texts = ["größe", "grüße", "кот", "狗", "x" * 200, "x" * 199 + "y", "", "...", "a\0b", "a\udcffb"]
+    keys = [clean_key(text) for text in texts]
+    assert len(set(keys)) == len(texts)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,80}", key) for key in keys)
+
+
+# OASIS -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "keras_png_slices_data"])
+def test_oasis_layout(tmp_path: Path, below: str) -> None:
+    top = tmp_path / below
+    for split, case in (("train", 1), ("validate", 402), ("test", 441)):
+        for number in (0, 2, 10):
+            write_png(top / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{number}.nii.png")
+    write_png(top / "keras_png_slices_seg_train" / "seg_001_slice_0.nii.png")
+    assert detect(tmp_path) == "oasis"
+    items, problems = listed(opened(tmp_path))
+    assert problems == []
+    assert [item.key for item in items[:3]] == ["case_001_slice_0", "case_001_slice_2", "case_001_slice_10"]
+    assert {item.split: item.subject for item in items} == {
+        "train": "case_001",
+        "validate": "case_402",
+        "test": "case_441",
+    }
+
+
+def test_oasis_tells_other_names(tmp_path: Path) -> None:
+    write_png(tmp_path / "keras_png_slices_train" / "case_001_slice_0.nii.png")
+    write_png(tmp_path / "keras_png_slices_train" / "slice_7.png")
+    items, problems = listed(opened(tmp_path))
+    assert len(items) == 1
+    assert problems == [Problem("keras_png_slices_train/slice_7.png", "is not named case_NNN_slice_M.nii.png")]
+
+
+@pytest.mark.shared
+def test_real_slices_of_the_oasis_layout(shared_data: Path) -> None:
+    source = opened(shared_data / "mri_oasis_layout")
+    items, problems = listed(source)
+    assert problems == []
+    counts = {split: sum(item.split == split for item in items) for split in ("train", "validate", "test")}
+    assert counts == {"train": 855, "validate": 408, "test": 263}
+    assert source.load(items[0]).shape == (256, 256)
+
+
+# idx ---------------------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_idx(folder: Path, zipped: bool) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.Generator(np.random.PCG64(0))
+    for part, count in (("t10k", 5), ("train", 12)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            if zipped:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+            else:
+                (folder / name).write_bytes(idx(array))
+    return images, labels
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_files(tmp_path: Path, zipped: bool) -> None:
+    images, labels = write_idx(tmp_path, zipped)
+    assert detect(tmp_path) == "mnist"
+    source = opened(tmp_path)
+    items, _ = listed(source)
+    assert [item.split for item in items] == ["train"] * 12 + ["test"] * 5
+    assert items[3].key == "train_00003"
+    assert [item.label for item in items[:12]] == [str(label) for label in labels]
+    assert (source.load(items[3]) == images[3]).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: data + b"x", "goes on"),
+        (lambda data: b"\0\0\x0d" + data[3:], "not an idx file"),
+        (lambda data: b"", "not an idx file"),
+        (lambda data: data[:4] + b"\x7f\xff\xff\xff" * 3 + data[16:], "more than is allowed"),
+    ],
+)
+def test_damaged_idx_files(tmp_path: Path, damage, told: str) -> None:  # type: ignore[no-untyped-def]
+    write_idx(tmp_path, zipped=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=told):
+        listed(opened(tmp_path))
+
+
+def test_idx_labels_must_fit(tmp_path: Path) -> None:
+    write_idx(tmp_path, zipped=False)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8)))
+    with pytest.raises(UserError, match="3 labels for 12 images"):
+        listed(opened(tmp_path))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_real_idx_files(shared_data: Path, name: str) -> None:
+    source = opened(shared_data / name)
+    items, _ = listed(source)
+    assert len(items) == 70_000
+    assert {item.label for item in items} == {str(digit) for digit in range(10)}
+    assert source.load(items[-1]).shape == (28, 28)
+
+
+# Folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spellings", "below"),
+    [(("train_data", "test_data"), ""), (("train", "test"), ""), (("train_data", "test_data"), "faces")],
+)
+def test_split_folders_with_classes(tmp_path: Path, spellings: tuple[str, str], below: str) -> None:
+    for spelling in spellings:
+        for label in ("dog", "cat"):
+            write_png(tmp_path / below / spelling / label / "1.png")
+    items, problems = listed(opened(tmp_path))
+    assert problems == []
+    assert {(item.split, item.label) for item in items} == {
+        (split, label) for split in ("train", "test") for label in ("dog", "cat")
+    }
+    assert f"{spellings[0]}_cat_1" in {item.key for item in items}
+
+
+@pytest.mark.parametrize("spelling", ["val", "valid", "validate", "validation", "Val_data"])
+def test_spellings_of_validate(tmp_path: Path, spelling: str) -> None:
+    write_png(tmp_path / spelling / "cat" / "1.png")
+    write_png(tmp_path / "train" / "cat" / "1.png")
+    items, _ = listed(opened(tmp_path))
+    assert {item.split for item in items} == {"train", "validate"}
+
+
+def test_class_folders_and_flat_folder(tmp_path: Path) -> None:
+    write_png(tmp_path / "classes" / "cat" / "deep" / "1.png")
+    write_png(tmp_path / "classes" / "dog" / "1.png")
+    items, _ = listed(opened(tmp_path / "classes"))
+    assert [(item.key, item.split, item.label) for item in items] == [
+        ("cat_deep_1", None, "cat"),
+        ("dog_1", None, "dog"),
+    ]
+    write_png(tmp_path / "flat" / "b.png")
+    write_png(tmp_path / "flat" / "a.png")
+    (tmp_path / "flat" / ".DS_Store").write_bytes(b"x")
+    items, problems = listed(opened(tmp_path / "flat"))
+    assert problems == []
+    assert [(item.key, item.split, item.label) for item in items] == [("a", None, None), ("b", None, None)]
+
+
+def test_folder_problems_are_told(tmp_path: Path) -> None:
+    write_png(tmp_path / "cat" / "1.png")
+    (tmp_path / "cat" / "2.png").touch()
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path)
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "cat" / "self.png").symlink_to(tmp_path / "cat" / "self.png")
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "dog").mkdir()
+    write_png(tmp_path / "loose.png")
+    items, problems = listed(opened(tmp_path))
+    assert [item.key for item in items] == ["cat_1"]
+    told = {problem.origin: problem.reason for problem in problems}
+    assert told["cat/2.png"] == "is empty (0 bytes)"
+    assert "loop" in told["cat/loop"]
+    assert "No such file" in told["cat/gone.png"]
+    assert "symbolic links" in told["cat/self.png"]
+    assert "not a regular file" in told["cat/pipe.png"]
+    assert told["dog"] == "is an empty class folder"
+    assert "no class" in told["loose.png"]
+    assert len(told) == 7
+
+
+def test_folders_beside_split_folders_are_told(tmp_path: Path) -> None:
+    write_png(tmp_path / "train" / "cat" / "1.png")
+    write_png(tmp_path / "backup" / "cat" / "1.png")
+    items, problems = listed(opened(tmp_path))
+    assert len(items) == 1
+    assert [problem.origin for problem in problems] == ["backup"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_folders_are_told(tmp_path: Path) -> None:
+    write_png(tmp_path / "cat" / "1.png")
+    locked = write_png(tmp_path / "dog" / "1.png").parent
+    locked.chmod(0)
+    try:
+        _, problems = listed(opened(tmp_path))
+    finally:
+        locked.chmod(0o755)
+    assert "Permission denied" in problems[0].reason
+
+
+def test_match_chooses_files(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/1_mask.png", "dog/1.png"):
+        write_png(tmp_path / name)
+    items, _ = listed(opened(tmp_path, match="*_mask.png"))
+    assert [item.key for item in items] == ["cat_1_mask"]
+
+
+# Phantom -----------------------------------------------------------------------------------------------------
+
+
+def phantom_of(count: int, size: int = 32, seed: int = 0) -> tuple[list[Item], np.ndarray]:
+    source = opened(Path("phantom"), "phantom", seed=seed, size=size, count={"train": count})
+    items, _ = listed(source)
+    return items, np.stack([source.load(item) for item in items])
+
+
+def test_phantom_is_a_function_of_seed_and_place() -> None:
+    items, pictures = phantom_of(40)
+    more, again = phantom_of(56)
+    assert (again[:40] == pictures).all(), "asking for more images changed the first ones"
+    assert [item.key for item in more[:40]] == [item.key for item in items]
+    _, other = phantom_of(40, seed=1)
+    assert not (other == pictures).all(axis=(1, 2)).any()
+    assert len({picture.tobytes() for picture in pictures}) == 40
+
+
+def test_phantom_has_subjects_and_balanced_classes() -> None:
+    items, _ = phantom_of(64)
+    assert [item.subject for item in items[:17]] == ["train_00000"] * 16 + ["train_00001"]
+    assert sum(item.label == "old" for item in items) == 32
+
+
+def test_phantom_neighbours_are_more_alike_than_strangers() -> None:
+    _, pictures = phantom_of(128, size=48)
+    volumes = pictures.reshape(8, 16, -1).astype(float)
+    neighbours = np.abs(volumes[:, 1:] - volumes[:, :-1]).mean()
+    strangers = np.abs(volumes[1:] - volumes[:-1]).mean()
+    assert neighbours < 0.8 * strangers
+
+
+def test_phantom_shows_the_same_head_at_any_size() -> None:
+    _, small = phantom_of(4, size=64)
+    _, large = phantom_of(4, size=256)
+    shrunk = large.reshape(4, 64, 4, 64, 4).mean(axis=(2, 4))
+    for one, other in zip(small, shrunk, strict=True):
+        assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.95
+
+
+def test_phantom_classes_can_be_told_apart() -> None:
+    # Old heads have wide ventricles: the middle of a low slice is darker.
+    items, pictures = phantom_of(16 * 40, size=48)
+    low = [i for i, item in enumerate(items) if item.place[2] == 4]
+    middle = {
+        label: [pictures[i][18:30, 16:32].mean() for i in low if items[i].label == label]
+        for label in ("young", "old")
+    }
+    threshold = (np.mean(middle["young"]) + np.mean(middle["old"])) / 2
+    right = sum(value > threshold for value in middle["young"]) + sum(
+        value < threshold for value in middle["old"]
+    )
+    assert right >= 0.8 * len(low)
+    assert right < len(low) + 1
+
+
+def test_phantom_looks_like_a_head() -> None:
+    _, pictures = phantom_of(16 * 6, size=64)
+    assert pictures[:, :3, :3].mean() < 12, "corners are air"
+    middle = pictures[:, 16:48, 20:44].astype(float)
+    assert 90 < middle.mean() < 210
+    assert middle.std(axis=(1, 2)).min() > 15
+
+
+def test_phantom_is_fast_enough() -> None:
+    # 11,328 images in two minutes are 10 ms each, packing included; CPU time, for the cores are shared.
+    before = time.process_time()
+    phantom_of(128, size=64)
+    assert (time.process_time() - before) / 128 < 0.006
+
+
+def test_phantom_module_has_no_layout() -> None:
+    assert phantom.recognises(Path("/")) == 0
+
+
+# Volumes -----------------------------------------------------------------------------------------------------
+
+nibabel = pytest.importorskip("nibabel")
+
+
+def head_volume(seed: int = 0) -> np.ndarray:
+    """(x, y, z) = (20, 24, 16): a ball of noise in air, brighter to the right, brightest to the front."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, side) for side in (20, 24, 16)), indexing="ij")
+    inside = x**2 + y**2 + z**2 < 0.8
+    return (inside * (500 + 100 * x + 300 * y + generator.normal(0, 5, x.shape))).astype(np.float32)
+
+
+def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_nifti_is_cut_into_axial_slices(tmp_path: Path, suffix: str) -> None:
+    save_nifti(tmp_path / "in" / f"sub-07_T1w{suffix}", head_volume())
+    assert detect(tmp_path / "in") == "volume"
+    source = opened(tmp_path / "in", workspace=tmp_path)
+    items, problems = listed(source)
+    assert problems == []
+    assert {item.subject for item in items} == {"sub-07"}
+    assert items[0].key.startswith("sub-07_T1w_slice_")
+    middle = next(item for item in items if item.key.endswith("_slice_8"))
+    picture = source.load(middle).astype(float)
+    assert picture.shape == (24, 20)
+    # Front is up and brightest; the patient's right, the far end of x, is on the right and brighter.
+    assert picture[4:10, 7:13].mean() > picture[14:20, 7:13].mean() + 30
+    assert picture[10:14, 13:17].mean() > picture[10:14, 3:7].mean() + 10
+
+
+def test_stored_orientation_does_not_matter(tmp_path: Path) -> None:
+    data = head_volume()
+    save_nifti(tmp_path / "a" / "one.nii", data)
+    flipped = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flipped[:3, 3] = (19, 23, 0)
+    save_nifti(tmp_path / "b" / "one.nii", data[::-1, ::-1], flipped)
+    turned = np.eye(4)[[2, 0, 1, 3]]  # stored axes are (y, z, x)
+    save_nifti(tmp_path / "c" / "one.nii", data.transpose(1, 2, 0), turned)
+    pictures = []
+    for name in "abc":
+        source = opened(tmp_path / name, workspace=tmp_path / name)
+        items, _ = listed(source)
+        pictures.append(np.stack([source.load(item) for item in items]))
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] == pictures[2]).all()
+
+
+def test_analyze_pairs_of_a_raw_oasis_disc(tmp_path: Path) -> None:
+    for subject in ("OAS1_0001", "OAS1_0002"):
+        folder = tmp_path / "disc1" / f"{subject}_MR1" / "PROCESSED" / "MPRAGE" / "T88_111"
+        folder.mkdir(parents=True)
+        data = (head_volume() * 2).astype(np.int16)
+        for name in (f"{subject}_MR1_mpr_n4_anon_111_t88_masked_gfc", f"{subject}_MR1_mpr_n4_anon_sbj_111"):
+            nibabel.save(nibabel.AnalyzeImage(data, np.eye(4)), folder / f"{name}.hdr")
+    source = opened(tmp_path / "disc1", workspace=tmp_path)
+    items, problems = listed(source)
+    assert problems == []
+    assert {item.subject for item in items} == {"OAS1_0001", "OAS1_0002"}
+    assert all("t88_masked_gfc" in item.origin for item in items), "one version of each scan"
+    assert source.load(items[0]).shape == (24, 20)
+    assert all(len(item.key) <= 95 for item in items)
+    chosen, _ = listed(opened(tmp_path / "disc1", workspace=tmp_path, match="*_sbj_111.hdr"))
+    assert {item.subject for item in chosen} == {"OAS1_0001", "OAS1_0002"}
+    assert all("sbj" in item.origin for item in chosen)
+
+
+def test_intensities_are_scaled_per_volume_not_per_slice(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "in" / "a.nii", head_volume() * np.linspace(0.5, 1, 16, dtype=np.float32))
+    save_nifti(tmp_path / "in" / "b.nii", head_volume() * 1000)
+    source = opened(tmp_path / "in", workspace=tmp_path)
+    items, _ = listed(source)
+    pictures = {item.key: source.load(item).astype(float) for item in items}
+    assert pictures["a_slice_11"].mean() > 1.2 * pictures["a_slice_4"].mean(), "slices keep their ratio"
+    assert 235 < pictures["b_slice_8"].max() <= 255
+
+
+def test_long_voxels_make_square_pixels(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "in" / "a.nii", head_volume(), np.diag([1.0, 2.0, 1.0, 1.0]))
+    source = opened(tmp_path / "in", workspace=tmp_path)
+    items, _ = listed(source)
+    assert source.load(items[0]).shape == (48, 20)
+
+
+def test_slice_range_and_axis(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "in" / "a.nii", head_volume())
+    items, _ = listed(opened(tmp_path / "in", workspace=tmp_path, slices=(0.25, 0.75)))
+    assert [item.key for item in items] == [f"a_slice_{i}" for i in range(4, 12)]
+    source = opened(tmp_path / "in", workspace=tmp_path, axis=0)
+    items, _ = listed(source)
+    assert source.load(items[0]).shape == (16, 24)
+
+
+def test_bad_volumes_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    save_nifti(folder / "good.nii", head_volume())
+    whole = (folder / "good.nii").read_bytes()
+    (folder / "cut.nii").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.nii").touch()
+    (folder / "text.nii").write_bytes(b"hello" * 100)
+    save_nifti(folder / "constant.nii", np.ones((8, 8, 8), np.float32))
+    save_nifti(folder / "film.nii", np.ones((8, 8, 8, 5), np.float32))
+    save_nifti(folder / "nan.nii", np.full((8, 8, 8), np.nan, np.float32))
+    huge = bytearray(whole)
+    huge[42:48] = struct.pack("<hhh", 30000, 30000, 30000)
+    (folder / "huge.nii").write_bytes(bytes(huge))
+    items, problems = listed(opened(folder, workspace=tmp_path))
+    assert {item.subject for item in items} == {"good"}
+    told = {problem.origin: problem.reason for problem in problems}
+    assert set(told) == {f"{n}.nii" for n in ("cut", "empty", "text", "constant", "film", "nan", "huge")}
+    assert "three axes" in told["film.nii"]
+    assert "constant" in told["constant.nii"]
+    assert "--max-bytes" in told["huge.nii"]
+
+
+def test_volumes_wait_in_a_private_folder(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "in" / "a.nii", head_volume())
+    listed(opened(tmp_path / "in", workspace=tmp_path))
+    assert (tmp_path / "volumes").stat().st_mode & 0o077 == 0
+
+
+def test_a_picture_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png")
+    source = opened(tmp_path)
+    items, _ = listed(source)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BadImage, match="cannot be read"):
+        source.load(items[0])

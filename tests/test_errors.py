@@ -1,0 +1,73 @@
+"""What a user is told, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from vaedist import errors
+from vaedist.errors import DataError, Diverged, NotDefined, UserError, door, nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "valid", "told"),
+    [
+        ("vqave", ["vae", "vqvae"], "; did you mean 'vqvae'? Valid: vae, vqvae"),
+        ("zzz", ["vae", "vqvae"], "; Valid: vae, vqvae"),
+        ("x", [], "; Valid: (none)"),
+        ("b", ["c", "b", "a"], "; did you mean 'b'? Valid: a, b, c"),
+    ],
+)
+def test_nearest(name: str, valid: list[str], told: str) -> None:
+    assert nearest(name, valid) == told
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError, 2), (NotDefined, 2), (DataError, 3), (Diverged, 4), (errors.WorkerLost, 5)],
+    ids=lambda one: str(one),
+)
+def test_a_user_error_is_one_line_and_its_exit_code(
+    error: type[UserError], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @door
+    def main(argv: list[str] | None = None) -> int:
+        raise error("the shard train-000003.tar is missing; copy it back")
+
+    assert main([]) == code
+    told = capsys.readouterr().err
+    assert told.endswith(": error: the shard train-000003.tar is missing; copy it back\n")
+    assert told.count("\n") == 1
+
+
+def test_the_exit_codes_are_the_documented_ones() -> None:
+    table = [line for line in (errors.__doc__ or "").splitlines() if line.startswith("| ")]
+    documented = {int(line.split("|")[1]) for line in table if line.split("|")[1].strip().isdigit()}
+    classes = [UserError, *UserError.__subclasses__()]
+    assert documented == {errors.EXIT_FINISHED, 1, errors.EXIT_STOPPED, *(one.exit_code for one in classes)}
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    @door
+    def main(argv: list[str] | None = None) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+def test_the_door_hands_its_code_and_arguments_through() -> None:
+    @door
+    def main(argv: list[str] | None = None) -> int:
+        return len(argv or [])
+
+    assert main(["a", "b"]) == 2
+    assert main() == 0
+
+
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    @door
+    def main(argv: list[str] | None = None) -> int:
+        raise KeyboardInterrupt
+
+    assert main([]) == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")

@@ -1,0 +1,129 @@
+"""Every job file that is shipped loads, builds and trains; every script beside them is one that sbatch takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import pack_phantom
+from vaedist.config import load_job
+from vaedist.models.contract import build, model_config
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+SCRIPTS = sorted((ROOT / "jobs").glob("*.sh"))
+
+
+SHORT = """
+    train.steps=2 train.epochs=null train.batch_size=4 train.micro_batch_size=null train.threads=1 data.lanes=null
+    train.log_every=1 train.validate_every=2 train.save_every=2
+""".split()
+
+
+def test_there_are_jobs() -> None:
+    assert {"vqvae_oasis", "vqvae_phantom", "vae_phantom"} <= {path.stem for path in JOBS}
+    assert {path.stem for path in SCRIPTS} <= {path.stem for path in JOBS}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gray images, as all shipped jobs so far want; of the smallest size that every body divides."""
+    return pack_phantom(tmp_path_factory.mktemp("jobs") / "shards", size=32)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_trains_two_steps(
+    path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built as it is shipped; trained with its own model, optimizer and schedules on images of another size."""
+    import torch
+
+    from vaedist.data.index import Index
+    from vaedist.training.attempt import FitOptions
+    from vaedist.training.dist import Group
+    from vaedist.training.loop import fit
+
+    monkeypatch.setenv("VAEDIST_DATA", str(tiny))
+    job = load_job(path, SHORT)
+    assert job.name == path.stem, "the run folder is named after the job"
+    model = build(model_config(job.model), Index.open(tiny).spec, seed=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    threads = torch.get_num_threads()
+    try:
+        outcome = fit(job, tmp_path / "run", group=Group.join("cpu"), options=FitOptions(quiet=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert (outcome.status, outcome.step) == ("finished", 2)
+    assert outcome.metrics["loss"] == outcome.metrics["loss"]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_says_what_but_not_where(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# "), "a job opens with its cost, its expected number and its command"
+    assert f"jobs/{path.stem}" in text, "its command is in it"
+    assert not re.search(r"\b(partition|account|gpus?|nodes?|device|engine)\s*:", text)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_one_that_sbatch_takes(path: Path) -> None:
+    text = path.read_text()
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    code = "\n".join(line.partition(" # ")[0] for line in text.splitlines() if not line.startswith("#"))
+    assert "$0" not in code
+    assert "BASH_SOURCE" not in code
+    directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {"--open-mode=append", "--signal=B:USR1@180", "--requeue"} <= set(directives)
+    assert not [line for line in directives if re.match(r"--(partition|account|gpus|gres|qos)", line)]
+    last = code.strip().splitlines()[-1]
+    assert last.startswith(f'source "$jobs/start" {path.stem} ')
+    assert last.endswith(' "$@"')
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("found_by", ["current folder", "SLURM_SUBMIT_DIR", "installed package"])
+def test_without_shards_a_script_prints_the_command_that_makes_them(
+    path: Path, found_by: str, tmp_path: Path
+) -> None:
+    """Run as sbatch runs it: from a copy somewhere else."""
+    copy = tmp_path / "slurm_script"
+    copy.write_text(path.read_text())
+    missing = tmp_path / "no-shards"
+    environment = {**os.environ, "VAEDIST_DATA": str(missing)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment.pop("SLURM_SUBMIT_DIR", None)
+    if found_by == "SLURM_SUBMIT_DIR":
+        environment["SLURM_SUBMIT_DIR"] = str(ROOT)
+    done = subprocess.run(
+        ["bash", copy],
+        cwd=ROOT if found_by == "current folder" else tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert re.search(rf"^    vaedist-shard \S+ .*--out {re.escape(str(missing))}$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", SCRIPTS[:1], ids=lambda path: path.stem)
+def test_a_script_passes_settings_on_and_trains(path: Path, tiny: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "VAEDIST_DATA": str(tiny)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", path, *SHORT, "--run-dir", tmp_path / "run"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "job.yaml").exists()
