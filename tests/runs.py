@@ -110,7 +110,7 @@ class Training:
         assert number == 0, f"no process is rank {number}"
         return self.family
 
-    def wait_for_step(self, step: int, timeout: float = 120.0) -> None:
+    def wait_for_step(self, step: int, timeout: float = 240.0) -> None:
         self.wait_until(lambda: last_step(self.run) >= step, timeout, f"reach step {step}")
 
     def wait_until(self, reached: Callable[[], bool], timeout: float, what: str) -> None:
@@ -120,7 +120,7 @@ class Training:
             assert time.monotonic() < deadline, f"it did not {what} within {timeout:.0f} s"
             time.sleep(0.01)
 
-    def end(self, timeout: float = 120.0) -> tuple[int, str, str]:
+    def end(self, timeout: float = 240.0) -> tuple[int, str, str]:
         """Exit code, standard output and standard error, once it has ended by itself."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vaedist.errors import UserError, nearest
 
@@ -161,6 +161,11 @@ class Optim(Strict):
     every: int = Field(
         1, ge=1, description="The phase is trained at every n-th step.", json_schema_extra=OVERRIDE
     )
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _constant_by_default(cls, value: Any) -> Any:
+        return {"kind": "constant", **value} if isinstance(value, dict) else value
 
 
 class Monitor(Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.training.attempt import FitOptions
     from vaedist.training.folder import RunFolder
 
-    options = FitOptions(override=arguments.override, quiet=arguments.quiet)
+    command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
+    options = FitOptions(override=arguments.override, quiet=arguments.quiet, command=command)
     several = (arguments.workers or 1) > 1
     failures = 3 if arguments.max_failures is None else arguments.max_failures
     if arguments.engine == "local":

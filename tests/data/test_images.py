@@ -146,7 +146,7 @@ def test_decompression_bombs_are_refused_by_their_header(side: int) -> None:
 
 
 def test_the_pixel_limit_is_the_one_given() -> None:
-    with pytest.raises(BadImage, match="48|8 x 6"):
+    with pytest.raises(BadImage, match="announces 8 x 6 pixels, more than 47"):
         decode(file_of(Image.fromarray(RAMP)), Limits(pixels=47))
     assert decode(file_of(Image.fromarray(RAMP)), Limits(pixels=48)).shape == (6, 8)
 

@@ -69,14 +69,18 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_listing_order() -> None:
 
 
 def test_a_sources_own_splits_are_kept() -> None:
-    own = items_of(50, split="train") + [Item("v", "validate", None, "", "v"), Item("t", "test", None, "", "t")]
+    own = [
+        *items_of(50, split="train"),
+        Item("v", "validate", None, "", "v"),
+        Item("t", "test", None, "", "t"),
+    ]
     assert choose_splits(own, None, None, 0) == own
     with pytest.raises(UserError, match="--validation-fraction has no meaning"):
         choose_splits(own, 0.1, None, 0)
 
 
 def test_the_validation_share_comes_out_of_train_only() -> None:
-    items = items_of(100, split="train") + [Item("t", "test", None, "", "t")]
+    items = [*items_of(100, split="train"), Item("t", "test", None, "", "t")]
     assert counts(choose_splits(items, None, None, 0)) == {"train": 90, "validate": 10, "test": 1}
 
 
@@ -147,7 +151,11 @@ def test_a_prefix_ends_at_a_word() -> None:
 
 
 def test_duplicate_keys() -> None:
-    listing = [Item("a", None, None, "", "a.png"), Item("a", None, None, "", "a.jpg"), Problem("x", "is broken")]
+    listing = [
+        Item("a", None, None, "", "a.png"),
+        Item("a", None, None, "", "a.jpg"),
+        Problem("x", "is broken"),
+    ]
     with pytest.raises(UserError, match=r"a.jpg has the same key as a.png \(a\)"):
         usable(listing, Bad(skip=False))
     bad = Bad(skip=True)
@@ -186,11 +194,15 @@ def test_plans_differ_by_seed_settings_and_input() -> None:
 
     assert digest() == digest()
     assert digest() != digest(settings={"size": 16})
-    assert digest() != make_plan(items[:-1], per_shard=10, order="random", seed=0, settings={"size": 8}).digest
+    assert (
+        digest() != make_plan(items[:-1], per_shard=10, order="random", seed=0, settings={"size": 8}).digest
+    )
 
 
 def test_shard_names_and_split_order() -> None:
-    items = [Item(f"{split}{i}", split, None, "", "") for split in ("test", "extra", "train") for i in range(3)]
+    items = [
+        Item(f"{split}{i}", split, None, "", "") for split in ("test", "extra", "train") for i in range(3)
+    ]
     plan = make_plan(items, per_shard=2, order="random", seed=0, settings={})
     assert [part.name for part in plan.parts] == [
         *("train-000000", "train-000001", "test-000000", "test-000001", "extra-000000", "extra-000001")
@@ -200,5 +212,7 @@ def test_shard_names_and_split_order() -> None:
 def test_shards_stay_within_64_mib() -> None:
     for pixels in (28 * 28, 64 * 64, 256 * 256 * 3, 512 * 512, 2**27):
         count = samples_per_shard(pixels)
-        worst = count * (pixels * 65 // 64 + 4096)  # what does not compress, with headers and the small members
+        worst = count * (
+            pixels * 65 // 64 + 4096
+        )  # what does not compress, with headers and the small members
         assert worst <= SHARD_BYTES or count == 1

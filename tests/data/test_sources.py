@@ -95,7 +95,9 @@ def test_oasis_tells_other_names(tmp_path: Path) -> None:
     write_png(tmp_path / "keras_png_slices_train" / "slice_7.png")
     items, problems = listed(opened(tmp_path))
     assert len(items) == 1
-    assert problems == [Problem("keras_png_slices_train/slice_7.png", "is not named case_NNN_slice_M.nii.png")]
+    assert problems == [
+        Problem("keras_png_slices_train/slice_7.png", "is not named case_NNN_slice_M.nii.png")
+    ]
 
 
 @pytest.mark.shared
@@ -146,7 +148,7 @@ def test_idx_files(tmp_path: Path, zipped: bool) -> None:
         (lambda data: data[:-1], "truncated"),
         (lambda data: data + b"x", "goes on"),
         (lambda data: b"\0\0\x0d" + data[3:], "not an idx file"),
-        (lambda data: b"", "not an idx file"),
+        (lambda data: data[:0], "not an idx file"),
         (lambda data: data[:4] + b"\x7f\xff\xff\xff" * 3 + data[16:], "more than is allowed"),
     ],
 )

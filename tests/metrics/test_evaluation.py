@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import vaedist.models
 from vaedist.config import Spec
 from vaedist.context import Batch, SampleContext
 from vaedist.errors import UserError
@@ -210,3 +212,15 @@ def test_lines_are_json_one_per_image() -> None:
     lines = [json.loads(json.dumps(line, allow_nan=False)) for line in found.lines()]
     assert [line["key"] for line in lines] == [row.key for row in found.rows]
     assert lines[3]["metrics"]["mse"] == found.rows[3].metrics["mse"]
+
+
+def test_a_variant_that_does_not_reconstruct_and_has_two_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = Path(__file__).parents[1] / "models" / "variants"
+    monkeypatch.setattr(vaedist.models, "__path__", [*vaedist.models.__path__, str(variants)])
+    model = make({"kind": "toy_duel"})
+    found = evaluate(model, batches(images(), 8))
+    document = found.document()
+    assert document["terms"].keys() == {"loss/critic", "loss/maker"}
+    assert document["metrics"] == {}
+    assert document["not_defined"]["reconstruct"].startswith("reconstruct is not defined, because ")
+    json.dumps(document, allow_nan=False)

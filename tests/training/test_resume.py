@@ -17,6 +17,8 @@ import torch
 from tests.runs import Training, curve, last_step, small_job, train, write_job
 from vaedist.errors import EXIT_STOPPED, WorkerLost
 
+pytestmark = pytest.mark.timeout(1200)  # several runs in a row, each of which loads torch in every rank
+
 STEPS = 60
 WORLDS = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 
@@ -82,7 +84,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(world: int, phantom: Pa
         before = last_step(cut)
         with Training(job, cut, *several) as training:
             # Rows beyond the checkpoint are cut first: wait for new ones.
-            training.wait_until(lambda: last_step(cut) != before, 60, "begin")
+            training.wait_until(lambda: last_step(cut) != before, 240, "begin")
             training.wait_for_step(random_step(after=last_step(cut)))
             way(training)
             code, out, err = training.end()
@@ -128,7 +130,7 @@ def test_a_signal_before_the_first_step_saves_and_leaves(phantom: Path, tmp_path
     """The launcher hears it while the ranks are still loading torch."""
     job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=STEPS))
     with Training(job, tmp_path / "run", "--workers", "2") as training:
-        training.wait_until(lambda: len(training.everyone()) == 3, 60, "start its ranks")
+        training.wait_until(lambda: len(training.everyone()) == 3, 240, "start its ranks")
         training.signal(signal.SIGUSR1)
         code, _, err = training.end()
     assert (code, err) == (EXIT_STOPPED, "")

@@ -334,12 +334,17 @@ def _write_part(
         with open(temporary, "wb") as file:
             stream = _Hashed(file)
             writer = webdataset.TarWriter(stream, user="vaedist", group="vaedist", mtime=0, encoder=False)
-            for sample in samples:
-                writer.write(_members(sample, numbers, options.codec))
-                # The image is the last member of its sample, padded to whole blocks of 512 bytes.
-                start = writer.tarstream.offset - -(-len(sample.member) // 512) * 512
-                rows.append(_Row(sample, start + sample.skip, len(sample.member) - sample.skip))
-            writer.close()
+            try:
+                for sample in samples:
+                    writer.write(_members(sample, numbers, options.codec))
+                    # The image is the last member of its sample, padded to whole blocks of 512 bytes.
+                    start = writer.tarstream.offset - -(-len(sample.member) // 512) * 512
+                    rows.append(_Row(sample, start + sample.skip, len(sample.member) - sample.skip))
+                writer.close()
+            except BaseException:
+                stream.discard()  # the writer holds a buffer, and would write it when it is collected
+                writer.close()
+                raise
             file.flush()
             os.fsync(file.fileno())
         if not rows:
@@ -381,11 +386,17 @@ class _Hashed:
     """A file that is only written to, with the SHA-256 of what went in."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._file: IO[bytes] | None = file
         self.sha256 = hashlib.sha256()
         self.count = 0
 
+    def discard(self) -> None:
+        """Take what is still written, and write it nowhere."""
+        self._file = None
+
     def write(self, data: bytes) -> int:
+        if self._file is None:
+            return len(data)
         self.sha256.update(data)
         self.count += len(data)
         return self._file.write(data)

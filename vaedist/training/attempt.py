@@ -16,6 +16,7 @@ class FitOptions:
         attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run.
         quiet: No console output.
         engine: For the start-up summary.
+        command: The command line, for the record; empty: this process's own.
     """
 
     override: bool = False
@@ -23,6 +24,7 @@ class FitOptions:
     attempt: str = ""
     quiet: bool = False
     engine: str = "local"
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,7 @@ def _fit(
             engine=options.engine,
             world=group.world,
             attempt=options.attempt,
+            command=options.command or None,
         )
         log = Log(run, job, total_steps=total, start_step=start, quiet=options.quiet)
         log.summary(_summary(job, index, stream, model, group, options, start, total))
