@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,19 +78,6 @@ def test_variables_of_an_interactive_allocation_join_nothing(phantom: Path, tmp_
     assert (code, err) == (0, "")
     assert "1 x cpu" in out
     assert last_step(tmp_path / "run") == 2
-
-
-def test_a_rendezvous_without_its_other_rank_ends_with_a_sentence(
-    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vaedist.training.dist.TIMEOUT_SECONDS", 1.0, raising=True)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))
-    assert main([str(job), "--run-dir", str(tmp_path / "run")]) == UserError.exit_code
 
 
 def test_an_error_in_the_ranks_is_told_once(phantom: Path, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from vaedist.context import LaneContext, SampleContext
 from vaedist.errors import UserError
 
 _PART = 256 << 20
+_COLLECTIVE_SECONDS = 1800.0
+"""Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,7 +64,7 @@ class Group:
 
         Args:
             device: `auto` takes CUDA where there is one, else the CPU; a `torch.device` is used as it is.
-            timeout_s: How long to wait for the other ranks, and for a collective.
+            timeout_s: How long to wait for the other ranks to appear.
 
         Raises:
             UserError: the device is not there, the environment is half set, or ranks did not appear in time.
@@ -90,7 +92,7 @@ class Group:
             store=store,
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
         )
         return cls(chosen, rank, world, local_rank, local_world, ours=True)
 

@@ -369,16 +369,16 @@ def _summary(
     spec, train = index.spec, job.train
     split = index.split(job.data.train_split)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = {
-        "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}, "
-        f"{index.split(job.data.validation_split).count} validation images",
+    rest = split.count - stream.steps_per_epoch * train.batch_size
+    left_out = (
+        f" ({rest} of them, other ones each epoch, do not fill a batch and are left out)" if rest else ""
+    )
+    return {
+        "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}"
+        f"{left_out}, {index.split(job.data.validation_split).count} validation images",
         "model": f"{job.model['kind']}, {parameters:,} parameters",
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
         "engine": options.engine,
         "batch": f"{train.batch_size} ({stream.steps_per_epoch} steps per epoch)",
         "steps": f"{start} to {total}" + (" (resumed)" if start else ""),
     }
-    left_out = split.count - stream.steps_per_epoch * train.batch_size
-    if left_out:
-        rows["data"] += f" ({left_out} of them, other ones each epoch, do not fill a batch and are left out)"
-    return rows

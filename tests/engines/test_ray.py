@@ -1,0 +1,187 @@
+"""Ray Train: the same digits, a killed worker, errors by name, a cluster too small, and stopping the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.runs import Training, curve, last_step, small_job, train, write_job
+from vaedist.errors import EXIT_STOPPED, UserError
+from vaedist.train import main
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+STEPS = 40
+
+
+def ray_train(job: Path, run: Path, *arguments: str) -> int:
+    """The door, in this process, whose Ray it then uses."""
+    return main([str(job), "--run-dir", str(run), "--engine", "ray", "--device", "cpu", *arguments])
+
+
+class Later(threading.Thread):
+    """Does something once a run has reached a step."""
+
+    def __init__(self, run: Path, step: int, act: object) -> None:
+        super().__init__(daemon=True)
+        self._run, self._step, self._act = run, step, act
+        self.start()
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 300
+        while last_step(self._run) < self._step and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._act()  # type: ignore[operator]
+
+
+@pytest.fixture(scope="module")
+def whole(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run of two local processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = write_job(folder / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
+    code, _, err = train(job, folder / "run", "--workers", "2", "-q")
+    assert (code, err) == (0, "")
+    return folder / "run"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_curve_is_that_of_the_local_engine(
+    whole: Path, phantom: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
+    assert ray_train(job, tmp_path / "run", "--workers", "2") == 0
+    out, err = capfd.readouterr()
+    assert curve(tmp_path / "run") == curve(whole)
+    assert err == ""
+    assert "2 x cpu" in out
+    assert out.count(f"step {STEPS}/{STEPS}") == 1
+    assert f"finished at step {STEPS}" in out
+    assert not (tmp_path / "run" / ".ray").exists()
+    assert not (tmp_path / "run" / "lock").exists()
+    assert ray_train(job, tmp_path / "run", "--workers", "2") == 0
+    assert "nothing left to do" in capfd.readouterr().out
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if command.startswith("ray::RayTrainWorker") or command.startswith("ray::_RayTrainWorker"):
+            found.append(process)
+    ours = {child.pid for child in psutil.Process().children(recursive=True)}
+    return [process for process in found if process.pid in ours]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_goes_on_from_the_last_checkpoint(whole: Path, phantom: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        victim = workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    Later(tmp_path / "run", 8, kill_one)
+    assert ray_train(job, tmp_path / "run", "--workers", "2", "-q") == 0
+    assert len(killed) == 1
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_signal_to_the_driver_saves_and_another_engine_goes_on(
+    whole: Path, phantom: Path, tmp_path: Path
+) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
+    run = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    Later(run, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert ray_train(job, run, "--workers", "2", "-q") == EXIT_STOPPED
+    assert signal.getsignal(signal.SIGTERM) is before
+    stopped_at = last_step(run)
+    assert 6 <= stopped_at < STEPS
+    code, _, err = train(job, run, "--workers", "2", "-q")
+    assert (code, err) == (0, "")
+    assert curve(run) == curve(whole)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_of_a_worker_is_its_one_sentence(
+    phantom: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = small_job(phantom, steps=4, monitor={"metric": "los"}, validate_every=2)
+    path = write_job(tmp_path / "job.yaml", job)
+    assert ray_train(path, tmp_path / "run", "--workers", "2", "-q") == UserError.exit_code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "unknown metric 'los'" in err
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--workers", "64"], "64 workers need 64 CPUs, but Ray has 4 here"),
+        (["--workers", "2", "--gpus-per-worker", "1"], "--gpus-per-worker 1 has no effect with --device cpu"),
+        (["--workers", "2", "--device", "cuda"], "Ray sees no GPU here"),
+        (["--workers", "2", "--device", "auto", "--gpus-per-worker", "1"], "Ray sees no GPU here"),
+    ],
+)
+def test_what_can_never_start_is_refused_at_once(
+    arguments: list[str], told: str, phantom: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))
+    assert ray_train(job, tmp_path / "run", *arguments) == UserError.exit_code
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert told in err
+
+
+@pytest.mark.slow
+def test_a_private_cluster_starts_stops_and_leaves_nothing(whole: Path, phantom: Path, tmp_path: Path) -> None:
+    """The door in a process of its own: its token, its temporary folder, SIGTERM, and what is left after it."""
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
+    short = Path("/tmp") / f"vd-test-{os.getpid()}"
+    short.mkdir(mode=0o700)
+    stranger = {"RAY_ADDRESS": "192.0.2.1:6379", "RAY_AUTH_TOKEN": "not ours", "TMPDIR": str(short)}
+    (short / f"vd-{os.getuid()}-stale").mkdir()
+    arguments = ("--engine", "ray", "--workers", "2", "--device", "cpu")
+    try:
+        with Training(job, tmp_path / "run", *arguments, environment=stranger) as training:
+            training.wait_for_step(3)
+            (folder,) = short.iterdir()
+            token = folder / "token"
+            assert stat.S_IMODE(token.stat().st_mode) == 0o600
+            everyone = training.everyone()
+            assert len(everyone) > 3
+            for one in everyone:
+                assert token.read_text() not in " ".join(one.cmdline())
+                assert token.read_text() not in one.environ().values()
+            training.signal(signal.SIGTERM)
+            code, _, err = training.end()
+            assert (code, err) == (EXIT_STOPPED, "")
+            _, alive = psutil.wait_procs(everyone, timeout=20)
+            assert [one.cmdline() for one in alive] == []
+        assert list(short.iterdir()) == []
+        assert last_step(tmp_path / "run") < STEPS
+    finally:
+        short.rmdir()
+
+
+def test_workers_find_this_package_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vaedist.engines.local import python_path
+
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    import vaedist
+
+    home = str(Path(vaedist.__file__).resolve().parents[1])
+    assert python_path().split(os.pathsep)[-1] == "/elsewhere"
+    assert home in [*python_path().split(os.pathsep), *sys.path]
