@@ -116,7 +116,9 @@ class Training:
     def wait_until(self, reached: Callable[[], bool], timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout
         while not reached():
-            assert self.process.poll() is None, f"it ended before it could {what}:\n{self.process.communicate()}"
+            assert self.process.poll() is None, (
+                f"it ended before it could {what}:\n{self.process.communicate()}"
+            )
             assert time.monotonic() < deadline, f"it did not {what} within {timeout:.0f} s"
             time.sleep(0.01)
 
@@ -130,7 +132,9 @@ class Training:
         (self.family if rank is None else self.rank(rank)).send_signal(number)
 
 
-def train(job: Path, run: Path, *arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
+def train(
+    job: Path, run: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Run `vaedist-train` to its end: exit code, standard output, standard error."""
     with Training(job, run, *arguments, environment=environment) as training:
         return training.end()

@@ -279,9 +279,9 @@ def _packing(arguments: argparse.Namespace) -> Packing:
 def _describe(index: Index) -> None:
     """Print what a packed folder holds."""
     channels, height, width = index.shape
-    print(
-        f"packed     {index.folder}: {width} x {height}, {'gray' if channels == 1 else f'{channels} channels'}"
-    )
+    colour = "gray" if channels == 1 else f"{channels} channels"
+    origin = index.source.get("source", "elsewhere")
+    print(f"packed     {index.folder}: {width} x {height}, {colour}, from {origin}")
     for split in index.splits.values():
         subjects: set[str] = set()
         for shard in range(len(split.shards)):

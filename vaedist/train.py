@@ -26,9 +26,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="settings that replace those of the file, for example train.steps=1000 model.codebook.size=512",
     )
     place = parser.add_argument_group("where")
-    place.add_argument("--run-dir", metavar="DIR", type=Path, help="run folder (default: runs/NAME of the job)")
     place.add_argument(
-        "--new-run", action="store_true", help="never continue: if DIR holds a run, train in DIR-2 (or 3, ...)"
+        "--run-dir", metavar="DIR", type=Path, help="run folder (default: runs/NAME of the job)"
+    )
+    place.add_argument(
+        "--new-run",
+        action="store_true",
+        help="never continue: if DIR holds a run, train in DIR-2 (or 3, ...)",
     )
     place.add_argument(
         "--engine",
@@ -36,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="local",
         help="local: processes of this machine, or one rank under torchrun or srun; ray: Ray Train (default: local)",
     )
-    place.add_argument("--workers", metavar="N", type=_count, help="processes that train together (default: 1)")
+    place.add_argument(
+        "--workers", metavar="N", type=_count, help="processes that train together (default: 1)"
+    )
     place.add_argument(
         "--gpus-per-worker",
         metavar="G",
@@ -82,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
         from vaedist.training.run import resolved
 
-        print(yaml.safe_dump(resolved(job).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        print(
+            yaml.safe_dump(resolved(job).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end=""
+        )
         return EXIT_FINISHED
     if arguments.summary:
         from vaedist.training.summary import layer_table

@@ -84,7 +84,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(world: int, phantom: Pa
         before = last_step(cut)
         with Training(job, cut, *several) as training:
             # Rows beyond the checkpoint are cut first: wait for new ones.
-            training.wait_until(lambda: last_step(cut) != before, 240, "begin")
+            training.wait_until(lambda before=before: last_step(cut) != before, 240, "begin")  # type: ignore[misc]
             training.wait_for_step(random_step(after=last_step(cut)))
             way(training)
             code, out, err = training.end()

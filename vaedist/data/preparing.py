@@ -10,7 +10,7 @@ import collections
 import concurrent.futures
 import multiprocessing
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
@@ -99,6 +99,54 @@ class Preparer:
 
     def prepare_all(self, items: list[Item]) -> list[Prepared | Rejected]:
         return [self.prepare(item) for item in items]
+
+
+def choose_shape(
+    source: Source, items: Sequence[Item], size: int | None, channels: int | None
+) -> tuple[tuple[int, int, int], bool]:
+    """(C, H, W) of the set, and whether colour may become gray.
+
+    Args:
+        source, items: What will be packed.
+        size: Side of the fitted square; None: the first picture's, which must be a square.
+        channels: 1, 3, or None: 3 if any of 16 pictures, spread over the listing, is in colour.
+
+    Raises:
+        UserError: a rectangle without a size, or no picture can be loaded.
+    """
+    convert = channels == 1
+    if size is not None and channels is not None:
+        return (channels, size, size), convert
+    first, colour = _look(source, items)
+    channels = channels or (3 if colour else 1)
+    if size is not None:
+        return (channels, size, size), convert
+    height, width = first.shape[:2]
+    if height != width:
+        raise UserError(
+            f"the images are {width} x {height} pixels and models take squares: say --size, such as "
+            f"--size {min(height, width)}, and --fit pad, crop or stretch"
+        )
+    return (channels, height, width), convert
+
+
+def _look(source: Source, items: Sequence[Item], looks: int = 16) -> tuple[Picture, bool]:
+    """The first picture that loads, and whether any of a few spread over the listing is in colour."""
+    first, colour, reason = None, False, ""
+    spread = {i * len(items) // looks for i in range(looks)}
+    for i, item in enumerate(items):
+        if first is not None and i not in spread:
+            continue
+        try:
+            picture = source.load(item)
+        except BadImage as error:
+            reason = reason or f"{item.origin} {error}"
+            continue
+        first = picture if first is None else first
+        colour = colour or picture.ndim == 3
+    if first is None:
+        raise UserError(f"none of {len(items)} files is an image: {reason}")
+    return first, colour
 
 
 _preparer: Preparer | None = None

@@ -26,7 +26,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -34,12 +34,12 @@ from typing import IO, Any
 import vaedist
 from vaedist.data import plan as planning
 from vaedist.data.columns import replace_file, write_columns
-from vaedist.data.images import BadImage, Codec, Fit, Picture
+from vaedist.data.images import Codec, Fit
 from vaedist.data.index import INDEX_NAME, Index, Shard
 from vaedist.data.plan import Bad, Order, Part, Plan
-from vaedist.data.preparing import Prepared, Preparer, Rejected, prepare_in_order
+from vaedist.data.preparing import Prepared, Preparer, Rejected, choose_shape, prepare_in_order
 from vaedist.data.publish import publish, read_only, twins
-from vaedist.data.sources import Item, Settings, Source, detect, find
+from vaedist.data.sources import Settings, Source, detect, find
 from vaedist.errors import UserError
 
 WORKSPACE = ".packing"
@@ -134,7 +134,7 @@ def _pack(options: Packing, workspace: Path, finished: bool, progress: Progress 
     items = planning.choose_splits(items, options.validation, options.test, options.seed)
 
     # What becomes of it.
-    shape, convert = _shape(source, items, options)
+    shape, convert = choose_shape(source, items, options.size, options.channels)
     per_shard = options.per_shard or planning.samples_per_shard(shape[0] * shape[1] * shape[2])
     told = _told(name, options, shape, per_shard)
     plan = planning.make_plan(
@@ -183,43 +183,6 @@ def _open(name: str, options: Packing, workspace: Path) -> Source:
     settings = replace(options.settings, seed=options.seed, size=options.size, workspace=workspace)
     opened: Source = module.open_source(Path(options.input), settings)
     return opened
-
-
-def _shape(source: Source, items: list[Item], options: Packing) -> tuple[tuple[int, int, int], bool]:
-    """(C, H, W) of the set, and whether colour may become gray."""
-    convert = options.channels == 1
-    if options.size is not None and options.channels is not None:
-        return (options.channels, options.size, options.size), convert
-    first, colour = _look(source, items)
-    channels = options.channels or (3 if colour else 1)
-    if options.size is not None:
-        return (channels, options.size, options.size), convert
-    height, width = first.shape[:2]
-    if height != width:
-        raise UserError(
-            f"the images are {width} x {height} pixels and models take squares: say --size, such as "
-            f"--size {min(height, width)}, and --fit pad, crop or stretch"
-        )
-    return (channels, height, width), convert
-
-
-def _look(source: Source, items: list[Item], looks: int = 16) -> tuple[Picture, bool]:
-    """The first picture that loads, and whether any of a few spread over the listing is in colour."""
-    first, colour, reason = None, False, ""
-    spread = {i * len(items) // looks for i in range(looks)}
-    for i, item in enumerate(items):
-        if first is not None and i not in spread:
-            continue
-        try:
-            picture = source.load(item)
-        except BadImage as error:
-            reason = reason or f"{item.origin} {error}"
-            continue
-        first = picture if first is None else first
-        colour = colour or picture.ndim == 3
-    if first is None:
-        raise UserError(f"none of {len(items)} files is an image: {reason}")
-    return first, colour
 
 
 def _told(name: str, options: Packing, shape: tuple[int, int, int], per_shard: int) -> dict[str, Any]:
@@ -282,7 +245,7 @@ def _write_parts(
     plan: Plan, preparer: Preparer, options: Packing, workspace: Path, progress: Progress | None
 ) -> dict[str, dict[str, Any]]:
     """Write the shards that are missing; the receipts of all, by name."""
-    receipts = {part.name: _receipt(part, workspace, options.out) for part in plan.parts}
+    receipts = {part.name: _receipt(part, workspace, options) for part in plan.parts}
     missing = [part for part in plan.parts if receipts[part.name] is None]
     total = sum(len(part.items) for part in plan.parts)
     done = total - sum(len(part.items) for part in missing)
@@ -304,20 +267,22 @@ def _write_parts(
     for part in missing:
         bad.problems.clear()
         receipt = _write_part(part.name, counted(part), numbers, options, workspace)
+        receipt["limits"] = list(astuple(options.settings.limits))
         receipt["rejected"] = [{"origin": one.origin, "reason": one.reason} for one in bad.problems]
         replace_file(workspace / f"{part.name}.json", json.dumps(receipt).encode())
         receipts[part.name] = receipt
     return {name: receipt for name, receipt in receipts.items() if receipt is not None}
 
 
-def _receipt(part: Part, workspace: Path, out: Path) -> dict[str, Any] | None:
-    """What an earlier run noted of a shard that it finished; None: it is not there, or not whole."""
+def _receipt(part: Part, workspace: Path, options: Packing) -> dict[str, Any] | None:
+    """What an earlier run, under the same limits, noted of a shard that it finished; None: it is to be written."""
     try:
         receipt: dict[str, Any] = json.loads((workspace / f"{part.name}.json").read_bytes())
+        whole = receipt["limits"] == list(astuple(options.settings.limits))
         if receipt["count"]:
-            whole = (out / f"{part.name}.tar").stat().st_size == receipt["bytes"]
-            return receipt if whole and (out / f"{part.name}.cols").is_file() else None
-        return receipt
+            whole = whole and (options.out / f"{part.name}.tar").stat().st_size == receipt["bytes"]
+            whole = whole and (options.out / f"{part.name}.cols").is_file()
+        return receipt if whole else None
     except (FileNotFoundError, ValueError):
         return None
 

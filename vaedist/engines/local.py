@@ -60,7 +60,7 @@ def run(
     workers: int | None = None,
     device: str = "auto",
     max_failures: int = 0,
-    options: FitOptions = FitOptions(),
+    options: FitOptions | None = None,
 ) -> Outcome:
     """Train with `workers` processes on this machine.
 
@@ -81,7 +81,7 @@ def run(
             f"this process is rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} of another launcher (RANK, "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set): leave --workers out, or unset these variables"
         )
-    options = replace(options, attempt=options.attempt or secrets.token_hex(4))
+    options = replace(options or FitOptions(), attempt=secrets.token_hex(4))
     if workers is None or workers == 1:
         return _fit(job, run_folder, device, options)
     RunFolder.make(run_folder)
@@ -157,7 +157,8 @@ def _run_group(
         exits.callback(_end, ranks)
         listener = exits.enter_context(socket.create_server(("127.0.0.1", 0), backlog=2 * workers + 8))
         for number in range(workers):
-            ranks.append(_start(number, workers, listener, orders, exits))
+            rank = _start(number, workers, listener, orders, exits)
+            ranks.append(rank)  # at once: `_end` must know it should the next one fail to start
         listener.close()  # rank 0 holds it now
         failures = _watch(ranks, run_folder, options, asked)
         if failures:
@@ -172,7 +173,7 @@ def _start(
 ) -> _Rank:
     reading, writing = os.pipe()
     exits.callback(os.close, reading)
-    console = None if number == 0 else exits.enter_context(tempfile.TemporaryFile())
+    console = None if number == 0 else exits.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     environment |= {
         "RANK": str(number),
@@ -217,9 +218,7 @@ def python_path() -> str:
     return os.pathsep.join(path)
 
 
-def _watch(
-    ranks: list[_Rank], run_folder: Path, options: FitOptions, asked: stop.StopRequest
-) -> list[_Rank]:
+def _watch(ranks: list[_Rank], run_folder: Path, options: FitOptions, asked: stop.StopRequest) -> list[_Rank]:
     """Wait for all ranks; those that failed, the first to fail first."""
     failures: list[_Rank] = []
     deadline: float | None = None

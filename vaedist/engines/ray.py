@@ -24,6 +24,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -57,6 +58,7 @@ _KNOBS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job mean the same as everywhere
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would run it at nice 15
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -69,7 +71,7 @@ def run(
     gpus_per_worker: int | None = None,
     device: str = "auto",
     max_failures: int = 3,
-    options: FitOptions = FitOptions(),
+    options: FitOptions | None = None,
 ) -> Outcome:
     """Train with `workers` Ray workers.
 
@@ -85,6 +87,7 @@ def run(
     Raises:
         UserError: what stopped the run, from whichever worker; or the cluster is too small.
     """
+    options = options or FitOptions()
     run_folder = run_folder.absolute()
     RunFolder.make(run_folder)
     # Ray installs a SIGTERM handler of its own when it starts: listen before, and again on top of it.
@@ -95,7 +98,7 @@ def run(
         gpus = _fit_into(_offered(), workers, gpus_per_worker, device)
         asked = exits.enter_context(stop.StopRequest(None, ""))
         work = exits.enter_context(_work_folder(run_folder))
-        attempt = options.attempt or secrets.token_hex(4)
+        attempt = secrets.token_hex(4)
         options = replace(options, token=lock.token, attempt=attempt, engine="ray")
         if not options.quiet:
             kind = "one GPU" if gpus else "CPU"
@@ -161,28 +164,39 @@ def cluster(
             "GPU": float(torch.cuda.device_count() if device != "cpu" else 0),
         }
         _fit_into(size, workers, gpus_per_worker, device)
-        with _temporary() as folder, _token(folder):
-            try:
-                ray.init(
-                    address="local",
-                    num_cpus=int(size["CPU"]),
-                    num_gpus=int(size["GPU"]),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _temp_dir=str(folder),
-                )
-                yield True
-            finally:
-                ray.shutdown()
+        with contextlib.ExitStack() as exits:
+            for last_try in (False, True):  # a machine under heavy load can miss Ray's 30 seconds
+                folder = exits.enter_context(_temporary())
+                exits.enter_context(_token(folder))
+                exits.callback(ray.shutdown)
+                try:
+                    ray.init(
+                        address="local",
+                        num_cpus=int(size["CPU"]),
+                        num_gpus=int(size["GPU"]),
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=str(folder),
+                    )
+                    break
+                except Exception as error:  # noqa: BLE001 - Ray raises all kinds, Exception itself too
+                    exits.close()
+                    if last_try:
+                        reason = " ".join(str(error).split())[:300]
+                        raise UserError(
+                            f"Ray did not start on this machine ({reason}): look at the machine's load and memory, or "
+                            "train with --engine local"
+                        ) from None
+            yield True
 
 
 def _offered() -> dict[str, float]:
     """What the whole cluster offers."""
     import ray
 
-    return ray.cluster_resources()
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
 def _fit_into(size: dict[str, float], workers: int, gpus_per_worker: int | None, device: str) -> int:
@@ -265,7 +279,7 @@ def _temporary() -> Iterator[Path]:
     prefix = f"vd-{os.getuid()}-"
     for old in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError), _held(old):
-            shutil.rmtree(old, ignore_errors=True)
+            _clear(old)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
     if len(str(folder)) > 43:
         folder.rmdir()
@@ -274,7 +288,21 @@ def _temporary() -> Iterator[Path]:
         with _held(folder):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Kill the Ray processes that were started in `folder` and still live, and remove it.
+
+    They name it on their command line. A driver that was killed leaves some, and so does a start that failed.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "cmdline").read_bytes() and (
+                process.stat().st_uid == os.getuid() and int(process.name) != os.getpid()
+            ):
+                os.kill(int(process.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -306,16 +334,20 @@ def _trainer(orders: dict[str, Any], workers: int, gpus: int, max_failures: int,
     from ray.train.torch import TorchConfig, TorchTrainer
 
     return TorchTrainer(
-        _work,
+        _work,  # type: ignore[arg-type]
         train_loop_config=orders,
         torch_config=TorchConfig(timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": gpus} if gpus else {})
+            num_workers=workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name="train",
             storage_path=str(work),
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=max_failures, controller_failure_limit=3
+            ),
             worker_runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
         ),
     )

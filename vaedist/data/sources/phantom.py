@@ -21,6 +21,7 @@ function of (seed, split, subject, slice); nothing depends on the number of imag
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Head:
     last: float
 
 
+@functools.lru_cache(maxsize=4096)
 def head(seed: int, split: str, subject: int) -> tuple[Head, str]:
     """Anatomy and class of a subject; classes alternate, so that both halves are equal."""
     rng = _generator("phantom head", seed, split, subject)
