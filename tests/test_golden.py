@@ -22,7 +22,11 @@ BODY = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "vae": {"kind": "vae", "latent": 4, "encoder": BODY, "beta": {"start": 0.1, "end": 1.0, "steps": 10}},
     "vqvae": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "ema", "codes": 16, "dim": 4}},
-    "vqvae_gradient": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "gradient", "codes": 16, "dim": 4}},
+    "vqvae_gradient": {
+        "kind": "vqvae",
+        "encoder": BODY,
+        "codebook": {"kind": "gradient", "codes": 16, "dim": 4},
+    },
     "vqvae_fsq": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "fsq", "levels": [5, 3]}},
 }
 
@@ -41,7 +45,9 @@ def test_golden_curve(name: str, phantom: Path, tmp_path: Path) -> None:
             "log_every": 1,
             "validate_every": 10,
             "save_every": 100,
-            "optim": {"main": {"learning_rate": 2e-3, "clip": 1e5, "schedule": {"kind": "cosine", "warmup": 4}}},
+            "optim": {
+                "main": {"learning_rate": 2e-3, "clip": 1e5, "schedule": {"kind": "cosine", "warmup": 4}}
+            },
         },
     }
     fit(parse(Job, content, "golden"), tmp_path / "run", options=FitOptions(quiet=True))
@@ -64,4 +70,6 @@ def test_golden_curve(name: str, phantom: Path, tmp_path: Path) -> None:
             kept_name, _, kept_value = kept.partition("=")
             assert name_ == kept_name
             if value:
-                assert float(value) == pytest.approx(float(kept_value), rel=1e-7, abs=1e-12), f"{ours}\n{theirs}"
+                assert float(value) == pytest.approx(float(kept_value), rel=1e-7, abs=1e-12), (
+                    f"{ours}\n{theirs}"
+                )

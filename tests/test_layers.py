@@ -28,10 +28,11 @@ HEIGHT = {
     "nets": 2,
     "context": 1,
     "config": 0,
-    "errors": 0,
     "pictures": 0,
+    "files": -1,
+    "errors": -2,
 }
-SAME_HEIGHT_ALLOWED = {("training", "metrics"), ("config", "errors"), ("pictures", "errors")}
+SAME_HEIGHT_ALLOWED = {("training", "metrics")}
 
 Finding = tuple[int, str]
 Rule = Callable[[str, ast.Module], Iterator[Finding]]

@@ -9,8 +9,6 @@ Axes: models speak (N, C, H, W); pictures are (H, W) or (H, W, 3). `channels_las
 from __future__ import annotations
 
 import io
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.errors import UserError
+from vaedist.files import replace_file
 
 Pixels = NDArray[np.uint8]
 
@@ -117,20 +116,9 @@ def write_whole(path: str | Path, content: bytes) -> None:
         UserError: the file cannot be written (no permission, no space, the path is a folder).
     """
     path = Path(path)
-    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        replace_file(path, content)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {path}: {reason}; choose another place or free some space") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -26,7 +26,9 @@ def test_a_weight_counts_half_after_its_half_life_at_every_batch_size() -> None:
 def test_the_ramp_keeps_a_young_average_young() -> None:
     model = build(model_config({"kind": "vae", "latent": 2, "encoder": {"kind": "mlp", "width": 4}}), SPEC, 0)
     average = WeightAverage(model, half_life=100_000)
-    assert average.decay(32, 32) == pytest.approx(0.5 ** (1 / RAMP)), "the first step all but replaces the start"
+    assert average.decay(32, 32) == pytest.approx(0.5 ** (1 / RAMP)), (
+        "the first step all but replaces the start"
+    )
     assert average.decay(20_000, 32) == pytest.approx(0.5 ** (32 / 1000))
     assert average.decay(10**9, 32) == pytest.approx(0.5 ** (32 / 100_000))
 

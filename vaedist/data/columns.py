@@ -26,7 +26,6 @@ reader that checks them as it goes notices any damage and can say at which sampl
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.errors import DataError
+from vaedist.files import replace_file
 
 MAGIC = b"vaecols1"
 _HEAD = len(MAGIC) + 4 * 8
@@ -231,22 +231,3 @@ def _leads(
                 )
         leads.append(zlib.crc32(file.read()))
     return leads
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is left as it was, also after a crash or on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from vaedist.data.columns import replace_file, write_columns
+from vaedist.data.columns import write_columns
 from vaedist.data.contact import picture_of
 from vaedist.data.images import BadImage, Limits, channels_first
 from vaedist.data.index import INDEX_NAME, Index, Shard, pixel_digest
@@ -35,6 +35,7 @@ from vaedist.data.plan import Bad, part_subjects, split_rank
 from vaedist.data.publish import publish, read_only
 from vaedist.data.sources import Item, clean_key, natural, split_name
 from vaedist.errors import UserError
+from vaedist.files import replace_file
 
 CODECS = ("png", "npy")
 _OTHERS = ("jpg", "jpeg", "webp", "ppm", "pgm", "tif", "tiff", "bmp", "gif", "jp2")

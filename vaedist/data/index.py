@@ -40,8 +40,9 @@ from pydantic import Field as Setting
 from pydantic import model_validator
 
 from vaedist.config import Spec, Strict, parse
-from vaedist.data.columns import Columns, replace_file, write_columns
+from vaedist.data.columns import Columns, write_columns
 from vaedist.errors import DataError, UserError, nearest
+from vaedist.files import replace_file
 
 __all__ = ["Columns", "Index", "Shard", "Split", "identity", "pixel_digest", "write_columns", "write_index"]
 

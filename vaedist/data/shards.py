@@ -17,7 +17,6 @@ that have receipts, and ends with the bytes an undisturbed run would have writte
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -33,7 +32,7 @@ from typing import IO, Any
 
 import vaedist
 from vaedist.data import plan as planning
-from vaedist.data.columns import replace_file, write_columns
+from vaedist.data.columns import write_columns
 from vaedist.data.images import Codec, Fit
 from vaedist.data.index import INDEX_NAME, Index, Shard
 from vaedist.data.plan import Bad, Order, Part, Plan
@@ -41,10 +40,10 @@ from vaedist.data.preparing import Prepared, Preparer, Rejected, choose_shape, p
 from vaedist.data.publish import publish, read_only, twins
 from vaedist.data.sources import Settings, Source, detect, find
 from vaedist.errors import UserError
+from vaedist.files import FULL, replace_file
 
 WORKSPACE = ".packing"
 REJECTED = "rejected.jsonl"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Progress = Callable[[int, int], None]
 
 
@@ -399,7 +398,7 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or out
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise UserError(
                 f"no space left for {out} ({error.strerror}); whole shards are kept: make room, and the same "
                 "command continues"

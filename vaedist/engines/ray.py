@@ -38,9 +38,9 @@ from vaedist import errors
 from vaedist.config import Job
 from vaedist.engines.local import python_path
 from vaedist.errors import UserError, WorkerLost
+from vaedist.files import replace_file
 from vaedist.training import stop
 from vaedist.training.attempt import FitOptions, Outcome
-from vaedist.training.files import replace_file
 from vaedist.training.folder import RunFolder
 from vaedist.training.lock import RunLock
 

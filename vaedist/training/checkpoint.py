@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from vaedist.errors import UserError
-from vaedist.training.files import (
+from vaedist.files import (
     TEMPORARY,
     as_json,
     replace_file,

@@ -39,7 +39,7 @@ import yaml
 import vaedist
 from vaedist.config import Job
 from vaedist.errors import UserError
-from vaedist.training.files import as_json, replace_file, room
+from vaedist.files import as_json, replace_file, room
 
 _TIME_IN_NAME = re.compile(r"\.\d{10}\.")
 _LIBRARIES = ("torch", "numpy", "ray", "webdataset", "pydantic", "pillow", "scikit-image", "tensorboard")

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.config import Job
-from vaedist.training.files import room, temporary
+from vaedist.files import room, temporary
 from vaedist.training.folder import RunFolder
 
 SPEED = frozenset({"images_per_second", "data_wait"})

@@ -29,7 +29,8 @@ class Model(Variant):
     def __init__(self, config: Config, spec: Spec) -> None:
         super().__init__()
         self.config, self.spec = config, spec
-        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(spec.pixels, config.width), nn.Tanh(), nn.Linear(config.width, 1))
+        width = config.width
+        self.critic = nn.Sequential(nn.Linear(spec.pixels, width), nn.Tanh(), nn.Linear(width, 1))
         self.maker = nn.Parameter(torch.zeros(spec.pixels))
         self.register_buffer("brightness", torch.zeros(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -43,7 +44,9 @@ class Model(Variant):
         fake = torch.tanh(self.maker + 0.1 * noise)
         if ctx.phase == "critic":
             ctx.accumulate("brightness", image.sum())
-            loss = nn.functional.softplus(self.critic(fake.detach())) + nn.functional.softplus(-self.critic(image))
+            loss = nn.functional.softplus(self.critic(fake.detach())) + nn.functional.softplus(
+                -self.critic(image)
+            )
         else:
             # A statistic of the whole batch, added to every row: its gradient must be the one-process one.
             spread = (ctx.mean(fake) - ctx.mean(image)).square().sum()

@@ -21,7 +21,8 @@ from vaedist.errors import UserError
 TEMPORARY = ".tmp-"
 """How every temporary name of ours begins; nothing else may be swept."""
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says when the disk, the quota or the permitted file size is too small."""
 
 
 def temporary(path: Path) -> Path:
@@ -39,7 +40,7 @@ def room(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(folder).free / 2**20
         raise UserError(
