@@ -135,15 +135,12 @@ def main(argv: list[str] | None = None) -> int:
             options=options,
         )
     if not arguments.quiet and os.environ.get("RANK", "0") == "0":
-        print(f"{_ENDED[outcome.status]} at step {outcome.step}: {folder}")
+        if outcome.status == "already finished":
+            print(
+                f"nothing left to do: this run finished at step {outcome.step} (a larger train.steps goes on)"
+            )
+        print(f"run folder: {folder}")
     return EXIT_STOPPED if outcome.status == "stopped" else EXIT_FINISHED
-
-
-_ENDED = {
-    "finished": "finished",
-    "stopped": "stopped on request; the same command continues it. Saved",
-    "already finished": "nothing left to do (a larger train.steps goes on): this run had finished",
-}
 
 
 def _count(text: str) -> int:

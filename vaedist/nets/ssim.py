@@ -71,6 +71,11 @@ def ssim(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _matrix(window: Window, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(n, n): row i holds the window's weights around i, folded back at the borders."""
+    with torch.inference_mode(False):  # it is kept, and may serve a loss later
+        return _weights(window, n).to(device, dtype)
+
+
+def _weights(window: Window, n: int) -> Tensor:
     side = SIDE[window]
     offsets = torch.arange(side, dtype=torch.float64) - side // 2
     weights = torch.exp(-0.5 * (offsets / 1.5) ** 2) if window == "gaussian" else torch.ones_like(offsets)
@@ -80,4 +85,4 @@ def _matrix(window: Window, n: int, dtype: torch.dtype, device: torch.device) ->
     index = torch.where(index >= n, 2 * n - 1 - index, index)
     matrix = torch.zeros(n, n, dtype=torch.float64)
     matrix.scatter_add_(1, index, weights.expand(n, side))
-    return matrix.to(device, dtype)
+    return matrix

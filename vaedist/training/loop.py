@@ -286,6 +286,8 @@ def _fit(
 
     group.from_leader(settle)
     status: Literal["finished", "stopped"] = "finished" if finished else "stopped"
+    if run is not None:
+        run.stop.unlink(missing_ok=True)  # obeyed, or too late: it must not stop the next attempt
     if run is not None and finished:
         run.finish(done, "length" if done >= total else "early stop", progress.validation)
     log.message(_farewell(status, done, total))
