@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# VAE on the phantom: `bash jobs/vae_phantom.sh` here, `sbatch jobs/vae_phantom.sh` on a cluster (partition, account and
-# GPU line on the command line). Arguments go to vaedist-train: train.steps=100 --workers 2. The same command
-# continues a run that was stopped; 3 minutes before the time limit it is asked to save and stop.
+# VAE on the phantom: `bash jobs/vae_phantom.sh`, or on a cluster
+# `sbatch jobs/vae_phantom.sh` with its partition, account and GPU line on the command line. Arguments go to
+# vaedist-train: train.steps=100 --workers 2. The same command continues a run that was stopped; 3 minutes before the
+# time limit it is asked to save and stop.
 #SBATCH --job-name=vae_phantom
 #SBATCH --cpus-per-task=2
 #SBATCH --time=00:30:00

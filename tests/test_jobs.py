@@ -27,7 +27,7 @@ SHORT = """
 
 def test_there_are_jobs() -> None:
     assert {"vqvae_oasis", "vqvae_phantom", "vae_phantom"} <= {path.stem for path in JOBS}
-    assert {path.stem for path in SCRIPTS} <= {path.stem for path in JOBS}
+    assert {path.stem for path in SCRIPTS} == {path.stem for path in JOBS}
 
 
 @pytest.fixture(scope="session")

@@ -179,5 +179,5 @@ def test_a_new_run_never_continues(phantom: Path, tmp_path: Path, capsys: pytest
     path = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))
     for _ in range(2):
         assert main([str(path), "--run-dir", str(tmp_path / "run"), "--new-run"]) == 0
-    assert f"finished at step 2: {tmp_path / 'run-2'}" in capsys.readouterr().out
+    assert f"run folder: {tmp_path / 'run-2'}" in capsys.readouterr().out
     assert curve(tmp_path / "run") == curve(tmp_path / "run-2")

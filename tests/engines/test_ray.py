@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -67,11 +68,9 @@ def test_the_curve_is_that_of_the_local_engine(
     assert err == ""
     assert "2 x cpu" in out
     assert out.count(f"step {STEPS}/{STEPS}") == 1
-    assert f"finished at step {STEPS}" in out
+    assert f"finished after {STEPS} steps" in out
     assert not (tmp_path / "run" / ".ray").exists()
     assert not (tmp_path / "run" / "lock").exists()
-    assert ray_train(job, tmp_path / "run", "--workers", "2") == 0
-    assert "nothing left to do" in capfd.readouterr().out
 
 
 def workers() -> list[psutil.Process]:
@@ -164,7 +163,8 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(
     try:
         with Training(job, tmp_path / "run", *arguments, environment=stranger) as training:
             training.wait_for_step(3)
-            (folder,) = short.iterdir()
+            (folder,) = short.glob("vd-*")
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             token = folder / "token"
             assert stat.S_IMODE(token.stat().st_mode) == 0o600
             everyone = training.everyone()
@@ -177,10 +177,10 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(
             assert (code, err) == (EXIT_STOPPED, "")
             _, alive = psutil.wait_procs(everyone, timeout=20)
             assert [one.cmdline() for one in alive] == []
-        assert list(short.iterdir()) == []
+        assert list(short.glob("vd-*")) == []
         assert last_step(tmp_path / "run") < STEPS
     finally:
-        short.rmdir()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def test_workers_find_this_package_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:

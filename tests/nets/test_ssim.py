@@ -71,3 +71,12 @@ def test_identical_images_score_one_and_pull_nowhere() -> None:
     similarity.sum().backward()
     torch.testing.assert_close(similarity, torch.ones_like(similarity))
     assert y.grad is not None and y.grad.abs().max() < 1e-12
+
+
+def test_a_window_made_in_inference_mode_serves_a_loss_later() -> None:
+    x, y = pair(17, 19, 0.1)  # a size no other test has cached
+    with torch.inference_mode():
+        ssim(x, y)
+    y.requires_grad_()
+    ssim(x, y).sum().backward()
+    assert y.grad is not None and float(y.grad.abs().max()) > 0

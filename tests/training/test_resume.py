@@ -80,7 +80,6 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(world: int, phantom: Pa
 
     ways = {1: [sigterm_to_the_last_rank, ctrl_c], 2: [sigterm_to_the_last_rank, stop_file]}
     for way in ways.get(world, [sigterm_to_the_last_rank]):
-        (cut / "stop").unlink(missing_ok=True)
         before = last_step(cut)
         with Training(job, cut, *several) as training:
             # Rows beyond the checkpoint are cut first: wait for new ones.
@@ -89,11 +88,11 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(world: int, phantom: Pa
             way(training)
             code, out, err = training.end()
         assert (code, err) == (EXIT_STOPPED, ""), way.__name__
-        assert "the same command continues it" in out
+        assert "checkpoint saved, the same command continues" in out
         saved = sorted((cut / "checkpoints").glob("step-*"))[-1]
+        assert not (cut / "stop").exists(), "an obeyed stop file stops no later attempt"
         assert int(saved.name.removeprefix("step-")) == last_step(cut), "a stop saves its own step"
 
-    (cut / "stop").unlink(missing_ok=True)
     code, _, err = train(job, cut, *several)
     assert (code, err) == (0, "")
     assert curve(cut) == whole, f"killed at step {killed_at}"

@@ -185,9 +185,7 @@ def _start(
         "PYTHONPATH": python_path(),
     }
     environment.pop("VAEDIST_STORE_FD", None)
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        # One machine: never depend on how its host name resolves.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment |= loopback()
     handed = [writing]
     if number == 0:
         environment["VAEDIST_STORE_FD"] = str(listener.fileno())
@@ -216,6 +214,12 @@ def python_path() -> str:
     if home not in (*path, *site.getsitepackages(), site.getusersitepackages()):
         path.insert(0, home)
     return os.pathsep.join(path)
+
+
+def loopback() -> dict[str, str]:
+    """What makes gloo, on one machine, independent of how its host name resolves; a setting of the user's stays."""
+    there = any(name == "lo" for _, name in socket.if_nameindex())
+    return {"GLOO_SOCKET_IFNAME": "lo"} if there and "GLOO_SOCKET_IFNAME" not in os.environ else {}
 
 
 def _watch(ranks: list[_Rank], run_folder: Path, options: FitOptions, asked: stop.StopRequest) -> list[_Rank]:

@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 from vaedist import errors
 from vaedist.config import Job
-from vaedist.engines.local import python_path
+from vaedist.engines.local import loopback, python_path
 from vaedist.errors import UserError, WorkerLost
 from vaedist.files import replace_file
 from vaedist.training import stop
@@ -164,7 +164,7 @@ def cluster(
             "GPU": float(torch.cuda.device_count() if device != "cpu" else 0),
         }
         _fit_into(size, workers, gpus_per_worker, device)
-        with contextlib.ExitStack() as exits:
+        with _environment(loopback()), contextlib.ExitStack() as exits:
             for last_try in (False, True):  # a machine under heavy load can miss Ray's 30 seconds
                 folder = exits.enter_context(_temporary())
                 exits.enter_context(_token(folder))
@@ -178,7 +178,7 @@ def cluster(
                         include_dashboard=False,
                         log_to_driver=False,
                         logging_level=logging.ERROR,
-                        _temp_dir=str(folder),
+                        _temp_dir=str(folder / "r"),  # Ray opens its own folder to everybody; ours stays 0700
                     )
                     break
                 except Exception as error:  # noqa: BLE001 - Ray raises all kinds, Exception itself too
@@ -275,13 +275,13 @@ def _temporary() -> Iterator[Path]:
     """
     places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - the folder in it is fresh and 0700
     # Ray adds up to 64 bytes to the name, and 107 is the limit.
-    place = Path(next((one for one in places if len(one) <= 24 and os.access(one, os.W_OK)), places[0]))
+    place = Path(next((one for one in places if len(one) <= 20 and os.access(one, os.W_OK)), places[0]))
     prefix = f"vd-{os.getuid()}-"
     for old in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError), _held(old):
             _clear(old)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
-    if len(str(folder)) > 43:
+    if len(str(folder)) > 41:
         folder.rmdir()
         raise UserError(f"{place} is too long a path for Ray's sockets: set TMPDIR to a short local folder")
     try:

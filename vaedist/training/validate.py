@@ -17,24 +17,26 @@ from vaedist.models.contract import Variant
 from vaedist.training.dist import Group, GroupSampleContext
 from vaedist.training.step import precision
 
+_SHOWN = 8
+
 
 @torch.no_grad()
 def validate(
     model: Variant, batches: Iterable[Batch], job: Job, group: Group, step: int
 ) -> tuple[dict[str, float], Tensor | None]:
-    """Mean of every term over the split, and the first uint8 images (up to 8) for a picture.
+    """Mean of every term over the split, and this process's first uint8 images for a picture.
 
     With several phases each is evaluated, and a term is named `term/phase`.
     """
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), dtype=torch.float64)
-    first: Tensor | None = None
+    shown: list[Tensor] = []
     model.eval()
     for batch in batches:
         mask = batch["mask"]
         count += float(mask.sum())
-        if first is None:
-            first = batch["image"][mask][:8]
+        if sum(map(len, shown)) < _SHOWN:
+            shown.append(batch["image"][mask])
         for phase in model.phases:
             ctx = GroupSampleContext(
                 group,
@@ -53,4 +55,5 @@ def validate(
     names = sorted(sums)
     everything = group.total(torch.stack([count, *(sums[name] for name in names)]))
     means = (everything[1:] / everything[0]).tolist()
+    first = torch.cat(shown)[:_SHOWN] if shown else None
     return dict(zip(names, means, strict=True)), first
