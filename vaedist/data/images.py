@@ -100,8 +100,7 @@ def decode(data: bytes, limits: Limits | None = None) -> Picture:
                     f"announces {width} x {height} pixels, more than {limits.pixels:,} (--max-pixels)"
                 )
             image.load()
-            image = ImageOps.exif_transpose(image)
-            return _to_bytes(image)
+            return _to_bytes(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise BadImage("is not an image that can be decoded here") from None
     except Image.DecompressionBombError:

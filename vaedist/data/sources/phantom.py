@@ -193,9 +193,8 @@ def render(anatomy: Head, height: float, size: int, rng: np.random.Generator) ->
     tissue = np.float32(gray) + np.float32(white - gray) * inside(ribbon - thickness, 1.5)
 
     # Deep gray matter and the ventricles, below the crown only.
-    side = np.float32(1.0 + anatomy.lean) * np.maximum(x, 0) - np.float32(1.0 - anatomy.lean) * np.minimum(
-        x, 0
-    )
+    outer, inner = np.float32(1.0 + anatomy.lean), np.float32(1.0 - anatomy.lean)
+    side: Field = (outer * np.maximum(x, 0) - inner * np.minimum(x, 0)).astype(np.float32)
     wide = 0.020 + 0.062 * anatomy.age
     core = np.float32(np.clip(1.15 - z / 0.36, 0, 1))
     if core > 0:
