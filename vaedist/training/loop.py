@@ -156,7 +156,9 @@ def _fit(
     average = WeightAverage(model, job.train.ema_half_life) if job.train.ema_half_life else None
     if job.train.compile:
         for name in model.compiled:
-            getattr(model, name).compile()
+            # Not `Module.compile()`: on a torch.nn.Sequential it does nothing, silently (seen with torch 2.13).
+            body = getattr(model, name)
+            body.forward = torch.compile(body.forward)
 
     # Optimizers, and what they and the average had learnt.
     stepper = Stepper(job, group, model, lanes, bounds)
