@@ -80,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_intermixed_args(argv)
+    # Before torch is loaded, here or in a worker: threads that wait for each other sleep. Where they spin and the
+    # cores have other work too, the one that is waited for does not get to run, and training all but stops.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vaedist.config import load_job
 
     job = load_job(arguments.job, arguments.settings)

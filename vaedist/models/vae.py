@@ -51,6 +51,7 @@ class Model(Variant):
         "dssim": "pixels * (1 - SSIM) / 2",
         "mse": "squared grey value in [0, 1], per pixel",
     }
+    why_not: ClassVar[Mapping[str, str]] = {"codes": "its latent is a vector of numbers, not a map of codes"}
 
     config: Config
 

@@ -83,8 +83,8 @@ def _fit(
     stop = exits.enter_context(StopRequest(folder / "stop" if group.leads else None, options.attempt))
 
     # The data, and what they look like to a model.
-    index = Index.open(expand(job.data.path, "data.path"))
     job = resolved(job)
+    index = Index.open(expand(job.data.path, "data.path"))
     lanes = job.data.lanes
     assert lanes is not None
     batch_size = job.train.batch_size
