@@ -100,20 +100,21 @@ def test_a_killed_worker_goes_on_from_the_last_checkpoint(whole: Path, phantom: 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_signal_to_the_driver_saves_and_another_engine_goes_on(
-    whole: Path, phantom: Path, tmp_path: Path
-) -> None:
-    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
+def test_a_signal_to_the_driver_saves_and_another_engine_goes_on(phantom: Path, tmp_path: Path) -> None:
+    # Long enough to be under way when the signal has become a stop file and was seen: two to three seconds.
+    steps = 600
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=steps, validate_every=200))
+    assert train(job, tmp_path / "whole", "--workers", "2", "-q")[0] == 0
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
     Later(run, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert ray_train(job, run, "--workers", "2", "-q") == EXIT_STOPPED
     assert signal.getsignal(signal.SIGTERM) is before
     stopped_at = last_step(run)
-    assert 6 <= stopped_at < STEPS
+    assert 6 <= stopped_at < steps
     code, _, err = train(job, run, "--workers", "2", "-q")
     assert (code, err) == (0, "")
-    assert curve(run) == curve(whole)
+    assert curve(run) == curve(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("ray_cluster")
