@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     code = EXIT_STOPPED if outcome.status == "stopped" else EXIT_FINISHED
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         # A rank of torchrun or srun: its exit code is all that its launcher sees. Everything is on the disk, and
-        # torch's threads can abort a Python that is finalising (a finished run under torchrun was seen to end in SIGABRT).
+        # torch's threads can abort a Python that is finalising: a finished run was seen to end in SIGABRT.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
