@@ -31,7 +31,11 @@ class Batch(TypedDict, total=False):
     """One process's rows of a batch."""
 
     image: Tensor
-    """(B, C, H, W) uint8."""
+    """(B, C, H, W) uint8: what the model sees."""
+    target: Tensor
+    """(B, C, H, W) uint8: what it is to predict, where that is another image (denoising); else absent."""
+    codes: Tensor
+    """(B, h, w) int64, in place of `image`, for variants that read codes."""
     label: Tensor
     """(B,) int64; 0 where the data have no classes."""
     key: list[str]

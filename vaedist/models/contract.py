@@ -56,12 +56,29 @@ class Posterior(Protocol):
     def kl(self) -> Tensor:
         """KL(q || prior) in nats per latent dimension, the shape of `mean`."""
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(B,) nats of latents of the shape of `mean`, summed over dimensions."""
+
+
+class Prior(Protocol):
+    """p(z), or p(z | y), of a batch."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(B,) nats of latents, summed over dimensions."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A latent per row from standard normal noise of its shape."""
+
 
 class Variant(nn.Module):
     """Base of every `Model`. Subclasses set the class attributes and implement `forward`."""
 
     phases: ClassVar[tuple[str, ...]] = ("main",)
-    latent: ClassVar[Literal["vector", "map", "codes", "none"]] = "none"
+    reads: ClassVar[Literal["images", "codes"]] = "images"
+    """What a batch carries: `image`, or the `codes` that the borrowed `tokenizer` gives to each image."""
+    latent: Literal["vector", "map", "codes", "none"] = "none"
+    latent_shape: tuple[int, ...] = ()
+    """Of one sample: (D,), (D, h, w), or (h, w) for codes."""
     conditional: bool = False
     reconstructs: bool = False
     samples: bool = False
@@ -70,6 +87,9 @@ class Variant(nn.Module):
     units: ClassVar[Mapping[str, str]] = {"loss": "nats"}
     why_not: ClassVar[Mapping[str, str]] = {}
     """Operation to reason, for what is not defined: `{"sample": "..."}`."""
+
+    sampling_options: ClassVar[frozenset[str]] = frozenset()
+    """Further keyword arguments of `sample`, of `top_k`, `top_p`, `guidance`: what doors may offer."""
 
     compiled: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     """Attributes that `train.compile` compiles: the bodies, never `forward`."""
@@ -108,6 +128,15 @@ class Variant(nn.Module):
         """Whether the weight average averages the parameter `name` (buffers are always copied)."""
         return True
 
+    @property
+    def borrows(self) -> Mapping[str, str]:
+        """Submodule to the run whose chosen weights it starts with and keeps (frozen), such as a tokenizer."""
+        return {}
+
+    def prior(self, label: Tensor | None = None) -> Prior:
+        """p(z), or p(z | y) of (B,) labels, where `latent` is a vector or a map."""
+        raise self.not_defined("prior")
+
     def encode(self, image: Tensor, label: Tensor | None = None) -> Posterior:
         """q(z | x) of uint8 images."""
         raise self.not_defined("encode")
@@ -127,9 +156,17 @@ class Variant(nn.Module):
         raise self.not_defined("reconstruct")
 
     def sample(
-        self, n: int, *, seed: int = 0, label: Tensor | None = None, temperature: float = 1.0
+        self, n: int, *, seed: int = 0, first: int = 0, label: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """n images (n, C, H, W) in [0, 1] from the prior; image i depends on (seed, i) alone."""
+        """n images (n, C, H, W) in [0, 1] from the prior; image i depends on (seed, first + i, its label) alone.
+
+        Args:
+            n: How many.
+            seed: Of the noise.
+            first: Number of the first one, so that many are drawn in parts.
+            label: (n,) int64 class of each, where `conditional`; None: drawn evenly over the classes' prior.
+            temperature: Spread around the prior's mean, or of the codes' distribution.
+        """
         raise self.not_defined("sample")
 
     def not_defined(self, operation: str) -> NotDefined:

@@ -101,9 +101,12 @@ class Model(Variant):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, seed: int = 0, label: Tensor | None = None, temperature: float = 1.0
+        self, n: int, *, seed: int = 0, first: int = 0, label: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
-        noise = [torch.randn(self.config.latent, generator=generator("sample", seed, i)) for i in range(n)]
+        noise = [
+            torch.randn(self.config.latent, generator=generator("sample", seed, i))
+            for i in range(first, first + n)
+        ]
         weight = next(self.parameters())
         z = temperature * torch.stack(noise).to(weight.device, weight.dtype)
         return torch.cat([self.decode(part).mean for part in z.split(64)])
