@@ -8,20 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from vaedist import config
-from vaedist.config import (
-    Job,
-    Ramp,
-    Spec,
-    Train,
-    apply_overrides,
-    expand,
-    load_job,
-    marks,
-    ramp_end,
-    read_yaml,
-    weight_at,
-)
+from vaedist.config import Job, Spec, Train, load_job
 from vaedist.errors import UserError
+from vaedist.settings import apply_overrides, expand, marks, read_yaml
 
 JOB = "model: {kind: vae}\ntrain: {steps: 10}\n"
 
@@ -36,7 +25,7 @@ def job_file(tmp_path: Path) -> Path:
 MISTAKES = [
     (
         "trian.steps=3",
-        "unknown key 'trian'; did you mean 'train'? Valid: data, init_from, model, name, seed, train",
+        "unknown key 'trian'; did you mean 'train'? Valid: augment, data, init_from, model, name, seed, train",
     ),
     ("train.step=3", "unknown key 'train.step'; did you mean 'steps'? Valid: batch_size, "),
     (
@@ -206,6 +195,7 @@ def test_marks_cover_every_field_and_the_contract_of_resume() -> None:
     assert by_mark["fixed"] == {
         "seed",
         "model",
+        "data.binarise",
         "data.train_split",
         "data.validation_split",
         "data.lanes",
@@ -219,16 +209,6 @@ def test_marks_cover_every_field_and_the_contract_of_resume() -> None:
     for name, section in sections.items():
         for field in section.model_fields:
             assert any(key == f"{name}.{field}" or key.startswith(f"{name}.{field}.") for key in told), field
-
-
-def test_ramps() -> None:
-    ramp = Ramp(start=1.0, end=3.0, steps=4)
-    assert [ramp.at(step) for step in (0, 1, 2, 4, 100)] == [1.0, 1.5, 2.0, 3.0, 3.0]
-    assert weight_at(ramp, 1, training=True) == 1.5
-    assert weight_at(ramp, 1, training=False) == 3.0  # validation always sees the final weight
-    assert weight_at(0.25, 1, training=True) == weight_at(0.25, 1, training=False) == 0.25
-    assert ramp_end(0.1, ramp, Ramp(steps=9)) == 9
-    assert ramp_end(0.1, 2.0) == 0
 
 
 def test_expand_names_the_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
