@@ -9,10 +9,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from vaedist.config import Spec, Strict, parse
+from vaedist.config import Spec
 from vaedist.context import generator
 from vaedist.errors import UserError
 from vaedist.nets.bodies import Body, Conv, Mlp, Resnet, decoder, encoder, grid, layer_table
+from vaedist.settings import Strict, parse
 
 
 def body(**settings: Any) -> Mlp | Conv | Resnet:
@@ -118,6 +119,13 @@ def test_shuffled_subpixels_start_equal() -> None:
     out = up(torch.randn((1, 3, 4, 4), generator=generator("sub")))
     blocks = out.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
     torch.testing.assert_close(blocks, blocks[..., :1].expand_as(blocks))
+
+
+@pytest.mark.parametrize("settings", BODIES, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_decoder_emits_as_many_channels_as_the_likelihood_asks_for(settings: dict[str, Any]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        up = decoder(body(**settings), Spec(3, 16, 24), 5, vector=True, channels=7)
+    assert up(torch.zeros(2, 5)).shape == (2, 7, 16, 24)
 
 
 def test_downsampling_must_divide_the_image() -> None:

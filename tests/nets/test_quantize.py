@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vaedist.context import LaneContext, SampleContext, generator
-from vaedist.nets import quantize
+from vaedist.errors import UserError
+from vaedist.nets import clusters
+from vaedist.nets.clusters import add_rows, kmeans, nearest, starting_vectors
 from vaedist.nets.quantize import (
     EmaCodebook,
     EmaQuantizer,
@@ -19,11 +21,10 @@ from vaedist.nets.quantize import (
     GradientCodebook,
     GradientQuantizer,
     Quantizer,
-    kmeans,
-    nearest,
+    ResidualQuantizer,
     quantizer,
-    starting_vectors,
 )
+from vaedist.settings import parse
 
 
 def normal(*shape: int, name: object = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -47,7 +48,7 @@ def ema(codes: int = 8, dim: int = 3, **settings: float) -> EmaQuantizer:
 
 @pytest.mark.parametrize("chunk", [1, 70, 1 << 22])
 def test_nearest_is_the_smallest_distance(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "_CHUNK", chunk)
+    monkeypatch.setattr(clusters, "_CHUNK", chunk)
     rows, embedding = normal(40, 5), normal(7, 5, name=1)
     index, distance = nearest(rows, embedding)
     expected = torch.cdist(rows, embedding).square().min(1)
@@ -57,9 +58,9 @@ def test_nearest_is_the_smallest_distance(chunk: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("chunk", [9, 1 << 22])
 def test_rows_are_added_to_their_codes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "_CHUNK", chunk)
+    monkeypatch.setattr(clusters, "_CHUNK", chunk)
     rows, index = normal(30, 4), torch.arange(30) % 3
-    got = quantize._add_rows(torch.zeros(5, 4, dtype=torch.float64), index, rows)
+    got = add_rows(torch.zeros(5, 4, dtype=torch.float64), index, rows)
     expected = torch.zeros(5, 4, dtype=torch.float64).index_add_(0, index, rows)
     torch.testing.assert_close(got, expected)
 
@@ -140,7 +141,14 @@ def test_kmeans_start_is_consistent() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [EmaCodebook(codes=8, dim=3), GradientCodebook(codes=8, dim=3), Fsq(levels=(4, 3, 3))]
+    "config",
+    [
+        EmaCodebook(codes=8, dim=3),
+        EmaCodebook(codes=8, dim=3, residual_levels=2),
+        EmaCodebook(codes=8, dim=3, cosine=True, estimator="rotation"),
+        GradientCodebook(codes=8, dim=3),
+        Fsq(levels=(4, 3, 3)),
+    ],
 )
 def test_forward_and_evaluation_write_no_state(config: EmaCodebook | GradientCodebook | Fsq) -> None:
     with torch.random.fork_rng(devices=[]):
@@ -248,6 +256,24 @@ def test_candidates_are_far_vectors() -> None:
     assert (ctx.statistic("candidates")[..., 1:] == 30).all()
 
 
+@pytest.mark.parametrize("kind", ["residual", "cosine"])
+def test_any_cut_of_the_batch_leaves_the_same_codebooks_of_other_kinds(kind: str) -> None:
+    whole = book(kind, expire=0.3, decay=0.5)
+    halves = [copy.deepcopy(whole) for _ in range(2)]
+    for step in range(3):
+        z = 0.3 * normal(6, 3, 3, 3, name=step)
+        ctx = context(step, batch=6)
+        codes = whole(z, ctx).codes
+        shown = whole.after_step(ctx)
+        contexts = [Joined(start=a, stop=b, batch=6, step=step) for a, b in ((0, 2), (2, 6))]
+        for module, own in zip(halves, contexts, strict=True):
+            own.peers = contexts
+            assert torch.equal(module(z[own.start : own.stop], own).codes, codes[own.start : own.stop])
+        for module, own in zip(halves, contexts, strict=True):
+            torch.testing.assert_close(module.after_step(own), shown)
+            torch.testing.assert_close(module.state_dict(), whole.state_dict(), rtol=1e-11, atol=1e-12)
+
+
 def test_a_toy_of_clusters_keeps_its_codes_alive() -> None:
     """1024 clusters, K = 512, D = 64, 4096 vectors per step, fixed encoder, ten times smaller than a N(0, 1) start.
 
@@ -342,6 +368,129 @@ def test_perplexity_and_codes_used() -> None:
         shown = module.after_step(ctx)
         assert float(shown["perplexity"]) == pytest.approx(perplexity)
         assert int(shown["codes_used"]) == used
+
+
+# Codes on a sphere, and residual levels -------------------------------------------------------------------------
+
+
+def book(kind: str, codes: int = 8, dim: int = 3, **settings: float) -> Quantizer:
+    """`cosine` and `residual` (three levels) codebooks of running means, `trained` for the residual one by gradient."""
+    more = {"cosine": True} if kind == "cosine" else {"residual_levels": 3}
+    cls = GradientCodebook if kind == "trained" else EmaCodebook
+    with torch.random.fork_rng(devices=[]):
+        module = quantizer(cls.model_validate({"codes": codes, "dim": dim, **more, **settings})).double()
+    module.start(normal(50 * codes, dim), seed=0, per_step=16)
+    return module
+
+
+def test_cosine_codes_are_nearest_by_angle_whatever_the_length() -> None:
+    module = book("cosine")
+    assert isinstance(module, EmaQuantizer)
+    z = normal(4, 3, 5, 5)
+    codes = module.encode(z)
+    similarity = torch.nn.functional.normalize(z, dim=1).permute(0, 2, 3, 1) @ module.vectors.T
+    assert torch.equal(codes, similarity.argmax(3))
+    length = 0.01 + 10 * torch.rand((4, 1, 5, 5), generator=generator("length"), dtype=torch.float64)
+    assert torch.equal(module.encode(z * length), codes)
+    torch.testing.assert_close(module.embed(codes).square().mean(1), torch.ones(4, 5, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_nothing_pulls_at_the_length_of_a_cosine_vector(estimator: str) -> None:
+    module, z = book("cosine", estimator=estimator), normal(4, 3, 2, 2).requires_grad_()  # type: ignore[arg-type]
+    out = module(z, context())
+    assert out.commitment is not None
+    loss = (out.values * normal(4, 3, 2, 2, name="weight")).sum() + out.commitment.sum()
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert float(gradient.abs().max()) > 0.1
+    assert float((gradient * z.detach()).sum(1).abs().max()) < 1e-12
+
+
+def test_cosine_codes_follow_the_mean_direction() -> None:
+    module = book("cosine", codes=2, dim=2, decay=0.0, expire=0)
+    assert isinstance(module, EmaQuantizer)
+    angle = torch.tensor([0.1, 0.3, 3.0, 3.2], dtype=torch.float64)
+    z = torch.stack([angle.cos(), angle.sin()], 1).mul(torch.tensor([[1.0], [5], [2], [9]])).view(4, 2, 1, 1)
+    for step in range(3):
+        ctx = context(step)
+        module(z, ctx)
+        module.after_step(ctx)
+    found = torch.atan2(module.vectors[:, 1], module.vectors[:, 0]).sort().values
+    torch.testing.assert_close(found, torch.tensor([0.2, 3.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["residual", "trained"])
+def test_residual_levels_add_up_and_each_takes_what_is_left(kind: str) -> None:
+    module, z = book(kind), normal(4, 3, 5, 2)
+    out = module(z, context())
+    assert (module.num_codes, module.depth) == (8, 3)
+    assert out.codes.shape == (4, 15, 2) and int(out.codes.max()) < 8
+    assert torch.equal(out.codes, module.encode(z))
+    torch.testing.assert_close(out.values, module.embed(out.codes))
+    assert isinstance(module, ResidualQuantizer)
+    rest, left = z, []
+    for level, one in enumerate(module.books):
+        rows = out.codes[:, level::3]  # each row of positions: its coarse codes, then the finer ones below
+        assert torch.equal(one.encode(rest), rows)  # type: ignore[operator]
+        rest = rest - one.embed(rows)  # type: ignore[operator]
+        left.append(rest.square().flatten(1).mean(1))
+    torch.testing.assert_close(out.values, z - rest)
+    assert out.commitment is not None
+    torch.testing.assert_close(out.commitment, torch.stack(left).mean(0))
+    first, second, third = (float(one.detach().mean()) for one in left)
+    assert third < 0.6 * second < 0.36 * first
+
+
+def test_gradients_of_residual_levels() -> None:
+    """Straight through to the map; each trained codebook is pulled by its own level alone."""
+    module, z = book("trained"), normal(4, 3, 2, 2).requires_grad_()
+    out, weight = module(z, context()), normal(4, 3, 2, 2, name="weight")
+    (gradient,) = torch.autograd.grad((out.values * weight).sum(), z, retain_graph=True)
+    assert torch.equal(gradient, weight)
+    assert out.codebook is not None and isinstance(module, ResidualQuantizer)
+    embeddings = [one.embedding for one in module.books]
+    *pulls, to_z = torch.autograd.grad(out.codebook.sum(), [*embeddings, z], allow_unused=True)
+    assert to_z is None
+    rest = z.detach()
+    for level, (embedding, pull) in enumerate(zip(embeddings, pulls, strict=True)):
+        assert isinstance(embedding, Tensor)
+        rows, codes = rest.permute(0, 2, 3, 1).reshape(-1, 3), out.codes[:, level::3].flatten()
+        expected = torch.zeros_like(embedding)
+        expected.index_add_(0, codes, 2 * (embedding.detach()[codes] - rows) / 12)
+        torch.testing.assert_close(pull, expected)
+        rest = rest - module.books[level].embed(out.codes[:, level::3]).detach()  # type: ignore[operator]
+
+
+def test_residual_levels_report_their_use_each_by_its_name() -> None:
+    module, ctx = book("residual"), context()
+    codes = module(normal(4, 3, 5, 5), ctx).codes
+    shown = module.after_step(ctx)
+    for level, tag in enumerate(("", "/level2", "/level3")):
+        assert int(shown[f"codes_used{tag}"]) == len(codes[:, level::3].unique())
+        assert 1 <= float(shown[f"perplexity{tag}"]) <= 8
+
+
+def test_two_levels_of_16_reach_further_than_one_of_32() -> None:
+    """The same number of vectors, 256 sums instead of 32 codes: less is left over after training on the same data."""
+    left = {}
+    for levels, codes in ((1, 32), (2, 16)):
+        with torch.random.fork_rng(devices=[]):
+            module = quantizer(EmaCodebook(codes=codes, dim=4, residual_levels=levels, decay=0.9))
+        module.start(normal(2000, 4, dtype=torch.float32), seed=0, per_step=1024)
+        for step in range(40):
+            ctx = context(step)
+            out = module(normal(4, 4, 16, 16, name=step, dtype=torch.float32), ctx)
+            shown = module.after_step(ctx)
+        z = normal(8, 4, 16, 16, name="held out", dtype=torch.float32)
+        left[levels] = float((z - module.embed(module.encode(z))).square().mean())
+        assert all(int(shown[name]) >= 0.9 * codes for name in shown if name.startswith("codes_used"))
+        assert out.values.dtype == torch.float32
+    assert left[2] < 0.7 * left[1]
+
+
+def test_cosine_codes_have_no_residual_levels() -> None:
+    with pytest.raises(UserError, match="cosine codes have no residual levels"):
+        parse(EmaCodebook, {"cosine": True, "residual_levels": 2}, "job")
 
 
 # Fixed grids --------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import structural_similarity
 
 from vaedist.context import generator
-from vaedist.nets.ssim import Window, crop, ssim, ssim_map
+from vaedist.nets.ssim import MS_SIDE, Window, crop, ms_ssim, ssim, ssim_map
 
 SETTINGS = {
     "gaussian": {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False},
@@ -80,3 +81,53 @@ def test_a_window_made_in_inference_mode_serves_a_loss_later() -> None:
     y.requires_grad_()
     ssim(x, y).sum().backward()
     assert y.grad is not None and float(y.grad.abs().max()) > 0
+
+
+def reference_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """The product written out with scipy's filters, scale by scale."""
+
+    def local(image: np.ndarray) -> np.ndarray:
+        return gaussian_filter(image, 1.5, truncate=3.4)[5:-5, 5:-5]  # 11x11
+
+    factors = []
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        mx, my = local(x), local(y)
+        vx, vy, cxy = local(x * x) - mx**2, local(y * y) - my**2, local(x * y) - mx * my
+        part = (2 * cxy + 0.0009) / (vx + vy + 0.0009)
+        if scale == 4:
+            part = part * (2 * mx * my + 0.0001) / (mx**2 + my**2 + 0.0001)
+        factors.append(part.mean() ** weight)
+        x, y = (np.pad(z, [(0, n % 2) for n in z.shape], mode="edge") for z in (x, y))
+        x, y = ((z[::2, ::2] + z[1::2, ::2] + z[::2, 1::2] + z[1::2, 1::2]) / 4 for z in (x, y))
+    return float(np.prod(factors))
+
+
+@pytest.mark.parametrize(("height", "width"), [(161, 161), (176, 203), (256, 256)])
+def test_several_scales(height: int, width: int) -> None:
+    values = []
+    for noise in (0.02, 0.1, 0.3):
+        x, y = pair(height, width, noise)
+        values.append(float(ms_ssim(x, y)))
+        assert values[-1] == pytest.approx(reference_ms_ssim(x[0, 0].numpy(), y[0, 0].numpy()), abs=1e-9)
+        assert float(ms_ssim(x, x)) == pytest.approx(1, abs=1e-12)
+    assert values == sorted(values, reverse=True)
+
+
+def test_several_scales_of_several_images() -> None:
+    pictures = [pair(170, 170, noise) for noise in (0.01, 0.1, 0.2, 0.3)]
+    x = torch.cat([p[0] for p in pictures]).view(2, 2, 170, 170)
+    y = torch.cat([p[1] for p in pictures]).view(2, 2, 170, 170)
+    apart = torch.stack([ms_ssim(*p)[0] for p in pictures]).view(2, 2).mean(1)
+    torch.testing.assert_close(ms_ssim(x, y), apart, rtol=0, atol=1e-12)
+
+
+def test_opposite_pictures_have_no_multi_scale_similarity() -> None:
+    """A negative mean to a broken power would be no number."""
+    x, _ = pair(MS_SIDE, MS_SIDE, 0.0)
+    assert float(ms_ssim(x, 1 - x)) == 0
+
+
+def test_too_few_pixels_for_the_last_scale() -> None:
+    x, y = pair(MS_SIDE - 1, MS_SIDE, 0.1)
+    with pytest.raises(AssertionError, match="161x161"):
+        ms_ssim(x, y)

@@ -34,8 +34,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vaedist.config import Spec, Strict
+from vaedist.config import Spec
 from vaedist.errors import UserError
+from vaedist.settings import Strict
 
 Upsample = Literal["transpose", "resize", "shuffle"]
 
@@ -47,6 +48,12 @@ class Mlp(Strict):
     width: int = Field(512, ge=1, description="Units of each hidden layer.")
     depth: int = Field(2, ge=1, description="Hidden layers.")
     grid: int = Field(1, ge=1, description="Side of the latent map that it emits; 1 for a vector.")
+    activation: Literal["silu", "relu", "tanh"] = "silu"
+
+    def hidden(self, inputs: int, outputs: int) -> nn.Sequential:
+        """One hidden layer."""
+        activation = {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}[self.activation]
+        return nn.Sequential(nn.Linear(inputs, outputs), activation())
 
 
 class _Grid(Strict):
@@ -112,27 +119,53 @@ def grid(body: Mlp | Conv | Resnet, spec: Spec, where: str = "model.encoder") ->
     return spec.height // factor, spec.width // factor
 
 
+def matching_grid(
+    down: Mlp | Conv | Resnet, up: Mlp | Conv | Resnet, spec: Spec, where: str = "model"
+) -> tuple[int, int]:
+    """(h, w) of the latent map between an encoder and a decoder.
+
+    Raises:
+        UserError: they differ.
+    """
+    size = grid(down, spec, f"{where}.encoder")
+    if (other := grid(up, spec, f"{where}.decoder")) != size:
+        raise UserError(
+            f"{where}.encoder emits a {size[0]}x{size[1]} map and {where}.decoder reads {other[0]}x{other[1]}: "
+            "give both the same downsampling"
+        )
+    return size
+
+
 def encoder(
-    body: Mlp | Conv | Resnet, spec: Spec, out: int, *, vector: bool, where: str = "model.encoder"
+    body: Mlp | Conv | Resnet,
+    spec: Spec,
+    out: int,
+    *,
+    vector: bool,
+    extra: int = 0,
+    where: str = "model.encoder",
 ) -> nn.Sequential:
     """A network from (B, C, H, W) to (B, out) if `vector`, else to (B, out, h, w) with (h, w) = `grid(...)`.
 
-    Its children are the blocks that a layer table shows.
+    Its children are the blocks that a layer table shows. With `extra` it takes as many further inputs beside the
+    image (`nets.conditioning`): further channels, or for an mlp further values (B, C * H * W + extra).
     """
     h, w = grid(body, spec, where)
     net = nn.Sequential()
     if isinstance(body, Mlp):
         _no_grid(body, vector, where)
         net.add_module("flatten", nn.Flatten())
-        for layer, (a, b) in enumerate(_pairs(spec.pixels, body)):
-            net.add_module(f"hidden{layer}", nn.Sequential(nn.Linear(a, b), nn.SiLU()))
+        for layer, (a, b) in enumerate(_pairs(spec.pixels + extra, body)):
+            net.add_module(f"hidden{layer}", body.hidden(a, b))
         net.add_module("head", nn.Linear(body.width, out * h * w))
         if not vector:
             net.add_module("map", nn.Unflatten(1, (out, h, w)))
         return net
     widths = body.widths
     stem: list[nn.Module] = [nn.PixelUnshuffle(body.patch)] if body.patch > 1 else []
-    net.add_module("stem", nn.Sequential(*stem, *_conv(body, spec.channels * body.patch**2, widths[0])))
+    net.add_module(
+        "stem", nn.Sequential(*stem, *_conv(body, (spec.channels + extra) * body.patch**2, widths[0]))
+    )
     for level, width in enumerate(widths):
         if level:
             down = _unit(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1), _gain(body))
@@ -146,35 +179,47 @@ def encoder(
 
 
 def decoder(
-    body: Mlp | Conv | Resnet, spec: Spec, latent: int, *, vector: bool, where: str = "model.decoder"
+    body: Mlp | Conv | Resnet,
+    spec: Spec,
+    latent: int,
+    *,
+    vector: bool,
+    extra: int = 0,
+    channels: int | None = None,
+    where: str = "model.decoder",
 ) -> nn.Sequential:
-    """A network from (B, latent) if `vector`, else from (B, latent, h, w), to an image (B, C, H, W).
+    """A network from (B, latent) if `vector`, else from (B, latent, h, w), to an image (B, `channels`, H, W).
 
-    Nothing bounds its output: [-1, 1] is what the likelihood reads as black to white.
+    `channels` is what the likelihood asks for (`Observation.outputs`), by default one per channel of the image.
+    Nothing bounds the output: [-1, 1] is what the likelihood reads as black to white. `extra` is as for `encoder`.
     """
     h, w = grid(body, spec, where)
+    channels = channels or spec.channels
     net = nn.Sequential()
     if isinstance(body, Mlp):
         _no_grid(body, vector, where)
         if not vector:
             net.add_module("flatten", nn.Flatten())
-        for layer, (a, b) in enumerate(_pairs(latent * h * w, body)):
-            net.add_module(f"hidden{layer}", nn.Sequential(nn.Linear(a, b), nn.SiLU()))
-        net.add_module("head", nn.Linear(body.width, spec.pixels))
-        net.add_module("image", nn.Unflatten(1, (spec.channels, spec.height, spec.width)))
+        for layer, (a, b) in enumerate(_pairs(latent * h * w + extra, body)):
+            net.add_module(f"hidden{layer}", body.hidden(a, b))
+        net.add_module("head", nn.Linear(body.width, channels * spec.height * spec.width))
+        net.add_module("image", nn.Unflatten(1, (channels, spec.height, spec.width)))
         return net
     widths = body.widths[::-1]
     if vector:
-        first: list[nn.Module] = [nn.Linear(latent, widths[0] * h * w), nn.Unflatten(1, (widths[0], h, w))]
+        first: list[nn.Module] = [
+            nn.Linear(latent + extra, widths[0] * h * w),
+            nn.Unflatten(1, (widths[0], h, w)),
+        ]
         net.add_module("stem", nn.Sequential(*first, *_after(body, widths[0])))
     else:
-        net.add_module("stem", nn.Sequential(*_conv(body, latent, widths[0])))
+        net.add_module("stem", nn.Sequential(*_conv(body, latent + extra, widths[0])))
     for level, width in enumerate(widths):
         if level:
             up = _up(body.upsample, widths[level - 1], width, _gain(body))
             net.add_module(f"up{level}", nn.Sequential(*up, *_after(body, width)))
         net.add_module(f"blocks{level}", nn.Sequential(*_blocks(body, width)))
-    image = [_equal_subpixels(widths[-1], spec.channels, body.patch), nn.PixelShuffle(body.patch)]
+    image = [_equal_subpixels(widths[-1], channels, body.patch), nn.PixelShuffle(body.patch)]
     net.add_module("head", nn.Sequential(*_before(body, widths[-1]), *image))
     return net
 

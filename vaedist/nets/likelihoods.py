@@ -4,18 +4,36 @@ A likelihood owns the target's scale. The network emits values that [-1, 1] read
 is uint8; `mean` and `sample` are in [0, 1]. All of it runs in fp32 (fp64 for fp64 models) outside autocast and is
 summed over the P = C*H*W values of an image, in nats.
 
-| kind | log p(x), x in [0, 1], a = network output |
+| kind | log p(x), x in [0, 1], a = network output | evidence |
+|---|---|---|
+| `bernoulli` | sum of x log s(a) + (1 - x) log(1 - s(a)), s = sigmoid | `binary` |
+| `gaussian` | sum of log N(x; (a + 1) / 2, sigma^2) | `density` |
+| `laplace` | sum of log Laplace(x; (a + 1) / 2, scale) | `density` |
+| `logistic` | log-probabilities of the 256 levels: see `vaedist.nets.logistic` | `discrete` |
+
+`evidence` says what a number is worth. `discrete` is the log-probability of the stored bytes. `binary` takes grey
+values as probabilities, the expected log-likelihood of their coin flips: a true one only for black-and-white images,
+else a surrogate. `density` is that of a grey value, so it may be positive; with noise that fills the gaps between
+levels (`dequantised`) it bounds a log-probability from below (Theis et al., "A note on the evaluation of generative
+models", section 3.1).
+
+`sigma` of the Gaussian, on the [0, 1] scale:
+
+| sigma | what it is |
 |---|---|
-| `bernoulli` | sum of x log s(a) + (1 - x) log(1 - s(a)), s = sigmoid |
-| `gaussian` | sum of log N(x; (a + 1) / 2, sigma^2): a density of the grey value, so it may be positive |
-| `laplace` | sum of log Laplace(x; (a + 1) / 2, scale): the same for the absolute error |
+| a number | fixed |
+| `data` | std of the training images' values around their mean |
+| `learned` | one trained number |
+| `predicted` | one for each value, from the decoder, which emits twice the channels |
+| `optimal` | the maximum-likelihood one of each global batch: sigma^2 = mean (x - m)^2 + r^2, with gradient |
 
-`bernoulli` takes grey values as probabilities: it is the expected log-likelihood of their coin flips, and a true one
-only for black-and-white images.
+`data` is measured once before step 1 and kept with the weights; it is the "normalised" squared error of the VQ-VAE
+paper (van den Oord et al., "Neural discrete representation learning"). `optimal` needs no weight between errors and
+rate (Rybkin et al., "Simple and effective VAE training with calibrated decoders"); outside training it is the
+running mean of the training steps' sigma^2, kept with the weights: it may not be tuned on the images that it judges.
 
-`sigma: data` takes sigma^2 = the variance of the training images' values around their mean, measured once before
-step 1 and kept with the weights; it is the "normalised" squared error of the VQ-VAE paper (van den Oord et al.,
-"Neural discrete representation learning").
+r = 1 / (255 sqrt(12)) is the std of rounding to bytes. It is in the optimal sigma because the images were rounded, and
+learned and predicted ones stay above it: below, a density would be paid for the rounding alone.
 """
 
 from __future__ import annotations
@@ -29,10 +47,19 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaedist.config import OVERRIDE, Spec, Strict
+from vaedist.config import Spec
 from vaedist.context import Batch, Context
 from vaedist.errors import UserError
-from vaedist.nets.ssim import SIDE, ssim
+from vaedist.nets.decoded import Decoded, off_the_ends, unit
+from vaedist.nets.logistic import DiscretisedLogistic, LogisticLikelihood
+from vaedist.nets.ssim import SIDE
+from vaedist.settings import OVERRIDE, Strict
+
+ROUNDING = 1 / (255 * math.sqrt(12))
+"""Standard deviation of rounding to bytes, on the [0, 1] scale."""
+
+_START = 0.1  # sigma of an untrained decoder
+_KEEP = 0.99  # decay of the stored optimal variance
 
 
 class BernoulliLikelihood(Strict):
@@ -45,9 +72,10 @@ class GaussianLikelihood(Strict):
     """Squared error."""
 
     kind: Literal["gaussian"] = "gaussian"
-    sigma: Annotated[float, Field(gt=0)] | Literal["data"] = Field(
+    sigma: Annotated[float, Field(gt=0)] | Literal["data", "learned", "predicted", "optimal"] = Field(
         "data",
-        description="Standard deviation on the [0, 1] scale, or `data`: that of the training images.",
+        description="Standard deviation on the [0, 1] scale; `data`: that of the training images; `learned`: a "
+        "trained number; `predicted`: from the decoder; `optimal`: the best one of each global batch.",
         json_schema_extra=OVERRIDE,
     )
 
@@ -62,60 +90,15 @@ class LaplaceLikelihood(Strict):
 
 
 LikelihoodConfig = Annotated[
-    BernoulliLikelihood | GaussianLikelihood | LaplaceLikelihood, Field(discriminator="kind")
+    BernoulliLikelihood | GaussianLikelihood | LaplaceLikelihood | LogisticLikelihood,
+    Field(discriminator="kind"),
 ]
 
 
-def unit(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [0, 255] to [0, 1]."""
-    return image.to(dtype) / 255
-
-
-class _Decoded:
-    """A batch of decoded images: `output` (B, C, H, W) of the network, in at least fp32."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output.to(torch.promote_types(output.dtype, torch.float32))
-
-    @property
-    def location(self) -> Tensor:
-        """(B, C, H, W): the mean before it is cut to [0, 1]."""
-        return (self.output + 1) / 2
-
-    @property
-    def mean(self) -> Tensor:
-        """(B, C, H, W) in [0, 1]."""
-        return self.location.clamp(0, 1)
-
-    def target(self, image: Tensor) -> Tensor:
-        assert image.dtype == torch.uint8 and image.shape == self.output.shape
-        return unit(image, self.output.dtype)
-
-    def values(self, x: Tensor) -> Tensor:
-        """log p of each value of x in [0, 1]."""
-        raise NotImplementedError
-
-    def log_prob(self, image: Tensor) -> Tensor:
-        """(B,) nats for uint8 images (B, C, H, W), summed over pixels."""
-        with torch.autocast(image.device.type, enabled=False):
-            return self.values(self.target(image)).flatten(1).sum(1)
-
-    def mse(self, image: Tensor) -> Tensor:
-        """(B,) squared error of `mean` per value, on the [0, 1] scale."""
-        return (self.mean - self.target(image)).square().flatten(1).mean(1)
-
-    def dssim(self, image: Tensor) -> Tensor:
-        """(B,) structural dissimilarity P * (1 - SSIM) / 2: a number per image that grows as nats do.
-
-        Of `mean`, which is what gets looked at: values beyond black or white count as black or white. Their
-        gradient is left to `log_prob`.
-        """
-        similarity = ssim(self.mean, self.target(image))
-        return self.output.shape[1:].numel() * (1 - similarity) / 2
-
-
-class Bernoulli(_Decoded):
+class Bernoulli(Decoded):
     """Logits."""
+
+    evidence = "binary"
 
     @property
     def location(self) -> Tensor:
@@ -129,8 +112,25 @@ class Bernoulli(_Decoded):
         return (noise < self.mean).to(self.output.dtype)
 
 
-class Gaussian(_Decoded):
-    """Mean and one standard deviation `sigma` (a scalar tensor)."""
+class _Density(Decoded):
+    """A density over the grey values."""
+
+    evidence = "density"
+
+    def dequantised(self, image: Tensor, noise: Tensor) -> Tensor:
+        """(B,) nats of log p((image + noise - 1/2) / 255) - P log 255, for uniform noise on [0, 1).
+
+        Its mean over the noise is a lower bound on the log-probability of the bytes under the discretised
+        density, which gives each of the 256 levels the mass of the width 1 / 255 around it.
+        """
+        assert image.dtype == torch.uint8 and image.shape == noise.shape
+        with torch.autocast(image.device.type, enabled=False):
+            x = (image.to(self.output.dtype) + noise.to(self.output.dtype) - 0.5) / 255
+            return (self.values(x) - math.log(255)).flatten(1).sum(1)
+
+
+class Gaussian(_Density):
+    """Mean and standard deviation `sigma`: a scalar tensor, or one for each value."""
 
     def __init__(self, output: Tensor, sigma: Tensor) -> None:
         super().__init__(output)
@@ -142,11 +142,11 @@ class Gaussian(_Decoded):
 
     def sample(self, noise: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1], values beyond cut, from uniform noise on [0, 1)."""
-        standard = math.sqrt(2) * torch.erfinv(2 * _open(noise, self.output.dtype) - 1)
+        standard = math.sqrt(2) * torch.erfinv(2 * off_the_ends(noise, self.output.dtype) - 1)
         return (self.location + self.sigma * standard).clamp(0, 1)
 
 
-class Laplace(_Decoded):
+class Laplace(_Density):
     """Mean and one `scale` b (a scalar tensor): log p = -|x - m| / b - log 2b."""
 
     def __init__(self, output: Tensor, scale: Tensor) -> None:
@@ -158,53 +158,125 @@ class Laplace(_Decoded):
 
     def sample(self, noise: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1], values beyond cut, from uniform noise on [0, 1)."""
-        centred = _open(noise, self.output.dtype) - 0.5
+        centred = off_the_ends(noise, self.output.dtype) - 0.5
         standard = -centred.sign() * torch.log1p(-2 * centred.abs())
         return (self.location + self.scale * standard).clamp(0, 1)
 
 
-def _open(noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uniform noise moved off 0 and 1, where inverse distribution functions are infinite."""
-    edge = torch.finfo(dtype).eps
-    return noise.to(dtype).clamp(edge, 1 - edge)
-
-
 class Observation(nn.Module):
-    """Network output to likelihood object; holds what is measured on the data."""
+    """Network output to likelihood object; holds what is measured on the data or trained besides the decoder.
+
+    Args:
+        config: The job's `likelihood` section.
+        spec: What the images look like.
+    """
 
     scale: Tensor
+    steps: Tensor
 
-    def __init__(self, config: BernoulliLikelihood | GaussianLikelihood | LaplaceLikelihood) -> None:
+    def __init__(
+        self,
+        config: BernoulliLikelihood | GaussianLikelihood | LaplaceLikelihood | LogisticLikelihood,
+        spec: Spec,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.channels = config, spec.channels
+        sigma = config.sigma if isinstance(config, GaussianLikelihood) else None
+        self.measured = sigma in ("data", "optimal")
+        """Whether `prepare` wants to see batches."""
+        self.batch_statistics = sigma == "optimal"
+        """Whether the loss has a statistic of the global batch in it."""
+        self.outputs = spec.channels
+        """Channels that the decoder emits."""
+        if sigma == "predicted":
+            self.outputs = 2 * spec.channels
+        elif isinstance(config, LogisticLikelihood):
+            self.outputs = config.outputs(spec.channels)
         start = 1.0
-        if isinstance(config, GaussianLikelihood) and not isinstance(config.sigma, str):
-            start = config.sigma
+        if sigma is not None and not isinstance(sigma, str):
+            start = sigma
         if isinstance(config, LaplaceLikelihood):
             start = config.scale
         # A number from the job file is not state: an overridden one must win over a checkpoint's.
-        self.measured = isinstance(config, GaussianLikelihood) and config.sigma == "data"
         self.register_buffer("scale", torch.tensor(start), persistent=self.measured)
+        if sigma == "learned":
+            self.raw_sigma = nn.Parameter(torch.zeros(()))
+        if isinstance(config, LogisticLikelihood) and config.scale == "learned":
+            self.raw_scale = nn.Parameter(torch.zeros(spec.channels))
+        if sigma == "optimal":
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def prepare(self, first_batches: Sequence[Batch], ctx: Context) -> None:
-        """Measure sigma = std of all values, where the job says `sigma: data`."""
+        """Measure sigma = std of all values, where the job says `sigma: data`; `optimal` starts there too."""
         if not self.measured:
             return
         first = torch.zeros((), dtype=torch.float64)
         second = torch.zeros((), dtype=torch.float64)
         for batch in first_batches:
-            x = unit(batch["image"], torch.float64).flatten(1)
+            x = unit(batch.get("target", batch["image"]), torch.float64).flatten(1)
             first += ctx.mean(x.mean(1)).cpu() / len(first_batches)
             second += ctx.mean(x.square().mean(1)).cpu() / len(first_batches)
         # One grey level at least: constant images have no variance.
         self.scale.fill_(math.sqrt(max(float(second - first**2), 255.0**-2)))
 
-    def forward(self, output: Tensor) -> Bernoulli | Gaussian | Laplace:
+    def forward(
+        self, output: Tensor, image: Tensor | None = None, ctx: Context | None = None
+    ) -> Bernoulli | Gaussian | Laplace | DiscretisedLogistic:
+        """The likelihood of a batch of decoder outputs.
+
+        Args:
+            output: (B, `outputs`, H, W) of the decoder.
+            image: (B, C, H, W) uint8, row by row what `output` is to predict; wanted, with `ctx`, from a model's
+                `forward`, where `batch_statistics` measures on it.
+            ctx: Of the step.
+        """
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
         if isinstance(self.config, BernoulliLikelihood):
             return Bernoulli(output)
-        if isinstance(self.config, GaussianLikelihood):
-            return Gaussian(output, self.scale)
-        return Laplace(output, self.scale)
+        if isinstance(self.config, LaplaceLikelihood):
+            return Laplace(output, self.scale)
+        if isinstance(self.config, LogisticLikelihood):
+            shared = self.raw_scale if self.config.scale == "learned" else None
+            return DiscretisedLogistic.from_network(output, self.channels, self.config, shared)
+        if self.config.sigma == "predicted":
+            location, raw = output.chunk(2, dim=1)
+            return Gaussian(location, _above_rounding(raw))
+        if self.config.sigma == "learned":
+            return Gaussian(output, _above_rounding(self.raw_sigma))
+        if self.config.sigma == "optimal" and image is not None and ctx is not None and ctx.training:
+            return Gaussian(output, self._optimal(output, image, ctx))
+        return Gaussian(output, self.scale)
+
+    def _optimal(self, output: Tensor, image: Tensor, ctx: Context) -> Tensor:
+        """sigma of the global batch, with gradient; a row counts the same on every process."""
+        error = Gaussian(output, self.scale).squared_error(image)
+        values = torch.full_like(error, output[0].numel())
+        measured = torch.stack([error, values], 1).double().sum(0)
+        ctx.accumulate("squared error", measured)
+        total, count = ctx.sum(measured).unbind()
+        return (total / count + ROUNDING**2).sqrt()
+
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        """Keep the optimal sigma; the one number that was trained or measured is shown."""
+        if not isinstance(self.config, GaussianLikelihood):
+            return {}
+        if self.config.sigma == "learned":
+            return {"sigma": _above_rounding(self.raw_sigma)}
+        if self.config.sigma != "optimal":
+            return {}
+        total, count = ctx.sum(ctx.statistic("squared error")).unbind()
+        steps = int(self.steps)
+        keep = min(_KEEP, (1 + steps) / (10 + steps))  # a young mean forgets the first steps faster
+        variance = keep * self.scale.double() ** 2 + (1 - keep) * (total / count + ROUNDING**2)
+        self.scale.copy_(variance.sqrt())
+        self.steps += 1
+        return {"sigma": self.scale}
+
+
+def _above_rounding(raw: Tensor) -> Tensor:
+    """Any real number to a sigma above ROUNDING; 0 gives about _START, and far above it sigma = _START e^raw."""
+    floor = math.log(ROUNDING)
+    return (floor + functional.softplus(raw + math.log(_START) - floor)).exp()
 
 
 def check_dssim(weight: float, spec: Spec) -> None:

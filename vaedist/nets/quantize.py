@@ -1,6 +1,7 @@
 """Quantisers: a latent map of D channels to a map of codes 0..K-1 and back.
 
-Each position's vector z in R^D is replaced by a code vector q, with the straight-through gradient dq/dz = 1.
+Each position's vector z in R^D is replaced by a code vector q, with a gradient that passes as if q followed z: see
+`vaedist.nets.passing`.
 
 | kind | code vectors |
 |---|---|
@@ -20,9 +21,19 @@ refused step, an evaluation and a step accumulated from several passes leave the
 holds the same one.
 
 Start. N and M must begin as what they are running means of: counts at 0 with sums at the embedding fling rare codes
-far away at the first step (3 of 512 codes survived). `start` runs k-means (Arthur and Vassilvitskii, "k-means++")
-on vectors of the first batches, gathered over all processes, and N and M begin with its clusters, scaled to (1 - d)
-times a step's vectors: the start weighs as much as one step, so the codebook follows a young encoder closely.
+far away at the first step (3 of 512 codes survived). `start` runs k-means (`vaedist.nets.clusters`) on vectors of the
+first batches, gathered over all processes, and N and M begin with its clusters, scaled to (1 - d) times a step's
+vectors: the start weighs as much as one step, so the codebook follows a young encoder closely.
+
+Cosine codes. With `cosine: true` vectors and codes lie on the sphere of radius sqrt(D), and the nearest code is the
+one at the smallest angle: the encoder cannot run away in length. Yu et al., "Vector-quantized image modeling with
+improved VQGAN" (there the radius is 1; sqrt(D) keeps single values near 1).
+
+Residual levels. With `residual_levels: L` there are L codebooks of K vectors: each quantises what the ones before left
+over, and q is the sum. A map of h x w positions then has L h x w codes: below each row of codes of one level lies the
+same row of the next, so a prior that reads downwards meets the coarse code of a position before the finer one. The
+commitment is the mean over levels of what is left after each. Zeghidour et al., "SoundStream: an end-to-end neural
+audio codec", and Lee et al., "Autoregressive image generation using residual quantization".
 
 Dead codes. A code whose N falls below `expire` times the mean of N is moved onto a vector of the current batch, N
 and M with it. Candidates are drawn per sample, far vectors more likely than near ones (in proportion to the squared
@@ -35,25 +46,43 @@ Everything here is fp32 (fp64 for fp64 models), outside autocast: nearest neighb
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vaedist.config import OVERRIDE, Strict
-from vaedist.context import Context, generator
+from vaedist.context import Context
+from vaedist.nets.clusters import add_rows, kmeans, nearest, rows_of
+from vaedist.nets.passing import Estimator, on_sphere, passed
+from vaedist.settings import OVERRIDE, Strict
 
-_CHUNK = 1 << 22  # distances held at once
+
+class _Vectors(Strict):
+    codes: int = Field(512, ge=2, description="K.")
+    dim: int = Field(64, ge=1, description="D.")
+    residual_levels: int = Field(
+        1, ge=1, description="Codebooks, each of which quantises what the ones before left over."
+    )
+    cosine: bool = Field(False, description="Vectors and codes on a sphere: the smallest angle is nearest.")
+    estimator: Estimator = Field(
+        "straight_through", description="How the gradient passes the codes.", json_schema_extra=OVERRIDE
+    )
+
+    @model_validator(mode="after")
+    def _what_is_left_over_is_not_on_the_sphere(self) -> _Vectors:
+        if self.cosine and self.residual_levels > 1:
+            raise ValueError(
+                "cosine codes have no residual levels: leave residual_levels at 1, or cosine at false"
+            )
+        return self
 
 
-class EmaCodebook(Strict):
+class EmaCodebook(_Vectors):
     """Running means."""
 
     kind: Literal["ema"] = "ema"
-    codes: int = Field(512, ge=2, description="K.")
-    dim: int = Field(64, ge=1, description="D.")
     decay: float = Field(0.99, ge=0, lt=1, description="d.", json_schema_extra=OVERRIDE)
     expire: float = Field(
         0.01,
@@ -64,12 +93,10 @@ class EmaCodebook(Strict):
     )
 
 
-class GradientCodebook(Strict):
+class GradientCodebook(_Vectors):
     """Trained vectors."""
 
     kind: Literal["gradient"] = "gradient"
-    codes: int = Field(512, ge=2, description="K.")
-    dim: int = Field(64, ge=1, description="D.")
 
 
 class Fsq(Strict):
@@ -88,9 +115,9 @@ class Quantized(NamedTuple):
     """What a quantiser makes of a map (B, D, h, w)."""
 
     values: Tensor
-    """(B, D, h, w) code vectors, gradient passed straight through to the map."""
+    """(B, D, h, w) code vectors, with a gradient to the map."""
     codes: Tensor
-    """(B, h, w) int64."""
+    """(B, h, w) int64, or (B, L h, w) with L residual levels."""
     commitment: Tensor | None
     """(B,) mean over elements of (z - sg(q))^2; None where there is nothing to commit to."""
     codebook: Tensor | None
@@ -102,6 +129,10 @@ class Quantizer(nn.Module):
 
     dim: int
     num_codes: int
+    depth = 1
+    """Codes of each position, one per residual level."""
+    tag = ""
+    """Tells the statistics of residual levels apart."""
     starts_from_data = False
     """Whether `start` is wanted before step 1."""
 
@@ -122,13 +153,16 @@ class Quantizer(nn.Module):
     def count(self, codes: Tensor, ctx: Context) -> None:
         """Add a batch's codes to this step's statistics."""
         counts = torch.bincount(codes.flatten(), minlength=self.num_codes)
-        ctx.accumulate("codes", counts.to(torch.float64))
+        ctx.accumulate(f"codes{self.tag}", counts.to(torch.float64))
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
         """Perplexity exp(H) and number of the codes that the global batch used."""
-        counts = ctx.sum(ctx.statistic("codes"))
+        counts = ctx.sum(ctx.statistic(f"codes{self.tag}"))
         share = counts / counts.sum()
-        return {"perplexity": torch.special.entr(share).sum().exp(), "codes_used": (counts > 0).sum()}
+        return {
+            f"perplexity{self.tag}": torch.special.entr(share).sum().exp(),
+            f"codes_used{self.tag}": (counts > 0).sum(),
+        }
 
 
 class _Codebook(Quantizer):
@@ -136,78 +170,98 @@ class _Codebook(Quantizer):
 
     embedding: Tensor
     starts_from_data = True
+    trained: bool
+    """Whether the vectors follow a gradient."""
+
+    def __init__(self, config: EmaCodebook | GradientCodebook) -> None:
+        super().__init__()
+        self.num_codes, self.dim = config.codes, config.dim
+        self.cosine, self.estimator = config.cosine, config.estimator
+
+    def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Codes (B, h, w) and code vectors (B, D, h, w) of a placed map without gradient; training is counted."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, ctx: Context) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = self._placed(z)
+            codes, q = self.assign(z.detach(), ctx)
+            commitment = (z - q.detach()).square().flatten(1).mean(1)
+            codebook = (z.detach() - q).square().flatten(1).mean(1) if self.trained else None
+            return Quantized(passed(z, q.detach(), self.estimator), codes, commitment, codebook)
 
     def encode(self, z: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            return nearest(_rows(self._wide(z)), self.embedding)[0].view(z.shape[0], *z.shape[2:])
+            return nearest(rows_of(self._placed(z)), self.vectors)[0].view(z.shape[0], *z.shape[2:])
 
     def embed(self, codes: Tensor) -> Tensor:
-        return nn.functional.embedding(codes, self.embedding).permute(0, 3, 1, 2).contiguous()
+        return nn.functional.embedding(codes, self.vectors).permute(0, 3, 1, 2).contiguous()
 
-    def _wide(self, z: Tensor) -> Tensor:
-        return z.to(torch.promote_types(z.dtype, self.embedding.dtype))
+    @property
+    def vectors(self) -> Tensor:
+        """(K, D) code vectors."""
+        return on_sphere(self.embedding, 1) if self.cosine else self.embedding
+
+    def _placed(self, z: Tensor) -> Tensor:
+        """The map in full precision, on the sphere where codes are told by their angle."""
+        z = z.to(torch.promote_types(z.dtype, self.embedding.dtype))
+        return on_sphere(z, 1) if self.cosine else z
 
 
 class GradientQuantizer(_Codebook):
     """Code vectors trained by gradient."""
 
+    trained = True
+
     def __init__(self, config: GradientCodebook) -> None:
-        super().__init__()
-        self.num_codes, self.dim = config.codes, config.dim
+        super().__init__(config)
         self.embedding = nn.Parameter(torch.randn(config.codes, config.dim) / math.sqrt(config.dim))
 
-    def forward(self, z: Tensor, ctx: Context) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):
-            z = self._wide(z)
-            codes = self.encode(z)
-            if ctx.training:
-                self.count(codes, ctx)
-            q = self.embed(codes)
-            commitment = (z - q.detach()).square().flatten(1).mean(1)
-            codebook = (z.detach() - q).square().flatten(1).mean(1)
-            return Quantized(z + (q - z).detach(), codes, commitment, codebook)
+    def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        codes = nearest(rows_of(z), self.vectors)[0].view(z.shape[0], *z.shape[2:])
+        if ctx.training:
+            self.count(codes, ctx)
+        return codes, self.embed(codes)
 
     @torch.no_grad()
     def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        if self.cosine:
+            vectors = on_sphere(vectors, 1)
         self.embedding.copy_(kmeans(vectors, self.num_codes, seed)[0])
 
 
 class EmaQuantizer(_Codebook):
     """Code vectors that are running means; `count_average` is N, `sum_average` M of the module docstring."""
 
+    trained = False
     embedding: Tensor
     count_average: Tensor
     sum_average: Tensor
 
     def __init__(self, config: EmaCodebook) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
-        self.num_codes, self.dim = config.codes, config.dim
         vectors = torch.randn(config.codes, config.dim) / math.sqrt(config.dim)
         self.register_buffer("embedding", vectors)
         self.register_buffer("count_average", torch.ones(config.codes))
         self.register_buffer("sum_average", vectors.clone())
 
-    def forward(self, z: Tensor, ctx: Context) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):
-            z = self._wide(z)
-            rows = _rows(z.detach())
-            codes, distance = nearest(rows, self.embedding)
-            codes = codes.view(z.shape[0], *z.shape[2:])
-            q = self.embed(codes)
-            if ctx.training:
-                self.count(codes, ctx)
-                sums = torch.zeros_like(self.embedding, dtype=torch.float64)
-                ctx.accumulate("sums", _add_rows(sums, codes.flatten(), rows))
-                if self.config.expire > 0:
-                    ctx.collect("candidates", self._candidates(rows, distance, z.shape[0], ctx))
-            commitment = (z - q).square().flatten(1).mean(1)
-            return Quantized(z + (q - z).detach(), codes, commitment, None)
+    def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        rows = rows_of(z)
+        codes, distance = nearest(rows, self.vectors)
+        codes = codes.view(z.shape[0], *z.shape[2:])
+        if ctx.training:
+            self.count(codes, ctx)
+            sums = torch.zeros_like(self.embedding, dtype=torch.float64)
+            ctx.accumulate(f"sums{self.tag}", add_rows(sums, codes.flatten(), rows))
+            if self.config.expire > 0:
+                ctx.collect(f"candidates{self.tag}", self._candidates(rows, distance, z.shape[0], ctx))
+        return codes, self.embed(codes)
 
     def _candidates(self, rows: Tensor, distance: Tensor, samples: int, ctx: Context) -> Tensor:
         """(samples, m, 1 + D): vectors drawn in each sample in proportion to `distance`, after a sorting key."""
         m = -(-self.num_codes // ctx.batch_size)
-        noise = ctx.uniform("expire", (samples, 2 * m)).to(rows)
+        noise = ctx.uniform(f"expire{self.tag}", (samples, 2 * m)).to(rows)
         reach = distance.view(samples, -1).to(torch.float64).cumsum(1)
         place = torch.searchsorted(reach, noise[:, :m].to(reach) * reach[:, -1:])
         place = place.clamp(max=reach.shape[1] - 1)
@@ -217,8 +271,8 @@ class EmaQuantizer(_Codebook):
     @torch.no_grad()
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
         shown = super().after_step(ctx)
-        counts = ctx.sum(ctx.statistic("codes"))
-        sums = ctx.sum(ctx.statistic("sums"))
+        counts = ctx.sum(ctx.statistic(f"codes{self.tag}"))
+        sums = ctx.sum(ctx.statistic(f"sums{self.tag}"))
         decay = self.config.decay
         self.count_average.mul_(decay).add_((1 - decay) * counts.to(self.count_average.dtype))
         self.sum_average.mul_(decay).add_((1 - decay) * sums.to(self.sum_average.dtype))
@@ -230,7 +284,7 @@ class EmaQuantizer(_Codebook):
         )
         self.embedding.copy_(torch.where(moved[:, None], mean, self.embedding))
         if self.config.expire > 0:
-            candidates = ctx.gather(ctx.statistic("candidates")).flatten(0, 1)
+            candidates = ctx.gather(ctx.statistic(f"candidates{self.tag}")).flatten(0, 1)
             self._expire(candidates)
         return shown
 
@@ -249,11 +303,78 @@ class EmaQuantizer(_Codebook):
 
     @torch.no_grad()
     def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        if self.cosine:
+            vectors = on_sphere(vectors, 1)
         means, counts = kmeans(vectors, self.num_codes, seed)
         counts = counts * ((1 - self.config.decay) * per_step / counts.sum())
         self.embedding.copy_(means)
         self.count_average.copy_(counts)
         self.sum_average.copy_(means * counts[:, None])
+
+
+class ResidualQuantizer(Quantizer):
+    """Codebooks in a row, each for what the ones before left over."""
+
+    starts_from_data = True
+
+    def __init__(self, books: list[_Codebook]) -> None:
+        super().__init__()
+        self.books = nn.ModuleList(books)
+        self.depth = len(books)
+        self.num_codes, self.dim, self.estimator = books[0].num_codes, books[0].dim, books[0].estimator
+        for number, book in enumerate(books[1:], 2):
+            book.tag = f"/level{number}"
+
+    def _in_turn(self) -> Iterator[_Codebook]:
+        for book in self.books:
+            assert isinstance(book, _Codebook)
+            yield book
+
+    def forward(self, z: Tensor, ctx: Context) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = next(self._in_turn())._placed(z)
+            total = torch.zeros_like(z)
+            codes, commitments, codebooks = [], [], []
+            for book in self._in_turn():
+                found, q = book.assign(z.detach() - total, ctx)
+                if book.trained:
+                    codebooks.append((z.detach() - total - q).square().flatten(1).mean(1))
+                total = total + q.detach()
+                codes.append(found)
+                commitments.append((z - total).square().flatten(1).mean(1))
+            return Quantized(
+                passed(z, total, self.estimator),
+                torch.stack(codes, 2).flatten(1, 2),
+                torch.stack(commitments).mean(0),
+                torch.stack(codebooks).sum(0) if codebooks else None,
+            )
+
+    def encode(self, z: Tensor) -> Tensor:
+        codes = []
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            rest = next(self._in_turn())._placed(z)
+            for book in self._in_turn():
+                codes.append(book.encode(rest))
+                rest = rest - book.embed(codes[-1])
+        return torch.stack(codes, 2).flatten(1, 2)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        levels = codes.unflatten(1, (-1, self.depth)).unbind(2)
+        each = [book.embed(one) for book, one in zip(self._in_turn(), levels, strict=True)]
+        return torch.stack(each).sum(0)
+
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        """Of each level; the finer ones are named `perplexity/level2` and so on."""
+        shown: dict[str, Tensor] = {}
+        for book in self._in_turn():
+            shown |= book.after_step(ctx)
+        return shown
+
+    @torch.no_grad()
+    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        for number, book in enumerate(self._in_turn()):
+            book.start(vectors, seed + number, per_step)
+            vectors = vectors - book.vectors[nearest(vectors, book.vectors)[0]]
 
 
 class FsqQuantizer(Quantizer):
@@ -300,90 +421,10 @@ class FsqQuantizer(Quantizer):
 
 def quantizer(config: EmaCodebook | GradientCodebook | Fsq) -> Quantizer:
     """The quantiser of a job's `codebook` section."""
-    if isinstance(config, EmaCodebook):
-        return EmaQuantizer(config)
-    if isinstance(config, GradientCodebook):
-        return GradientQuantizer(config)
-    return FsqQuantizer(config)
-
-
-def nearest(rows: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Index (N,) of the nearest of K vectors (K, D) to each of N rows (N, D), and the squared distance (N,).
-
-    |e|^2 - 2 z.e as one matrix product per chunk of rows; a tie goes to the smaller index.
-    """
-    embedding = embedding.detach()
-    half = embedding.square().sum(1) / 2
-    size = max(1, _CHUNK // len(embedding))
-    best, index = zip(
-        *(torch.addmm(half, part, embedding.T, alpha=-1).min(1) for part in rows.split(size)), strict=True
-    )
-    distance = rows.square().sum(1) + 2 * torch.cat(best)
-    return torch.cat(index), distance.clamp_min(0)
-
-
-def kmeans(vectors: Tensor, k: int, seed: int, iterations: int = 15) -> tuple[Tensor, Tensor]:
-    """k-means++ start and Lloyd's iterations: means (k, D) and cluster sizes (k,), a function of the arguments.
-
-    A mean that loses all its vectors takes the vector farthest from its own mean. With fewer distinct vectors
-    than k some means are equal; their sizes are at least 1.
-    """
-    draw = torch.rand(k, generator=generator("k-means", seed), dtype=torch.float64).to(vectors.device)
-    n = len(vectors)
-    chosen = [min(int(draw[0] * n), n - 1)]
-    distance = (vectors - vectors[chosen[0]]).square().sum(1)
-    for i in range(1, k):
-        reach = distance.to(torch.float64).cumsum(0)
-        # All distances 0: every vector is taken, so any will do.
-        target = draw[i] * (reach[-1] if reach[-1] > 0 else 1)
-        chosen.append(min(int(torch.searchsorted(reach, target, right=True)), n - 1))
-        distance = torch.minimum(distance, (vectors - vectors[chosen[-1]]).square().sum(1))
-    means = vectors[chosen].clone()
-    counts = vectors.new_ones(k)
-    for _ in range(iterations):
-        index, distance = nearest(vectors, means)
-        counts = torch.bincount(index, minlength=k).to(vectors.dtype)
-        sums = _add_rows(torch.zeros_like(means, dtype=torch.float64), index, vectors).to(means.dtype)
-        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
-        empty = (counts == 0).nonzero().flatten()
-        far = distance.topk(min(len(empty), n)).indices
-        means[empty[: len(far)]] = vectors[far]
-    return means, counts.clamp_min(1)
-
-
-def _rows(z: Tensor) -> Tensor:
-    """(B, D, h, w) to (B*h*w, D)."""
-    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-
-
-def _add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """target[index[i]] += rows[i] as matrix products, which add in a fixed order on every device."""
-    for part, at in zip(
-        rows.split(max(1, _CHUNK // len(target))), index.split(max(1, _CHUNK // len(target))), strict=True
-    ):
-        hit = torch.zeros(len(target), len(part), dtype=part.dtype, device=part.device)
-        hit.scatter_(0, at[None], 1)
-        target += (hit @ part).to(target.dtype)
-    return target
-
-
-def starting_vectors(maps: Sequence[Tensor], ctx: Context, wanted: int) -> tuple[Tensor, int, int]:
-    """Arguments of `Quantizer.start`: (N, D) vectors of all processes, N about `wanted`, a seed, and vectors per step.
-
-    Args:
-        maps: Encoder outputs (B_r, D, h, w) of this process's rows of the first global batches.
-        ctx: Its noise picks positions in each sample.
-        wanted: How many vectors; all there are if that is fewer.
-    """
-    parts = []
-    seed = per_step = 0
-    for chunk, z in enumerate(maps):
-        rows = z.permute(0, 2, 3, 1).flatten(1, 2)
-        noise = ctx.uniform("k-means", (rows.shape[0], rows.shape[1]), chunk=chunk).to(rows.device)
-        m = min(rows.shape[1], -(-wanted // (len(maps) * ctx.batch_size)))
-        place = noise.argsort(dim=1, stable=True)[:, :m]
-        picked = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[2]))
-        parts.append(ctx.gather(picked).flatten(0, 1))
-        seed = int(ctx.gather(noise[:, :1])[0, 0].item() * 2**24)
-        per_step = rows.shape[1] * ctx.batch_size
-    return torch.cat(parts), seed, per_step
+    if isinstance(config, Fsq):
+        return FsqQuantizer(config)
+    books: list[_Codebook] = [
+        EmaQuantizer(config) if isinstance(config, EmaCodebook) else GradientQuantizer(config)
+        for _ in range(config.residual_levels)
+    ]
+    return books[0] if len(books) == 1 else ResidualQuantizer(books)

@@ -14,6 +14,15 @@ Borders. `ssim_map` has the size of the image; beyond the edge the image is mirr
 repeated (d c b a | a b c d | d c b a), as scipy's filters do and as `full=True` shows. The mean that scikit-image
 returns leaves out `(side - 1) / 2` pixels along each edge, which `crop` gives and `ssim` applies.
 
+Scales. `ms_ssim` is the product over five scales s, each half the size of the one before (2 x 2 means; an odd last
+row or column is doubled), of the contrast-structure part to the power w_s, with the luminance part on the last:
+
+    MS-SSIM = mean(l_5 cs_5)^w_5 prod_(s < 5) mean(cs_s)^w_s,   cs = (2 cxy + C2) / (vx + vy + C2)
+
+w = 0.0448, 0.2856, 0.3001, 0.2363, 0.1333, Gaussian window, borders left out at every scale, a negative mean counted
+as 0. Wang, Simoncelli, Bovik, "Multi-scale structural similarity for image quality assessment" (2003). The last scale
+must hold a window: images of at least 161 pixels a side; fewer scales would be another number.
+
 The windows are separable, and each direction is one matrix product with a banded (n, n) matrix that holds the
 mirrored border too: on a CPU this is several times faster than a one-channel convolution.
 """
@@ -25,10 +34,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Window = Literal["gaussian", "uniform"]
 
 SIDE = {"gaussian": 11, "uniform": 7}
+
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SIDE = (SIDE["gaussian"] - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1
+"""Smallest height and width that have an MS-SSIM: its last scale is one window wide."""
+
+
+_C1, _C2 = 0.01**2, 0.03**2
 
 
 def crop(window: Window = "gaussian") -> int:
@@ -41,6 +58,12 @@ def ssim_map(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
 
     Computed in fp32, or fp64 for fp64 images. H and W are at least the window's side.
     """
+    mx, my, vx, vy, cxy = _local(x, y, window)
+    return ((2 * mx * my + _C1) * (2 * cxy + _C2)) / ((mx * mx + my * my + _C1) * (vx + vy + _C2))
+
+
+def _local(x: Tensor, y: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means, variances and covariance under the window at each pixel."""
     assert x.shape == y.shape and x.dim() == 4
     side = SIDE[window]
     assert min(x.shape[-2:]) >= side, f"images must be at least {side}x{side}"
@@ -57,15 +80,35 @@ def ssim_map(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
         mx, my = local(x), local(y)
         vx = scale * (local(x * x) - mx * mx)
         vy = scale * (local(y * y) - my * my)
-        cxy = scale * (local(x * y) - mx * my)
-        c1, c2 = 0.01**2, 0.03**2
-        return ((2 * mx * my + c1) * (2 * cxy + c2)) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+        return mx, my, vx, vy, scale * (local(x * y) - mx * my)
 
 
 def ssim(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
     """(B,) mean SSIM as scikit-image returns it: borders left out, channels averaged."""
     edge = crop(window)
     return ssim_map(x, y, window)[..., edge:-edge, edge:-edge].mean((1, 2, 3))
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """(B,) multi-scale SSIM of images (B, C, H, W) in [0, 1] of at least `MS_SIDE` a side, channels averaged."""
+    assert min(x.shape[-2:]) >= MS_SIDE, f"images must be at least {MS_SIDE}x{MS_SIDE}"
+    edge = crop()
+    product = x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    for scale, weight in enumerate(SCALE_WEIGHTS, 1):
+        mx, my, vx, vy, cxy = _local(x, y, "gaussian")
+        part = (2 * cxy + _C2) / (vx + vy + _C2)
+        if scale == len(SCALE_WEIGHTS):
+            part = part * (2 * mx * my + _C1) / (mx * mx + my * my + _C1)
+        product = product * part[..., edge:-edge, edge:-edge].mean((2, 3)).clamp(min=0) ** weight
+        x, y = _half(x), _half(y)
+    return product.mean(1)
+
+
+def _half(image: Tensor) -> Tensor:
+    odd = (image.shape[-1] % 2, image.shape[-2] % 2)
+    if any(odd):
+        image = functional.pad(image, (0, odd[0], 0, odd[1]), mode="replicate")
+    return functional.avg_pool2d(image, 2)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,0 +1,136 @@
+"""Drawing a map of codes one code after the other.
+
+    p(c | y) = prod_t p(c_t | c_1 .. c_{t-1}, y),     t in raster order: rows from the top, each from the left
+
+A network that models this gives the logits of all T = h*w codes at once when it is told a whole map, which is what
+training needs. Sampling has no map yet; its plain definition is one full forward per code, of which all but one
+position is thrown away (`FullSteps`). A network's own `steps` compute what the newest code adds and keep the rest:
+the same numbers for about 1/T of the work.
+
+Choosing. Logits are divided by the temperature (0: the most probable code), then cut: `top_k` leaves the k largest
+(Fan et al., "Hierarchical neural story generation"), `top_p` the smallest set whose probability reaches p
+(Holtzman et al., "The curious case of neural text degeneration"); codes that tie with the last one left stay too.
+A code is where a uniform number falls in the running sum of the probabilities, in fp64: one number per code and
+sample.
+
+Guidance extrapolates from the network without a label to the one with it, logits = free + g (labelled - free),
+after Ho and Salimans, "Classifier-free diffusion guidance"; 1 is the labelled network, 0 the free one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vaedist.errors import UserError
+
+
+class Network(Protocol):
+    """p(codes | label): causal in raster order."""
+
+    grid: tuple[int, int]
+
+    def __call__(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B, K, h, w) logits of (B, h, w) codes; those at a place depend on the codes before it alone."""
+
+    def steps(self, rows: int, label: Tensor | None = None) -> Steps:
+        """`rows` maps begun, none of their codes known."""
+
+
+class Steps(Protocol):
+    """Maps of codes in the making."""
+
+    def logits(self) -> Tensor:
+        """(B, K) of the next code; asked once for each."""
+
+    def push(self, codes: Tensor) -> None:
+        """Settle the next code of each map, (B,) int64."""
+
+
+class FullSteps:
+    """`Steps` by definition: one full forward per code. What caches are tested and timed against."""
+
+    def __init__(self, network: Network, rows: int, label: Tensor | None, device: torch.device | str) -> None:
+        self.network, self.label = network, label
+        self.codes = torch.zeros((rows, *network.grid), dtype=torch.int64, device=device)
+        self.known = 0
+
+    def logits(self) -> Tensor:
+        return self.network(self.codes, self.label).flatten(2)[:, :, self.known]
+
+    def push(self, codes: Tensor) -> None:
+        self.codes.flatten(1)[:, self.known] = codes
+        self.known += 1
+
+
+class Choice(NamedTuple):
+    """How a code is chosen from its logits."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def check(self) -> None:
+        """Refuse what means nothing.
+
+        Raises:
+            UserError: naming the setting and what it may be.
+        """
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature is {self.temperature}; give a number of at least 0 (1: as trained)")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; give how many codes stay in the draw, at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_p is {self.top_p}; give the probability that stays in the draw, above 0 and up to 1"
+            )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) fp64, each row summing to 1, of logits (B, K)."""
+        logits = logits.double()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            last = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < last, -math.inf)
+        p = logits.softmax(1)
+        if self.top_p is not None and self.top_p < 1:
+            falling = p.sort(1, descending=True).values
+            before = falling.cumsum(1) - falling
+            last = falling.masked_fill(before >= self.top_p, math.inf).amin(1, keepdim=True)
+            p = p.masked_fill(p < last, 0.0)
+            p = p / p.sum(1, keepdim=True)
+        return p
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """(B,) int64 codes from logits (B, K) and uniform numbers (B,) on [0, 1)."""
+        reach = self.probabilities(logits).cumsum(1)
+        # The first code whose running sum exceeds the number; one of probability 0 never is.
+        target = uniform.to(reach)[:, None] * reach[:, -1:]
+        return (reach <= target).sum(1).clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def generate(steps: Steps, uniform: Tensor, choice: Choice, guidance: float | None = None) -> Tensor:
+    """(B, T) int64 codes in raster order.
+
+    Args:
+        steps: Of B maps; with guidance of 2B: first with their labels, then the same without.
+        uniform: (B, T) on [0, 1): one number per code.
+        choice: How each code is chosen.
+        guidance: g, or None for no guidance.
+    """
+    chosen = []
+    for numbers in uniform.unbind(1):
+        logits = steps.logits()
+        if guidance is not None:
+            labelled, free = logits.chunk(2)
+            logits = free + guidance * (labelled - free)
+        codes = choice.draw(logits, numbers)
+        steps.push(codes if guidance is None else torch.cat([codes, codes]))
+        chosen.append(codes)
+    return torch.stack(chosen, 1)

@@ -1,0 +1,215 @@
+"""Class labels in a network: how a label becomes numbers, and how the numbers enter a body.
+
+A label y in 0 .. K - 1 becomes a code c(y), (size,): a learned vector (`embedding`) or the K-vector that is 1 at y
+(`one_hot`), times `factor`. A dropped label, `DROPPED`, is the zero vector, so that one model serves with and without
+labels: training drops each label with probability `dropout` (as in Ho and Salimans, "Classifier-free diffusion
+guidance", section 3.2).
+
+| how | what a body does with c |
+|---|---|
+| `concat` | c stands beside the input: as further channels, constant over the picture, or as further values |
+| `film` | after each block, channel j becomes (1 + a_j(c)) x_j + b_j(c), a and b linear, 0 at the start |
+
+Sohn et al., "Learning structured output representation using deep conditional generative models" (the CVAE); Perez et
+al., "FiLM: visual reasoning with a general conditioning layer", equation 1.
+
+The prior is N(0, 1) for every label (`standard`), or N(m_y, diag s_y^2) with learned m and s (`per_class`), which is
+N(0, 1) for a dropped label.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from vaedist.config import Spec
+from vaedist.errors import UserError
+from vaedist.nets.divergences import DiagonalGaussian
+from vaedist.settings import Strict
+
+DROPPED = -1
+"""The label of a sample whose class is not told."""
+
+
+class Condition(Strict):
+    """How labels enter a model."""
+
+    label: Literal["embedding", "one_hot"] = "embedding"
+    size: int | None = Field(None, ge=1, description="Numbers in an embedding; default: 16.")
+    factor: float = Field(1.0, gt=0, description="On the code.")
+    how: Literal["film", "concat"] = "film"
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of labels not told in training.")
+    prior: Literal["standard", "per_class"] = "standard"
+
+    @model_validator(mode="after")
+    def _one_hot_has_its_size(self) -> Condition:
+        if self.label == "one_hot" and self.size is not None:
+            raise ValueError("size is for `label: embedding`; a one-hot code is as long as there are classes")
+        return self
+
+
+class LabelCode(nn.Module):
+    """Labels (B,) int64 to codes (B, size).
+
+    Args:
+        condition: Its settings.
+        spec: Of the data, which must have classes.
+
+    Raises:
+        UserError: the data have no classes.
+    """
+
+    def __init__(self, condition: Condition, spec: Spec) -> None:
+        super().__init__()
+        if not spec.classes:
+            raise UserError(
+                "model.condition needs classes, and these data carry no labels: pack a folder with one folder per "
+                "class, or remove model.condition"
+            )
+        self.classes, self.factor, self.may_drop = spec.classes, condition.factor, condition.dropout > 0
+        self.size = condition.size or 16 if condition.label == "embedding" else spec.classes
+        if condition.label == "embedding":
+            self.embedding = nn.Embedding(spec.classes, self.size)
+        else:
+            self.register_buffer("embedding", None)
+
+    def forward(self, label: Tensor) -> Tensor:
+        known = (label != DROPPED)[:, None]
+        held = label.clamp_min(0)
+        if self.embedding is not None:
+            code: Tensor = self.embedding(held)
+        else:
+            code = nn.functional.one_hot(held, self.classes).to(torch.get_default_dtype())
+        return self.factor * code * known
+
+    def resolve(self, label: Tensor | None, rows: int, device: torch.device) -> Tensor:
+        """`label`, or for None as many dropped ones.
+
+        Raises:
+            UserError: None, but the model never learned to do without.
+        """
+        if label is not None:
+            return label
+        self._dropping_is_learned()
+        return torch.full((rows,), DROPPED, device=device)
+
+    def check(self, label: Tensor) -> Tensor:
+        """`label`, after a look at its values (which waits for the device).
+
+        Raises:
+            UserError: not a class of the data, or dropped and the model never learned to do without.
+        """
+        wrong = label[(label < DROPPED) | (label >= self.classes)]
+        if len(wrong):
+            raise UserError(f"there is no class {int(wrong[0])}: the model knows 0 to {self.classes - 1}")
+        if (label == DROPPED).any():
+            self._dropping_is_learned()
+        return label
+
+    def _dropping_is_learned(self) -> None:
+        if not self.may_drop:
+            raise UserError(
+                "this model saw the label of every training image: name a class, or train with "
+                "model.condition.dropout above 0"
+            )
+
+
+class Concat(nn.Sequential):
+    """A body whose input has the code beside it."""
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:  # type: ignore[override]
+        code = code.to(x.dtype)
+        if x.dim() == 2 or isinstance(self[0], nn.Flatten):
+            joined = torch.cat([x.flatten(1), code], 1)
+        else:
+            joined = torch.cat([x, code[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
+        for block in self:
+            joined = block(joined)
+        return joined
+
+
+class Film(nn.Sequential):
+    """A body whose blocks, all but the last, are scaled and shifted by the code. Its blocks keep their names.
+
+    Args:
+        blocks: The body.
+        size: Numbers in a code.
+        shape: Of one input, without the batch axis.
+    """
+
+    film: nn.ModuleDict
+
+    def __init__(self, blocks: nn.Sequential, size: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.names = [name for name, _ in blocks.named_children()]
+        trained = [name for name, block in blocks.named_children() if any(True for _ in block.parameters())]
+        film = nn.ModuleDict()
+        with torch.no_grad():
+            x = torch.zeros(1, *shape)
+            for name, block in blocks.named_children():
+                self.add_module(name, block)
+                x = block(x)
+                if name in trained[:-1]:
+                    film[name] = layer = nn.Linear(size, 2 * x.shape[1])
+                    nn.init.zeros_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        self.add_module("film", film)
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:  # type: ignore[override]
+        for name in self.names:
+            x = getattr(self, name)(x)
+            if name in self.film:
+                scale, shift = self.film[name](code.to(x.dtype)).chunk(2, dim=1)
+                if x.dim() == 4:
+                    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+                x = x * (1 + scale) + shift
+        return x
+
+
+def conditioned(
+    body: nn.Sequential, condition: Condition | None, size: int, shape: tuple[int, ...]
+) -> nn.Sequential:
+    """The body as `body(x, code)`; without a condition the body itself.
+
+    Args:
+        body: For `concat` built with `extra` = `size`.
+        condition: Its settings.
+        size: Numbers in a code.
+        shape: Of one input, without the code and the batch axis.
+    """
+    if condition is None:
+        return body
+    if condition.how == "film":
+        return Film(body, size, shape)
+    joined = Concat()
+    for name, block in body.named_children():
+        joined.add_module(name, block)
+    return joined
+
+
+class ClassPrior(nn.Module):
+    """p(z | y) = N(m_y, diag s_y^2), learned for each class; N(0, 1) for a dropped label.
+
+    Args:
+        classes: K.
+        shape: Of one latent.
+    """
+
+    def __init__(self, classes: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(classes, *shape))
+        self.log_variance = nn.Parameter(torch.zeros(classes, *shape))
+
+    def forward(self, label: Tensor) -> DiagonalGaussian:
+        """Of (B,) labels, a row each."""
+        held, known = label.clamp_min(0), (label != DROPPED).to(self.mean.dtype)
+        known = known.view(-1, *[1] * (self.mean.dim() - 1))
+        return DiagonalGaussian(self.mean[held] * known, self.log_variance[held] * known)
+
+
+def drop(label: Tensor, uniform: Tensor, share: float) -> Tensor:
+    """Labels with each one dropped where its uniform number in [0, 1) is below `share`."""
+    return torch.where(uniform.to(label.device) < share, DROPPED, label)

@@ -1,0 +1,77 @@
+"""What every likelihood object offers: a batch of decoded images with their mean, errors and log-probability."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vaedist.nets.ssim import ssim
+
+Evidence = Literal["discrete", "binary", "density", "surrogate"]
+
+
+def unit(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [0, 255] to [0, 1]."""
+    return image.to(dtype) / 255
+
+
+def off_the_ends(noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uniform noise moved off 0 and 1, where inverse distribution functions are infinite."""
+    edge = torch.finfo(dtype).eps
+    return noise.to(dtype).clamp(edge, 1 - edge)
+
+
+class Decoded:
+    """A batch of decoded images: `output` (B, C, H, W) of the network, in at least fp32."""
+
+    evidence: ClassVar[Evidence]
+    """What `log_prob` is: see `vaedist.nets.likelihoods`."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output.to(torch.promote_types(output.dtype, torch.float32))
+
+    @property
+    def location(self) -> Tensor:
+        """(B, C, H, W): the mean before it is cut to [0, 1]."""
+        return (self.output + 1) / 2
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, C, H, W) in [0, 1]."""
+        return self.location.clamp(0, 1)
+
+    def target(self, image: Tensor) -> Tensor:
+        assert image.dtype == torch.uint8 and image.shape == self.output.shape
+        return unit(image, self.output.dtype)
+
+    def values(self, x: Tensor) -> Tensor:
+        """log p of each value of x in [0, 1], or of each pixel where its channels depend on each other."""
+        raise NotImplementedError
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1], from uniform noise on [0, 1) of the same shape."""
+        raise NotImplementedError
+
+    def log_prob(self, image: Tensor) -> Tensor:
+        """(B,) nats for uint8 images (B, C, H, W), summed over pixels."""
+        with torch.autocast(image.device.type, enabled=False):
+            return self.values(self.target(image)).flatten(1).sum(1)
+
+    def squared_error(self, image: Tensor) -> Tensor:
+        """(B,) sum of squared distances from `location`, on the [0, 1] scale: values beyond it are not cut."""
+        return (self.location - self.target(image)).square().flatten(1).sum(1)
+
+    def mse(self, image: Tensor) -> Tensor:
+        """(B,) squared error of `mean` per value, on the [0, 1] scale."""
+        return (self.mean - self.target(image)).square().flatten(1).mean(1)
+
+    def dssim(self, image: Tensor) -> Tensor:
+        """(B,) structural dissimilarity P * (1 - SSIM) / 2: a number per image that grows as nats do.
+
+        Of `mean`, which is what gets looked at: values beyond black or white count as black or white. Their
+        gradient is left to `log_prob`.
+        """
+        similarity = ssim(self.mean, self.target(image))
+        return self.output.shape[1:].numel() * (1 - similarity) / 2

@@ -1,0 +1,58 @@
+"""Dropout whose masks belong to the sample.
+
+torch's dropout draws from a global generator, so that a mask depends on how many processes there are and on what
+ran before. Here an element is kept or not by a hash of (the sample's seed, the layer, the element's place),
+computed on the device: the same on every world size, under `torch.compile` and after a resume, and no state to
+save.
+
+The hash is a 32-bit multiply-xorshift finaliser (two multiplications, three shifts; the constants are those of C.
+Wellons' "hash-prospector", chosen below 2^31 so that every product fits in int64). One hash decides two elements,
+16 bits each, so that a rate is exact to 2^-16; what is kept is divided by the probability to be kept, as usual
+(Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vaedist.context import Context
+
+_WORD = (1 << 32) - 1
+
+
+def sample_seeds(ctx: Context, rows: int) -> Tensor:
+    """(rows,) int64 in [0, 2^32): one seed per sample of this process, of this step."""
+    # 24 bits are what a uniform number in fp32 carries.
+    bits = (ctx.uniform("dropout", (rows, 2)).double() * (1 << 24)).long()
+    return _hash(bits[:, 0] ^ _hash(bits[:, 1]))
+
+
+def dropout(x: Tensor, rate: float, seeds: Tensor | None, layer: int) -> Tensor:
+    """`x` (B, ...) with a part `rate` of its elements set to 0 and the others divided by 1 - rate.
+
+    Args:
+        x: Features.
+        rate: In [0, 1), rounded to a multiple of 2^-16.
+        seeds: (B,) from `sample_seeds`; None: nothing is dropped (evaluation).
+        layer: Number of the place in the network: places with different numbers drop independently.
+    """
+    level = round(rate * (1 << 16))
+    if seeds is None or level == 0:
+        return x
+    count = x[0].numel()
+    half = (count + 1) // 2
+    state = _hash((seeds + 0x632BE5AB * (layer + 1)) & _WORD)
+    places = _hash(torch.arange(half, device=x.device))
+    word = _hash(places ^ state[:, None])
+    draw = torch.cat([word & 0xFFFF, word >> 16], 1)[:, :count].view(x.shape)
+    return torch.where(
+        draw >= level, x / (1 - level / (1 << 16)), torch.zeros((), dtype=x.dtype, device=x.device)
+    )
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A bijection on [0, 2^32), held in int64."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _WORD
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _WORD
+    return x ^ (x >> 15)

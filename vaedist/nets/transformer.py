@@ -1,0 +1,207 @@
+"""A small causal transformer over a map of codes.
+
+Codes in raster order are a sequence; what enters at place t is the code before it (at place 0 a trained start), so
+that the output at t is a distribution of code t. Blocks are pre-normalised (Xiong et al., "On layer normalization
+in the transformer architecture"): x + attention(norm(x)), then x + mlp(norm(x)), with softmax attention over the
+places up to t (Vaswani et al., "Attention is all you need"). A label is a vector added at every place.
+
+Where a place is: `learned`, a vector per place added at the start, which aligned images want; `rotary`, queries
+and keys turned by angles that grow with the place, so that their product knows the distance (Su et al.,
+"RoFormer"), here along two axes: half of a head's pairs turn with the row, half with the column; or `both`. It is
+always the place whose code is to come.
+
+`TransformerSteps` keeps every layer's keys and values, so that a code costs one place's products and one row of
+attention.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vaedist.nets.dropout import dropout
+from vaedist.settings import OVERRIDE, Strict
+
+
+class Transformer(Strict):
+    """Size of a causal transformer."""
+
+    width: int = Field(192, ge=1, description="Of the residual stream.")
+    layers: int = Field(6, ge=1)
+    heads: int = Field(4, ge=1)
+    expand: int = Field(4, ge=1, description="Units of each MLP / width.")
+    positions: Literal["learned", "rotary", "both"] = "both"
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="Of what attention and MLP add.", json_schema_extra=OVERRIDE
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Transformer:
+        parts = self.heads * (1 if self.positions == "learned" else 4)
+        if self.width % parts:
+            told = "heads" if self.positions == "learned" else "4 * heads (rotary pairs along two axes)"
+            raise ValueError(f"width ({self.width}) must be a multiple of {told} = {parts}")
+        return self
+
+
+def turns(grid: tuple[int, int], size: int) -> Tensor:
+    """(2, T, size) fp64: cosines and sines of the rotary angles of a head of `size` features, a multiple of 4.
+
+    Pair i is features i and i + size/2; the first half of the pairs turns with the row, the other with the column,
+    each at frequencies 100^(-2k/(size/2)): over a grid of some dozens of rows the slowest turns by a part of a circle.
+    """
+    count = size // 4
+    frequencies = 100.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+    rows = torch.arange(grid[0], dtype=torch.float64)[:, None, None] * frequencies
+    columns = torch.arange(grid[1], dtype=torch.float64)[None, :, None] * frequencies
+    shape = (*grid, count)
+    angles = torch.cat([rows.expand(shape), columns.expand(shape)], 2).flatten(0, 1)
+    return torch.stack([torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)])
+
+
+def turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """(..., T, size) features, every pair turned by its angle."""
+    a, b = x.chunk(2, -1)
+    return x * cosines + torch.cat([-b, a], -1) * sines
+
+
+class Block(nn.Module):
+    """Attention and MLP around a residual stream (B, T, D)."""
+
+    def __init__(self, config: Transformer) -> None:
+        super().__init__()
+        width, inner = config.width, config.width * config.expand
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        # The stream's variance grows with depth: start what is added small (Radford et al., GPT-2).
+        for layer in (self.out, self.down):
+            nn.init.normal_(layer.weight, std=(2 * config.layers * layer.in_features) ** -0.5)
+
+    def heads_of(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, T, size) of the stream."""
+        b, t, width = x.shape
+        parts = self.project(self.attention_norm(x)).view(b, t, 3, self.heads, width // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        if turn is not None:
+            q, k = turned(q, *turn), turned(k, *turn)
+        return q, k, v
+
+    def joined(self, heads: Tensor) -> Tensor:
+        """What attention adds to the stream, from (B, heads, T, size)."""
+        added: Tensor = self.out(heads.transpose(1, 2).flatten(2))
+        return added
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream."""
+        added: Tensor = self.down(functional.gelu(self.up(self.mlp_norm(x))))
+        return added
+
+
+class CausalTransformer(nn.Module):
+    """p(codes | label).
+
+    Args:
+        config: Its size.
+        codes: K.
+        grid: (h, w).
+        labels: Rows of the label table: the classes and one for "no label"; 0: no labels.
+    """
+
+    turns: Tensor
+
+    def __init__(self, config: Transformer, codes: int, grid: tuple[int, int], labels: int = 0) -> None:
+        super().__init__()
+        width = config.width
+        self.grid, self.rate = grid, config.dropout
+        places = grid[0] * grid[1]
+        self.embedding = nn.Embedding(codes, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        # The start is what enters at place 0; every other place has a vector only where places are learned.
+        self.start = nn.Parameter(0.02 * torch.randn(width))
+        self.place: nn.Parameter | None = None
+        if config.positions != "rotary":
+            self.place = nn.Parameter(0.02 * torch.randn(places, width))
+        self.rotary = config.positions != "learned"
+        if self.rotary:
+            table = turns(grid, width // config.heads)
+            self.register_buffer("turns", table.to(torch.get_default_dtype()), persistent=False)
+        self.label: nn.Embedding | None = None
+        if labels:
+            self.label = nn.Embedding(labels, width)
+            nn.init.normal_(self.label.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, codes)
+
+    def turn(self, places: slice) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines at these places."""
+        return (self.turns[0, places], self.turns[1, places]) if self.rotary else None
+
+    def shift(self, label: Tensor | None) -> Tensor | None:
+        """(B, 1, D) of (B,) labels."""
+        return None if self.label is None or label is None else self.label(label)[:, None]
+
+    def enter(self, known: Tensor, places: slice, shift: Tensor | None) -> Tensor:
+        """(B, t, D) stream at these places, from the vectors of the codes before them."""
+        x = known if self.place is None else known + self.place[places]
+        return x if shift is None else x + shift
+
+    def forward(self, codes: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
+        """(B, K, h, w) logits of (B, h, w) codes, (B,) labels; `seeds` (B,) of dropout, None outside training."""
+        known = self.embedding(codes.flatten(1)[:, :-1])
+        known = torch.cat([self.start.expand(len(codes), 1, -1), known], 1)
+        everywhere = slice(None)
+        x = self.enter(known, everywhere, self.shift(label))
+        for number, block in enumerate(cast(list[Block], self.blocks)):
+            q, k, v = block.heads_of(x, self.turn(everywhere))
+            seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + dropout(block.joined(seen), self.rate, seeds, 2 * number)
+            x = x + dropout(block.mlp(x), self.rate, seeds, 2 * number + 1)
+        return self.head(self.norm(x)).transpose(1, 2).unflatten(2, self.grid)
+
+    def steps(self, rows: int, label: Tensor | None = None) -> TransformerSteps:
+        """`rows` maps begun, of (B,) labels."""
+        return TransformerSteps(self, rows, label)
+
+
+class TransformerSteps:
+    """Cached sampling: see the module."""
+
+    @torch.no_grad()
+    def __init__(self, network: CausalTransformer, rows: int, label: Tensor | None) -> None:
+        self.network = network
+        self.blocks = cast(list[Block], network.blocks)
+        self.known = 0
+        self.shift = network.shift(label)
+        self.newest = network.start.expand(rows, 1, -1)
+        height, width = network.grid
+        size = network.start.shape[0] // self.blocks[0].heads
+        shape = (2, rows, self.blocks[0].heads, height * width, size)
+        self.cache = [network.start.new_zeros(shape) for _ in self.blocks]  # keys, values
+
+    def logits(self) -> Tensor:
+        """(B, K)."""
+        here = slice(self.known, self.known + 1)
+        with torch.no_grad():
+            x = self.network.enter(self.newest, here, self.shift)
+            turn = self.network.turn(here)
+            for block, cache in zip(self.blocks, self.cache, strict=True):
+                q, cache[0, :, :, here], cache[1, :, :, here] = block.heads_of(x, turn)
+                k, v = cache[:, :, :, : self.known + 1]
+                x = x + block.joined(functional.scaled_dot_product_attention(q, k, v))
+                x = x + block.mlp(x)
+            return self.network.head(self.network.norm(x))[:, 0]
+
+    def push(self, codes: Tensor) -> None:
+        with torch.no_grad():
+            self.newest = self.network.embedding(codes)[:, None]
+        self.known += 1
