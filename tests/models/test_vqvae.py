@@ -19,7 +19,12 @@ CODEBOOKS: dict[str, dict[str, Any]] = {
     "ema": {"kind": "ema", "codes": 8, "dim": 4},
     "gradient": {"kind": "gradient", "codes": 8, "dim": 4},
     "fsq": {"kind": "fsq", "levels": [4, 3]},
+    "residual": {"kind": "ema", "codes": 4, "dim": 4, "residual_levels": 2},
+    "cosine": {"kind": "gradient", "codes": 8, "dim": 4, "cosine": True},
+    "rotation": {"kind": "ema", "codes": 8, "dim": 4, "estimator": "rotation"},
 }
+CLOSED_FORM = ["ema", "gradient", "fsq", "rotation"]
+"""Where what is left over after quantising is one subtraction."""
 
 
 def make(codebook: str = "ema", **section: Any) -> Variant:
@@ -43,7 +48,7 @@ def prepare(model: Variant) -> None:
         model.prepare([{"image": images(seed=-1 - i)} for i in range(model.prepare_batches)], lanes(0))
 
 
-@pytest.mark.parametrize("codebook", list(CODEBOOKS))
+@pytest.mark.parametrize("codebook", CLOSED_FORM)
 def test_loss_is_the_sum_of_its_terms_times_pixels(codebook: str) -> None:
     model = make(codebook, commitment=0.3, dssim=0.5, likelihood={"kind": "gaussian", "sigma": 0.2})
     prepare(model)
@@ -56,6 +61,7 @@ def test_loss_is_the_sum_of_its_terms_times_pixels(codebook: str) -> None:
             "ema": {"commitment"},
             "gradient": {"commitment", "codebook"},
             "fsq": set(),
+            "rotation": {"commitment"},
         }[codebook]
     )
     if codebook != "fsq":
@@ -131,7 +137,9 @@ def test_codes_and_back(codebook: str) -> None:
     prepare(model)
     with torch.no_grad():
         codes = model.codes(image)
-        assert codes.shape == (8, 4, 4) and model.grid == (4, 4)
+        levels = 2 if codebook == "residual" else 1
+        assert codes.shape == (8, 4 * levels, 4) and model.grid == (4, 4)
+        assert model.latent_shape == codes.shape[1:]
         torch.testing.assert_close(model.decode_codes(codes).mean, model.reconstruct(image))
         seen = model({"image": image}, SampleContext(seed=0, samples=range(8)))
         x = image.double() / 255
@@ -151,11 +159,42 @@ def test_codebooks_are_copied_never_averaged() -> None:
     for codebook in CODEBOOKS:
         model = make(codebook)
         copied = {name for name, _ in model.named_parameters() if not model.averaged(name)}
-        assert copied == ({"quantizer.embedding"} if codebook == "gradient" else set())
+        trained = CODEBOOKS[codebook]["kind"] == "gradient"
+        assert copied == ({"quantizer.embedding"} if trained else set())
+
+
+def test_a_likelihood_with_more_channels_and_one_with_the_sigma_of_the_batch() -> None:
+    image = images()
+    model = make(likelihood={"kind": "logistic", "components": 3})
+    prepare(model)
+    assert model.decoder(torch.zeros(1, 4, 4, 4).double()).shape == (1, 9, 16, 16)
+    with torch.no_grad():
+        decoded = model.decode_codes(model.codes(image))
+        assert decoded.evidence == "discrete" and decoded.mean.shape == image.shape
+        terms = model({"image": image}, SampleContext(seed=0, samples=range(8)))
+        torch.testing.assert_close(terms["distortion"], -decoded.log_prob(image))
+    model = make(likelihood={"kind": "gaussian", "sigma": "optimal"})
+    assert model.batch_statistics
+    prepare(model)
+    ctx = lanes(0)
+    model({"image": image}, ctx)
+    with torch.no_grad():
+        shown = model.after_step(ctx)
+    assert {"perplexity", "codes_used", "sigma"} == set(shown)
+
+
+def test_a_denoiser_is_scored_on_its_target() -> None:
+    model, clean, noisy = make(), images(), images(seed=1)
+    ctx = SampleContext(seed=0, samples=range(8))
+    with torch.no_grad():
+        terms = model({"image": noisy, "target": clean}, ctx)
+        decoded = model.decode_codes(model.codes(noisy))
+        torch.testing.assert_close(terms["distortion"], -decoded.log_prob(clean))
+        torch.testing.assert_close(terms["mse"], decoded.mse(clean))
 
 
 def test_no_prior_no_samples() -> None:
-    with pytest.raises(NotDefined, match="there is no prior over the codes yet"):
+    with pytest.raises(NotDefined, match=r"this run has no prior over its codes: .* with model\.tokenizer"):
         make().sample(4)
     with pytest.raises(NotDefined, match="map of codes"):
         make().encode(images())

@@ -1,7 +1,7 @@
 """What a variant is: the loss inside `forward`, three hooks around a step, and declared capabilities.
 
 A variant is one file in this folder. Its name is the `kind` of the job file; it holds a `Config` (a
-`config.Strict`, whose first field is `kind: Literal["<name>"]`) and a `Model`, a subclass of `Variant` below.
+`settings.Strict`, whose first field is `kind: Literal["<name>"]`) and a `Model`, a subclass of `Variant` below.
 Nothing else needs to know of it: the loop, the doors, the engines and the metrics ask for capabilities.
 
 Scales. A batch carries uint8 images (B, C, H, W). Networks see and emit [-1, 1] (`to_network`). The likelihood
@@ -24,13 +24,17 @@ import torch
 from torch import Tensor, nn
 
 import vaedist.models
-from vaedist.config import Spec, Strict, parse
+from vaedist.config import Spec
 from vaedist.context import Batch, Context
 from vaedist.errors import NotDefined, UserError, nearest
+from vaedist.settings import Strict, parse
 
 
 class Likelihood(Protocol):
     """p(x | z) of a batch of decoded latents."""
+
+    evidence: ClassVar[Literal["discrete", "binary", "density", "surrogate"]]
+    """What `log_prob` is: log-probability of the bytes, of black-and-white images (else a surrogate), or a density."""
 
     @property
     def mean(self) -> Tensor:
@@ -54,7 +58,11 @@ class Posterior(Protocol):
         """A latent per row from standard normal noise of the shape of `mean`."""
 
     def kl(self) -> Tensor:
-        """KL(q || prior) in nats per latent dimension, the shape of `mean`."""
+        """KL(q || prior) in nats per latent dimension, the shape of `mean`.
+
+        Raises:
+            NotDefined: the encoder is deterministic; so does `log_prob`.
+        """
 
     def log_prob(self, z: Tensor) -> Tensor:
         """(B,) nats of latents of the shape of `mean`, summed over dimensions."""
@@ -94,6 +102,9 @@ class Variant(nn.Module):
     compiled: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     """Attributes that `train.compile` compiles: the bodies, never `forward`."""
 
+    rivals: ClassVar[frozenset[str]] = frozenset()
+    """Terms that tell which of two networks is ahead, not how good the model is: a run may not be judged by them."""
+
     config: Strict
     spec: Spec
 
@@ -129,9 +140,33 @@ class Variant(nn.Module):
         return True
 
     @property
+    def uncompiled(self) -> Mapping[str, str]:
+        """Body to the reason why `train.compile` leaves it as it is: told at the start."""
+        return {}
+
+    def check_source(self, source: Strict, mapping: Mapping[str, str], where: str) -> None:
+        """Refuse another run's weights that would fit in name and shape, but mean something else here.
+
+        Args:
+            source: That run's model settings.
+            mapping: Its submodules to ours, as in `init_from.map`; empty: all of them.
+            where: That run, for the message.
+
+        Raises:
+            UserError: saying what to change.
+        """
+
+    @property
     def borrows(self) -> Mapping[str, str]:
         """Submodule to the run whose chosen weights it starts with and keeps (frozen), such as a tokenizer."""
         return {}
+
+    def train(self, mode: bool = True) -> Variant:
+        """As `torch.nn.Module.train`; what is borrowed stays as it is used, in evaluation mode."""
+        super().train(mode)
+        for name in self.borrows:
+            getattr(self, name).eval()
+        return self
 
     def prior(self, label: Tensor | None = None) -> Prior:
         """p(z), or p(z | y) of (B,) labels, where `latent` is a vector or a map."""
@@ -164,7 +199,8 @@ class Variant(nn.Module):
             n: How many.
             seed: Of the noise.
             first: Number of the first one, so that many are drawn in parts.
-            label: (n,) int64 class of each, where `conditional`; None: drawn evenly over the classes' prior.
+            label: (n,) int64 class of each, where `conditional`; None: drawn evenly over the classes; -1: not told,
+                where labels were dropped in training.
             temperature: Spread around the prior's mean, or of the codes' distribution.
         """
         raise self.not_defined("sample")

@@ -5,7 +5,8 @@
 z is the encoder's map, q its nearest code vectors, sg stops the gradient, P = C*H*W is the number of values in an
 image: the reconstruction is summed over pixels, so a per-element mean times P keeps the published meaning of
 `commitment: 0.25`. The bracket trains the code vectors where `codebook.kind` is `gradient`; running means (`ema`) and
-fixed grids (`fsq`) have no such term. van den Oord et al., "Neural discrete representation learning".
+fixed grids (`fsq`) have no such term. van den Oord et al., "Neural discrete representation learning". Cosine codes,
+residual levels and the rotation of gradients are the codebook's own: see `vaedist.nets.quantize`.
 
 `dssim` adds structural dissimilarity to what is minimised, as its own term.
 """
@@ -18,13 +19,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from vaedist.config import OVERRIDE, Spec, Strict
+from vaedist.config import Spec
 from vaedist.context import Batch, Context
-from vaedist.errors import UserError
 from vaedist.models.contract import Likelihood, Variant
-from vaedist.nets.bodies import Body, Resnet, decoder, encoder, grid
+from vaedist.nets.bodies import Body, Resnet, decoder, encoder, matching_grid
+from vaedist.nets.clusters import starting_vectors
 from vaedist.nets.likelihoods import GaussianLikelihood, LikelihoodConfig, Observation, check_dssim
-from vaedist.nets.quantize import EmaCodebook, QuantizerConfig, quantizer, starting_vectors
+from vaedist.nets.quantize import EmaCodebook, QuantizerConfig, quantizer
+from vaedist.settings import OVERRIDE, Strict
 
 
 class Config(Strict):
@@ -57,8 +59,8 @@ class Model(Variant):
         "mse": "squared grey value in [0, 1], per pixel",
     }
     why_not: ClassVar[Mapping[str, str]] = {
-        "sample": "there is no prior over the codes yet: the variants for that (`prior`) are trained on this "
-        "run's codes and are not part of this version",
+        "sample": "this run has no prior over its codes: train a variant that does, such as pixelcnn or transformer, "
+        "with model.tokenizer naming this run, and sample from that",
         "encode": "the latent is a map of codes: see `codes`",
         "decode": "the latent is a map of codes: see `decode_codes`",
     }
@@ -70,18 +72,17 @@ class Model(Variant):
         super().__init__()
         check_dssim(config.dssim, spec)
         self.config, self.spec = config, spec
-        self.grid = grid(config.encoder, spec)
         mirrored = config.decoder or config.encoder
-        if (other := grid(mirrored, spec, "model.decoder")) != self.grid:
-            raise UserError(
-                f"model.encoder emits a {self.grid[0]}x{self.grid[1]} map and model.decoder reads "
-                f"{other[0]}x{other[1]}: give both the same downsampling"
-            )
+        self.grid = matching_grid(config.encoder, mirrored, spec)
         self.quantizer = quantizer(config.codebook)
         self.num_codes = self.quantizer.num_codes
+        self.latent_shape = (self.quantizer.depth * self.grid[0], self.grid[1])
         self.encoder = encoder(config.encoder, spec, self.quantizer.dim, vector=False)
-        self.decoder = decoder(mirrored, spec, self.quantizer.dim, vector=False)
-        self.observation = Observation(config.likelihood)
+        self.observation = Observation(config.likelihood, spec)
+        self.batch_statistics = self.observation.batch_statistics
+        self.decoder = decoder(
+            mirrored, spec, self.quantizer.dim, vector=False, channels=self.observation.outputs
+        )
 
     def prepare(self, first_batches: Sequence[Batch], ctx: Context) -> None:
         self.observation.prepare(first_batches, ctx)
@@ -93,9 +94,9 @@ class Model(Variant):
         return not name.startswith("quantizer.")
 
     def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
-        image = batch["image"]
-        quantized = self.quantizer(self.encoder(self.to_network(image)), ctx)
-        decoded = self.observation(self.decoder(quantized.values))
+        quantized = self.quantizer(self.encoder(self.to_network(batch["image"])), ctx)
+        image = batch.get("target", batch["image"])
+        decoded = self.observation(self.decoder(quantized.values), image, ctx)
         distortion = -decoded.log_prob(image)
         terms = {"distortion": distortion, "mse": decoded.mse(image).detach()}
         loss = distortion
@@ -111,14 +112,14 @@ class Model(Variant):
         return {"loss": loss, **terms}
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        return self.quantizer.after_step(ctx)
+        return {**self.quantizer.after_step(ctx), **self.observation.after_step(ctx)}
 
     def codes(self, image: Tensor) -> Tensor:
         codes: Tensor = self.quantizer.encode(self.encoder(self.to_network(image)))
         return codes
 
     def decode_codes(self, codes: Tensor) -> Likelihood:
-        """p(x | codes) of (B, h, w) int64 codes."""
+        """p(x | codes) of int64 codes (B, *latent_shape)."""
         values = self.quantizer.embed(codes).to(next(self.parameters()).dtype)
         decoded: Likelihood = self.observation(self.decoder(values))
         return decoded

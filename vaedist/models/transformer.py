@@ -1,0 +1,26 @@
+"""Causal transformer over a frozen tokenizer's codes: see `vaedist.nets.transformer` and `vaedist.models._prior`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from vaedist.models._prior import CodePrior, PriorConfig
+from vaedist.nets.transformer import CausalTransformer, Transformer
+
+
+class Config(PriorConfig):
+    """Settings of `kind: transformer`."""
+
+    kind: Literal["transformer"] = "transformer"
+    net: Transformer = Transformer()
+
+
+class Model(CodePrior):
+    """See the module."""
+
+    config: Config
+
+    def network(self, codes: int, grid: tuple[int, int], labels: int) -> nn.Module:
+        return CausalTransformer(self.config.net, codes, grid, labels)
