@@ -50,6 +50,8 @@ class Context(Protocol):
 
     phase: str
     step: int
+    turn: int
+    """How often the phase was trained before this step; what a phase does at every n-th of its turns counts these."""
     training: bool
     batch_size: int
     """Samples in the global batch."""
@@ -96,6 +98,7 @@ class LaneContext:
         seed: The job's seed.
         step: Optimizer step, counted from 0.
         phase: Which parameters are being trained.
+        turn: How often the phase was trained before; default: at each step.
         batch_size: Global batch B.
         lanes: L; divides B.
         start, stop: This process's (or micro-batch's) rows of the lane-major global batch; default: all.
@@ -112,12 +115,14 @@ class LaneContext:
         batch_size: int,
         lanes: int,
         phase: str = "main",
+        turn: int | None = None,
         start: int = 0,
         stop: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         assert batch_size % lanes == 0, "lanes divide the global batch"
         self.seed, self.step, self.phase = seed, step, phase
+        self.turn = step if turn is None else turn
         self.batch_size, self.lanes = batch_size, lanes
         self.start, self.stop = start, batch_size if stop is None else stop
         self.device = torch.device(device)

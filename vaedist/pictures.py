@@ -83,6 +83,30 @@ def grid(images: Any, columns: int, pad: int = 2) -> Pixels:
     return sheet
 
 
+RED = (220, 40, 40)
+GREY = (128, 128, 128)
+
+
+def framed(images: Any, colour: tuple[int, int, int] = RED) -> Pixels:
+    """Images with a frame around them, so that originals are told from what a model made of them.
+
+    Args:
+        images: uint8 (N, H, W) or (N, H, W, C), C = 1 or 3.
+        colour: Of the frame; grey, which `grid` fills with, for images that only have to match framed ones in size.
+
+    Returns:
+        uint8 (N, H + 2 w, W + 2 w, 3), w = 1 to 4 pixels, growing with the image.
+    """
+    array = np.asarray(images)
+    array = array[..., None] if array.ndim == 3 else array
+    count, height, width, _ = array.shape
+    edge = min(4, max(1, min(height, width) // 28))
+    result = np.empty((count, height + 2 * edge, width + 2 * edge, 3), np.uint8)
+    result[:] = colour
+    result[:, edge:-edge, edge:-edge] = array
+    return result
+
+
 def png_bytes(array: Any) -> bytes:
     """A PNG file of uint8 (H, W), (H, W, 1) or (H, W, 3)."""
     from PIL import Image

@@ -29,10 +29,12 @@ from vaedist.training.checkpoint import (
     chosen_weights,
     from_bytes,
     load,
-    load_weights,
+    load_source,
     resolve,
     run_folder_of,
+    source_from,
     to_bytes,
+    weights_digest,
 )
 
 
@@ -51,7 +53,7 @@ def a_state(step: int, size: int = 1000) -> dict[str, Any]:
         "ema": {"weight": weight.detach() / 2},
         "optim": {"main": optimizer.state_dict()},
         "sched": {"main": {"factor": 1.0, "best": None, "waited": 0}},
-        "job": {"train": {"weights": "ema"}},
+        "job": {"train": {"weights": "ema"}, "model": {"kind": "vae"}},
         "data": {"classes": ["a", "b"], "shape": [1, 8, 8]},
     }
 
@@ -406,6 +408,23 @@ def test_one_rule_for_the_weights_that_everything_downstream_uses(store: Checkpo
     with pytest.raises(UserError, match="not averaged"):
         chosen_weights(state | {"ema": None})
     store.commit(state, 3, guard=nobody_else)
-    carried = from_bytes(load_weights(store.run_folder))
-    assert carried is not None and carried.state.keys() == {"model"}
-    assert torch.equal(carried.state["model"]["weight"], state["ema"]["weight"])
+    carried = source_from(load_source(store.run_folder), "there")
+    assert (carried.run, carried.step, carried.which, carried.optim) == ("there", 3, "ema", {})
+    assert torch.equal(carried.weights["weight"], state["ema"]["weight"])
+    assert carried.sha256 == hashlib.sha256((Path(carried.path) / "state.pt").read_bytes()).hexdigest()
+    raw = source_from(load_source(store.run_folder, "raw", optimizer=True), "there")
+    assert torch.equal(raw.weights["weight"], state["model"]["weight"]) and same(raw.optim, state["optim"])
+
+
+def test_a_digest_is_of_names_shapes_and_values() -> None:
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(2)}
+    known = weights_digest(weights)
+    assert weights_digest(dict(reversed(weights.items()))) == known
+    assert weights_digest({**weights, "a": weights["a"].double()}) == known, "fp32 weights held in fp64"
+    for other in (
+        {**weights, "a": weights["a"].view(3, 2)},
+        {**weights, "a": weights["a"] + 1e-6},
+        {"a": weights["a"], "c": weights["b"]},
+        {"a": weights["a"]},
+    ):
+        assert weights_digest(other) != known

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vaedist.config import Job, parse
+from vaedist.config import Job
+from vaedist.settings import parse
 from vaedist.training.log import Log, Silent, draw_curves, read_metrics
 from vaedist.training.run import RunFolder, resolved
 

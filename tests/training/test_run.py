@@ -19,10 +19,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from vaedist.config import Job, Spec, apply_overrides, load_job, parse
+from vaedist.config import Job, Spec, load_job
 from vaedist.data.index import Index, write_index
 from vaedist.errors import UserError
 from vaedist.models.contract import build, model_config
+from vaedist.settings import apply_overrides, parse
 from vaedist.training.checkpoint import Best, Checkpoints, Loaded
 from vaedist.training.run import (
     Change,

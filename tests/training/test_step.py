@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import vaedist.models
-from vaedist.config import Job, Spec, parse
+from vaedist.config import Job, Spec
 from vaedist.context import Batch
 from vaedist.errors import UserError
 from vaedist.models.contract import Variant, build, model_config
+from vaedist.settings import parse
 from vaedist.training.dist import Group
 from vaedist.training.step import Stepper, micro_batches
 

@@ -26,7 +26,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,8 +64,8 @@ class Node(Protocol):
 
 def fill_memory(
     index: Index, split: Split, *, node: Node | None = None, workers: int = 1, memory_limit: int | None = None
-) -> NDArray[np.uint8] | None:
-    """All images of the split, (N, C, H, W) uint8, shared by the processes of this node.
+) -> NDArray[Any] | None:
+    """All images of the split, (N, C, H, W) uint8, shared by the processes of this node; or all codes, (N, 1, h, w).
 
     Collective: with a `node` of several processes, all of them call it at the same point.
 
@@ -81,7 +81,7 @@ def fill_memory(
     Raises:
         DataError: a sample is damaged; raised on all ranks, by the others without its name.
     """
-    needed = split.count * index.spec.pixels
+    needed = split.count * index.sample_bytes
     first = node is None or node.local_rank == 0
     allowed = (int(available_memory() * _SHARE) if memory_limit is None else memory_limit) if first else 0
     alone = node is None or node.world == 1
@@ -89,10 +89,10 @@ def fill_memory(
         memory, part, parts = (_new_memory(needed) if needed <= allowed else None), 0, 1
     else:
         memory, part, parts = _share(needed, allowed, node), node.local_rank, node.local_world
-    images: NDArray[np.uint8] | None = None
+    images: NDArray[Any] | None = None
     start = stop = 0
     if memory is not None:
-        images = np.frombuffer(memory, np.uint8).reshape(split.count, *index.shape)
+        images = np.frombuffer(memory, index.dtype).reshape(split.count, *index.shape)
         start, stop = split.count * part // parts, split.count * (part + 1) // parts
     elif first:
         _log.warning(
@@ -127,7 +127,7 @@ def fill_memory(
 
 
 def _decode_into(
-    images: NDArray[np.uint8], index: Index, split: Split, start: int, stop: int, workers: int
+    images: NDArray[Any], index: Index, split: Split, start: int, stop: int, workers: int
 ) -> None:
     def decode(block: tuple[int, int, int]) -> None:
         shard, low, high = block

@@ -19,6 +19,10 @@ which are read shard by shard when first needed. Every path in it is relative an
 
 A png or npy member stores (H, W) for one channel and (H, W, C) otherwise.
 
+A folder of code grids is the same, made by training from a folder of images (`vaedist.data.codes`): its samples are
+`<key>.npy`, and its first field is {"name": "codes", "dtype": "uint16" | "uint32", "shape": [h, w], "codec": "npy"}.
+Its keys, labels, splits, shards and rows are those of the images.
+
 The data identity is a hash over (split, key, label, pixels) of all samples in sorted order and the image shape:
 it does not change with the codec, the shard size or the order of packing, and it changes with any pixel.
 """
@@ -39,10 +43,11 @@ from numpy.typing import NDArray
 from pydantic import Field as Setting
 from pydantic import model_validator
 
-from vaedist.config import Spec, Strict, parse
+from vaedist.config import Spec
 from vaedist.data.columns import Columns, write_columns
 from vaedist.errors import DataError, UserError, nearest
 from vaedist.files import replace_file
+from vaedist.settings import Strict, parse
 
 __all__ = ["Columns", "Index", "Shard", "Split", "identity", "pixel_digest", "write_columns", "write_index"]
 
@@ -78,7 +83,7 @@ _Hex = Setting(pattern="^[0-9a-f]{64}$")
 
 class _FieldEntry(Strict):
     name: str
-    dtype: Literal["uint8", "int64"]
+    dtype: Literal["uint8", "uint16", "uint32", "int64"]
     shape: tuple[int, ...]
     codec: Literal["png", "npy", "column"]
 
@@ -121,17 +126,24 @@ class _Document(Strict):
     struck: tuple[Any, ...] = ()
 
     @property
-    def image(self) -> _FieldEntry:
-        return next(field for field in self.fields if field.name == "image")
+    def content(self) -> _FieldEntry:
+        """What a sample is: an image, or the codes of one."""
+        return next(field for field in self.fields if field.name in ("image", "codes"))
 
     @model_validator(mode="after")
-    def _has_images(self) -> _Document:
-        images = [field for field in self.fields if field.name == "image"]
-        if len(images) != 1 or images[0].dtype != "uint8" or images[0].codec == "column":
+    def _has_images_or_codes(self) -> _Document:
+        contents = [field for field in self.fields if field.name in ("image", "codes")]
+        if len(contents) != 1:
+            raise ValueError("expected one field `image`, or one field `codes`")
+        content, shape = contents[0], contents[0].shape
+        if content.name == "image" and (content.dtype != "uint8" or content.codec == "column"):
             raise ValueError("expected one field `image` of dtype uint8 and codec png or npy")
-        shape = images[0].shape
-        if len(shape) != 3 or min(shape) < 1 or max(shape) > 65536 or np.prod(shape, dtype=float) > 2**28:
-            raise ValueError(f"the image shape {list(shape)} is not a sensible [C, H, W]")
+        if content.name == "codes" and (content.dtype not in ("uint16", "uint32") or content.codec != "npy"):
+            raise ValueError("expected a field `codes` of dtype uint16 or uint32 and codec npy")
+        axes = 3 if content.name == "image" else 2
+        if len(shape) != axes or min(shape) < 1 or max(shape) > 65536 or np.prod(shape, dtype=float) > 2**28:
+            wanted = "[C, H, W]" if axes == 3 else "[h, w]"
+            raise ValueError(f"the {content.name} shape {list(shape)} is not a sensible {wanted}")
         return self
 
 
@@ -220,8 +232,10 @@ class Index:
         folder: Where it lies.
         identity: Data identity, 64 hex digits.
         classes: Class names; empty where the data have none.
-        channels, height, width: Of every image.
-        codec: How the tars store images, `png` or `npy`.
+        content: What a sample is, `image` or `codes`.
+        dtype: Of its values.
+        channels, height, width: Of every image; of codes 1, h, w.
+        codec: How the tars store samples, `png` or `npy`.
         splits: By name.
         source: What `vaedist-shard` noted about where the data came from.
         struck: Samples taken out by `vaedist-shard --strike`.
@@ -231,8 +245,13 @@ class Index:
         self.folder = folder
         self.identity = document.identity
         self.classes = document.classes
-        self.channels, self.height, self.width = document.image.shape
-        self.codec = document.image.codec
+        content = document.content
+        self.content: Literal["image", "codes"] = "image" if content.name == "image" else "codes"
+        self.dtype = np.dtype(content.dtype)
+        self.channels, self.height, self.width = (
+            content.shape if len(content.shape) == 3 else (1, *content.shape)
+        )
+        self.codec = content.codec
         self.source, self.struck = document.source, document.struck
         self.splits: Mapping[str, Split] = {
             name: Split(
@@ -246,16 +265,20 @@ class Index:
         }
 
     @classmethod
-    def open(cls, folder: str | Path) -> Index:
+    def open(cls, folder: str | Path, content: Literal["image", "codes"] = "image") -> Index:
         """Read `index.json`; touches neither tars nor columns.
 
+        Args:
+            folder: A packed folder.
+            content: What its samples must be.
+
         Raises:
-            UserError: there is none, it is damaged, or a newer vaedist wrote it.
+            UserError: there is none, it is damaged, holds something else, or a newer vaedist wrote it.
         """
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
-            content = json.loads(path.read_bytes())
+            told = json.loads(path.read_bytes())
         except FileNotFoundError:
             what = "no such folder" if not folder.is_dir() else f"it has no {INDEX_NAME}"
             raise UserError(
@@ -265,18 +288,30 @@ class Index:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, RecursionError):
             raise UserError(f"{path} is damaged (not JSON); copy or pack the folder again") from None
-        written = content.get("format") if isinstance(content, dict) else None
+        written = told.get("format") if isinstance(told, dict) else None
         if isinstance(written, int) and written > FORMAT:
             raise UserError(
                 f"{path} has format {written}, and this vaedist reads up to {FORMAT}: install a newer vaedist, "
                 "or pack the folder again with this one"
             )
-        return cls(folder, parse(_Document, content, where=str(path)))
+        index = cls(folder, parse(_Document, told, where=str(path)))
+        if index.content != content:
+            raise UserError(
+                f"{folder} holds codes of images, which only a prior's training reads: give the folder of the images"
+                if content == "image"
+                else f"{folder} holds images, not codes: remove it, and training makes the codes anew"
+            )
+        return index
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W); of codes (1, h, w)."""
         return self.channels, self.height, self.width
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of one decoded sample."""
+        return self.channels * self.height * self.width * self.dtype.itemsize
 
     @property
     def spec(self) -> Spec:
@@ -314,6 +349,7 @@ def write_index(
     splits: Mapping[str, Sequence[Shard]],
     source: Mapping[str, Any] | None = None,
     struck: Sequence[Any] = (),
+    codes: Literal["uint16", "uint32"] | None = None,
 ) -> None:
     """Write `index.json`, atomically: the step that makes a folder of tars a packed folder.
 
@@ -325,12 +361,14 @@ def write_index(
         classes: Class names, in the order of their numbers.
         splits: Shards by split, in index order; their paths lie inside `folder`.
         source, struck: Free provenance, kept as given (JSON values).
+        codes: The samples are code grids of this dtype, and `shape` is (1, h, w).
     """
+    image = {"name": "image", "dtype": "uint8", "shape": list(shape), "codec": codec}
     content = {
         "format": FORMAT,
         "identity": identity,
         "fields": [
-            {"name": "image", "dtype": "uint8", "shape": list(shape), "codec": codec},
+            {"name": "codes", "dtype": codes, "shape": list(shape[1:]), "codec": codec} if codes else image,
             {"name": "label", "dtype": "int64", "shape": [], "codec": "column"},
         ],
         "classes": list(classes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ def publish(
     classes: Sequence[str],
     source: Mapping[str, Any],
     struck: Sequence[Any] = (),
+    codes: Literal["uint16", "uint32"] | None = None,
 ) -> Index:
     """Make a folder of finished tars and columns a packed folder.
 
@@ -35,6 +36,7 @@ def publish(
         codec: `png` or `npy`.
         classes: Names in the order of their numbers.
         source, struck: Provenance, JSON values.
+        codes: The samples are code grids of this dtype, not images, and there is nothing to look at.
 
     Raises:
         DataError: the columns or images are not what was written.
@@ -47,7 +49,7 @@ def publish(
         for key, label, digest in zip(columns.keys, columns.label.tolist(), columns.pixels, strict=True)
     )
     digest = identity(samples, shape)
-    for split in opened:
+    for split in opened if codes is None else ():
         read_only(write_contact_sheet(folder, split, classes, shape, codec))
     write_index(
         folder,
@@ -58,9 +60,10 @@ def publish(
         splits=splits,
         source=source,
         struck=struck,
+        codes=codes,
     )
     read_only(folder / INDEX_NAME)
-    return Index.open(folder)
+    return Index.open(folder, "image" if codes is None else "codes")
 
 
 def twins(index: Index) -> int:

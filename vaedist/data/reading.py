@@ -1,4 +1,4 @@
-"""From bytes of a shard to pixels, checking every byte on the way.
+"""From bytes of a shard to pixels, or to codes, checking every byte on the way.
 
 A shard is read in one pass into memory, whole (training, which permutes inside it) or a run of rows of it
 (evaluation, and filling the memory cache). What lies between the images, which is tar headers and the other
@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ class Rows:
     ) -> None:
         self.tar = split.shards[shard].tar
         self.columns = split.columns(shard)
-        self._shape = index.shape
+        self._shape, self._dtype, self._bytes = index.shape, index.dtype.newbyteorder("<"), index.sample_bytes
         self._png = index.codec == "png"
         columns, rows = self.columns, len(self.columns)
         stop = rows if stop is None else stop
@@ -94,11 +95,11 @@ class Rows:
     def _damage(self, row: int, place: int, what: str) -> DataError:
         return DataError(f"{self.tar}: sample {self.columns.keys[row]!r} at byte {place}: {what}; {_WAY_OUT}")
 
-    def decode(self, row: int, out: NDArray[np.uint8]) -> None:
-        """Write the image of `row` into `out`, (C, H, W) uint8.
+    def decode(self, row: int, out: NDArray[Any]) -> None:
+        """Write the image of `row` into `out`, (C, H, W) uint8; or its codes, (1, h, w) of any type that holds them.
 
         Raises:
-            DataError: its bytes changed, or are not an image of the declared shape.
+            DataError: its bytes changed, or are not a sample of the declared shape.
         """
         place = int(self.columns.offset[row])
         start = place - self._base
@@ -107,11 +108,11 @@ class Rows:
             raise self._damage(row, place, f"its {len(data)} bytes changed (CRC-32 differs)")
         channels, height, width = self._shape
         if self._png:
-            pixels = self._decode_png(row, place, data)
-        elif len(data) == channels * height * width:
-            pixels = np.frombuffer(data, np.uint8)
+            pixels: NDArray[Any] = self._decode_png(row, place, data)
+        elif len(data) == self._bytes:
+            pixels = np.frombuffer(data, self._dtype)
         else:
-            raise self._damage(row, place, f"{len(data)} bytes are not an image of shape {self._shape}")
+            raise self._damage(row, place, f"{len(data)} bytes are not a sample of shape {self._shape}")
         if channels == 1:
             out[0] = pixels.reshape(height, width)
         else:

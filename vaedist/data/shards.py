@@ -23,7 +23,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
@@ -100,7 +100,7 @@ def pack(options: Packing, progress: Progress | None = None) -> Report:
     Raises:
         UserError: bad input (unless `skip_bad`), a folder that holds something else, or a full disk.
     """
-    with _writing(options.out):
+    with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         workspace = options.out / WORKSPACE
         finished = (options.out / INDEX_NAME).exists()
@@ -152,7 +152,7 @@ def _pack(options: Packing, workspace: Path, finished: bool, progress: Progress 
         for rejected in receipt["rejected"]:
             bad.add(**rejected)
         if receipt["count"]:
-            splits.setdefault(part.split, []).append(_shard(options.out, part.name, receipt))
+            splits.setdefault(part.split, []).append(shard_of(options.out, part.name, receipt))
     if not splits:
         raise UserError(f"no image of {options.input} could be packed: the first {bad.problems[0].reason}")
     if bad.problems:
@@ -265,7 +265,7 @@ def _write_parts(
 
     for part in missing:
         bad.problems.clear()
-        receipt = _write_part(part.name, counted(part), numbers, options, workspace)
+        receipt = write_shard(part.name, counted(part), numbers, options.codec, options.out, workspace)
         receipt["limits"] = list(astuple(options.settings.limits))
         receipt["rejected"] = [{"origin": one.origin, "reason": one.reason} for one in bad.problems]
         replace_file(workspace / f"{part.name}.json", json.dumps(receipt).encode())
@@ -286,10 +286,28 @@ def _receipt(part: Part, workspace: Path, options: Packing) -> dict[str, Any] | 
         return None
 
 
-def _write_part(
-    name: str, samples: Iterator[Prepared], numbers: Mapping[str, int], options: Packing, workspace: Path
+def write_shard(
+    name: str,
+    samples: Iterable[Prepared],
+    numbers: Mapping[str, int],
+    codec: Codec,
+    out: Path,
+    workspace: Path,
 ) -> dict[str, Any]:
-    """Write one shard and its columns under temporary names, then rename both; its receipt."""
+    """Write one shard and its columns under temporary names, then rename both.
+
+    Args:
+        name: Without suffix.
+        samples: In order.
+        numbers: Class name to class number.
+        codec: What the samples' members are.
+        out: Where the shard ends up.
+        workspace: Where it is while it is unfinished; on the same filesystem.
+
+    Returns:
+        Its receipt, for `shard_of`: `count` (0: there were no samples and nothing was written), `bytes`, `sha256`,
+        `columns_sha256`.
+    """
     import webdataset  # loads torch, which worker processes and --help do without
 
     temporary = workspace / f"{name}.tar.tmp"
@@ -300,7 +318,7 @@ def _write_part(
             writer = webdataset.TarWriter(stream, user="vaedist", group="vaedist", mtime=0, encoder=False)
             try:
                 for sample in samples:
-                    writer.write(_members(sample, numbers, options.codec))
+                    writer.write(_members(sample, numbers, codec))
                     # The image is the last member of its sample, padded to whole blocks of 512 bytes.
                     start = writer.tarstream.offset - -(-len(sample.member) // 512) * 512
                     rows.append(_Row(sample, start + sample.skip, len(sample.member) - sample.skip))
@@ -313,7 +331,7 @@ def _write_part(
             os.fsync(file.fileno())
         if not rows:
             return {"count": 0}
-        columns = options.out / f"{name}.cols"
+        columns = out / f"{name}.cols"
         columns_sha256 = write_columns(
             columns,
             tar=temporary,
@@ -327,7 +345,7 @@ def _write_part(
         )
         read_only(columns)
         read_only(temporary)
-        os.replace(temporary, options.out / f"{name}.tar")
+        os.replace(temporary, out / f"{name}.tar")
     finally:
         temporary.unlink(missing_ok=True)
     return {
@@ -377,7 +395,8 @@ def _members(sample: Prepared, numbers: Mapping[str, int], codec: Codec) -> dict
     return members
 
 
-def _shard(out: Path, name: str, receipt: Mapping[str, Any]) -> Shard:
+def shard_of(out: Path, name: str, receipt: Mapping[str, Any]) -> Shard:
+    """The shard that `write_shard` wrote, for the index."""
     return Shard(
         out / f"{name}.tar",
         out / f"{name}.cols",
@@ -392,7 +411,7 @@ def _shard(out: Path, name: str, receipt: Mapping[str, Any]) -> Shard:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Tell a full disk, a quota, or a folder that may not be written in one sentence."""
     try:
         yield

@@ -4,6 +4,8 @@
 every number of processes. This module reads them, ahead of time and in threads, and resumes at any step without
 touching what came before it.
 
+A folder of codes (`vaedist.data.codes`) streams alike: `codes`, (B, h, w) int64, take the place of `image`.
+
 Evaluation has another order: every sample once, in index order, the last batch padded with its last sample and
 masked, and all ranks yield the same number of batches.
 
@@ -22,7 +24,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -128,6 +130,7 @@ class _Stream:
         self.index, self.split = index, index.split(split)
         self.rank, self.world, self.workers = rank, world, workers
         self.device = torch.device(device)
+        self._field: Literal["image", "codes"] = index.content
         self.wait_seconds = 0.0
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
@@ -151,7 +154,7 @@ class _Stream:
                 if batch is None:
                     return
                 if self.device.type != "cpu":
-                    batch["image"] = batch["image"].to(self.device, non_blocking=True)
+                    batch[self._field] = batch[self._field].to(self.device, non_blocking=True)
                     batch["label"] = batch["label"].to(self.device, non_blocking=True)
                     if "mask" in batch:
                         batch["mask"] = batch["mask"].to(self.device)
@@ -159,10 +162,15 @@ class _Stream:
         finally:
             made.close()
 
-    def _empty(self, rows: int) -> Tensor:
-        return torch.empty(
-            (rows, *self.index.shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+    def _empty(self, rows: int) -> tuple[Tensor, NDArray[Any]]:
+        """What a batch will hold, (rows, C, H, W) uint8 or (rows, h, w) int64, and a (rows, C, H, W) view to fill."""
+        codes = self._field == "codes"
+        shape, dtype = (
+            self.index.shape[1:] if codes else self.index.shape,
+            torch.int64 if codes else torch.uint8,
         )
+        content = torch.empty((rows, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        return content, content.numpy().reshape(rows, *self.index.shape)
 
     def _by_shard(self, samples: Samples) -> list[_Part]:
         """Which rows come from which shard, in the order of first use."""
@@ -175,8 +183,13 @@ class _Stream:
             for places in [np.flatnonzero(shards == shard)]
         ]
 
+    def _batch(self, content: Tensor, samples: Samples, parts: list[_Part]) -> Batch:
+        described = self._describe(samples, parts)
+        described[self._field] = content
+        return described
+
     def _describe(self, samples: Samples, parts: list[_Part]) -> Batch:
-        """Everything but the images: (B_r,) labels, keys and sample numbers."""
+        """Everything but the content: (B_r,) labels, keys and sample numbers."""
         label = np.empty(len(samples), np.int64)
         keys = [""] * len(samples)
         for shard, places, rows in parts:
@@ -259,7 +272,7 @@ class TrainingStream(_Stream):
         width = batch_size // lanes
         self.resident_limit = 2 * (-(-self.stop // width) - self.start // width) + max(1, workers)
         self.resident_peak = 0
-        self._images: NDArray[np.uint8] | None = None
+        self._images: NDArray[Any] | None = None
         if cache == "memory":
             self._images = fill_memory(
                 index, self.split, node=node, workers=workers, memory_limit=memory_limit
@@ -294,20 +307,22 @@ class TrainingStream(_Stream):
 
     def _from_shards(self, resident: _Resident, plan: tuple[Samples, list[_Part]]) -> Batch:
         samples, parts = plan
-        image = self._empty(len(samples))
-        pixels = image.numpy()
+        content, pixels = self._empty(len(samples))
         for shard, places, rows in parts:
             held = resident.get(shard)
             for place, row in zip(places.tolist(), rows.tolist(), strict=True):
                 held.decode(row, pixels[place])
             resident.done(shard)
-        return {"image": image, **self._describe(samples, parts)}
+        return self._batch(content, samples, parts)
 
     def _from_memory(self, samples: Samples) -> Batch:
         assert self._images is not None
-        image = self._empty(len(samples))
-        np.take(self._images, samples, axis=0, out=image.numpy(), mode="clip")
-        return {"image": image, **self._describe(samples, self._by_shard(samples))}
+        content, pixels = self._empty(len(samples))
+        if pixels.dtype == self._images.dtype:
+            np.take(self._images, samples, axis=0, out=pixels, mode="clip")
+        else:
+            pixels[:] = self._images[samples]
+        return self._batch(content, samples, self._by_shard(samples))
 
 
 class EvaluationStream(_Stream):
@@ -323,7 +338,8 @@ class EvaluationStream(_Stream):
         rank, world: This process among all.
         workers: Reader threads; 0 reads in the caller's thread.
         device: Where batches go.
-        limit: Only the first so many samples.
+        first: The sample to begin with.
+        limit: Only so many samples.
 
     Raises:
         DataError: on reading, naming sample, shard and offset.
@@ -339,11 +355,14 @@ class EvaluationStream(_Stream):
         world: int = 1,
         workers: int = 1,
         device: torch.device | str = "cpu",
+        first: int = 0,
         limit: int | None = None,
     ) -> None:
         super().__init__(index, split, rank=rank, world=world, workers=workers, device=device)
         self.batch_size = max(batch_size, world)
-        self.count = self.split.count if limit is None else min(limit, self.split.count)
+        self.first = first
+        left = self.split.count - first
+        self.count = left if limit is None else min(limit, left)
         self.start, self.stop = slice_bounds(self.batch_size, rank, world)
 
     def __len__(self) -> int:
@@ -359,9 +378,8 @@ class EvaluationStream(_Stream):
     def _make(self, number: int) -> Batch:
         wanted = np.arange(self.start, self.stop) + number * self.batch_size
         mask = wanted < self.count
-        samples = np.minimum(wanted, self.count - 1)
-        image = self._empty(len(samples))
-        pixels = image.numpy()
+        samples = np.minimum(wanted, self.count - 1) + self.first
+        content, pixels = self._empty(len(samples))
         parts = self._by_shard(samples)
         for shard, places, rows in parts:
             first = int(rows[0])
@@ -373,4 +391,6 @@ class EvaluationStream(_Stream):
                 else:
                     held.decode(row, pixels[place])
                 done = row
-        return {"image": image, "mask": torch.from_numpy(mask), **self._describe(samples, parts)}
+        batch = self._batch(content, samples, parts)
+        batch["mask"] = torch.from_numpy(mask)
+        return batch

@@ -7,7 +7,7 @@ StyleGAN", 2020, section B; the same rule in "Elucidating the Design Space of Di
 Models", 2022). Being a function of images, it means the same at every batch size.
 
 Buffers (codebook counts, data variance) and parameters that the variant excludes are copied, never averaged:
-the mean of two codebooks is no codebook.
+the mean of two codebooks is no codebook. What the variant borrows is frozen; the twin holds the same tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class WeightAverage:
 
     def __init__(self, model: Variant, half_life: float) -> None:
         self.half_life = half_life
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        borrowed = {id(module): module for name in model.borrows for module in [model.get_submodule(name)]}
+        self.model = copy.deepcopy(model, borrowed).requires_grad_(False).eval()
         pairs: list[tuple[str, Tensor, Tensor]] = [
             (name, twin, source)
             for (name, twin), source in zip(self.model.named_parameters(), model.parameters(), strict=True)
@@ -40,6 +41,10 @@ class WeightAverage:
         self._averaged = [(twin, source) for name, twin, source in pairs if model.averaged(name)]
         self._copied = [(twin, source) for name, twin, source in pairs if not model.averaged(name)]
         self._copied += list(zip(self.model.buffers(), model.buffers(), strict=True))
+        self._averaged, self._copied = (
+            [(twin, source) for twin, source in both if twin is not source]
+            for both in (self._averaged, self._copied)
+        )
 
     def decay(self, images: int, batch_size: int) -> float:
         """d for a step of `batch_size` images that brings the total to `images`."""

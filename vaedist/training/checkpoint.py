@@ -296,10 +296,66 @@ def chosen_weights(state: Mapping[str, Any], weights: str | None = None) -> dict
     return state["ema"]
 
 
-def load_weights(path: str | Path) -> bytes:
-    """`{"model": weights}` of a run or checkpoint for `init_from`, as `to_bytes` packs it."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 of weights by name, shape and value: 64 hex digits, the same in fp64 as in the fp32 they were cast to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        held = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        digest.update(f"{name}\0{tuple(held.shape)}\0".encode())
+        digest.update(held.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Source(NamedTuple):
+    """Another run, as far as a new run starts from it."""
+
+    run: str
+    """As the job names it."""
+    path: str
+    """Of its checkpoint, absolute."""
+    step: int
+    model: dict[str, Any]
+    """Its job's `model` section."""
+    weights: dict[str, Tensor]
+    which: str
+    """`ema` or `raw`."""
+    sha256: str
+    """Of the checkpoint's state file, from its manifest."""
+    optim: dict[str, Any]
+    """By phase; empty unless asked for."""
+
+
+def load_source(path: Path, weights: str | None = None, *, optimizer: bool = False) -> bytes:
+    """What a new run takes from another one, verified; for `source_from`, in every process.
+
+    Args:
+        path: A run or checkpoint folder.
+        weights: `ema` or `raw`; default: what its job says everything downstream uses.
+        optimizer: Also the state of its optimizers.
+    """
     loaded = load(resolve(path))
-    return to_bytes(loaded._replace(state={"model": chosen_weights(loaded.state)}))
+    manifest = json.loads((loaded.path / MANIFEST).read_bytes())
+    try:
+        content = {
+            "path": str(loaded.path.absolute()),
+            "model": loaded.state["job"]["model"],
+            "which": weights or loaded.state["job"]["train"]["weights"],
+            "sha256": manifest["files"][STATE]["sha256"],
+            "weights": chosen_weights(loaded.state, weights),
+            "optim": loaded.state["optim"] if optimizer else {},
+        }
+    except (KeyError, TypeError):
+        raise UserError(
+            f"checkpoint {loaded.path} lacks what vaedist-train writes: it is of another making"
+        ) from None
+    return to_bytes(loaded._replace(state=content))
+
+
+def source_from(data: bytes, run: str) -> Source:
+    """What `load_source` packed; `run` is how the job names it."""
+    found = from_bytes(data)
+    assert found is not None
+    return Source(run=run, step=found.step, **found.state)
 
 
 def to_bytes(loaded: Loaded | None) -> bytes:

@@ -5,12 +5,14 @@
       provenance.json              one entry per start: version, git commit, libraries, command, host, changes
       checkpoints/, best.json      see `vaedist.training.checkpoint`
       lock                         see `vaedist.training.lock`
-      metrics.jsonl, tensorboard/  see `vaedist.training.log`; each step appears once
-      figures/                     curves.png and what the doors draw
+      metrics.jsonl, metrics.csv, tensorboard/  see `vaedist.training.log`; each step appears once
+      latents.jsonl, collapse.json what each latent dimension carries: see `vaedist.training.watch`
+      figures/                     curves.png, validation-STEP.png and what the doors draw
       finished.json                only once there is nothing left to do
 
 What a killed run logged beyond its last checkpoint will be logged again, so `cut` takes it away first: rows of
-metrics.jsonl, and whole records of TensorBoard's event files, which a mere `purge_step` would only hide.
+metrics.jsonl and latents.jsonl, pictures of later validations, and whole records of TensorBoard's event files, which a
+mere `purge_step` would only hide.
 
 Nothing here needs torch: a launcher makes the folder and holds its lock without it.
 """
@@ -76,6 +78,9 @@ class RunFolder:
         self.path = path
         self.tensorboard = path / "tensorboard"
         self.metrics = path / "metrics.jsonl"
+        self.table = path / "metrics.csv"
+        self.latents = path / "latents.jsonl"
+        self.collapse = path / "collapse.json"
         self.figures = path / "figures"
         self.stop = path / "stop"
 
@@ -119,6 +124,7 @@ class RunFolder:
         job: Job,
         *,
         step: int | None,
+        beginning: Mapping[str, Any] | None = None,
         changed: Sequence[Change] = (),
         engine: str = "local",
         world: int = 1,
@@ -130,6 +136,7 @@ class RunFolder:
         Args:
             job: Resolved (`vaedist.training.run.resolved`).
             step: The checkpoint's step; None: there is none and the run starts from nothing.
+            beginning: How it starts (`vaedist.training.start`): `how`, and the other runs whose weights it takes.
             changed: From `vaedist.training.run.resume`.
             command: The command line, where it is not this process's own.
         """
@@ -140,6 +147,7 @@ class RunFolder:
             entry = provenance(command) | {
                 "attempt": attempt,
                 "start_step": step or 0,
+                "start": dict(beginning or {}),
                 "engine": engine,
                 "workers": world,
                 "changed": [{"key": c.key, "old": _plain(c.old), "new": _plain(c.new)} for c in changed],
@@ -185,11 +193,16 @@ class RunFolder:
     def cut(self, step: int | None) -> None:
         """Take away what was logged beyond `step` (None: everything), so that each step appears once."""
         last = -1 if step is None else step
-        if self.metrics.exists():
-            rows = self.metrics.read_bytes().splitlines(keepends=True)
-            kept = [row for row in rows if _row_step(row) <= last]
-            if kept != rows:
-                replace_file(self.metrics, b"".join(kept))
+        for path in (self.metrics, self.latents):
+            if path.exists():
+                rows = path.read_bytes().splitlines(keepends=True)
+                kept = [row for row in rows if _row_step(row) <= last]
+                if kept != rows:
+                    replace_file(path, b"".join(kept))
+        for picture in self.figures.glob("validation-*.png"):
+            of_step = picture.stem.removeprefix("validation-")
+            if of_step.isdecimal() and int(of_step) > last:
+                picture.unlink()
         attempts = sorted(
             (found, path) for path in self.tensorboard.glob("*tfevents*") for found in _cut_events(path, last)
         )

@@ -86,6 +86,14 @@ class Owner:
         return f"{job}process {self.pid} on {self.host}, since {self.since}"
 
 
+class Held(UserError):
+    """Another process holds the lock and cannot be shown to have gone."""
+
+    def __init__(self, sentence: str, owner: Owner) -> None:
+        super().__init__(sentence)
+        self.owner = owner
+
+
 class RunLock:
     """The lock of one run folder, held or (by a worker) only checked. Also a context manager."""
 
@@ -97,7 +105,8 @@ class RunLock:
         """Take the run's lock.
 
         Raises:
-            UserError: another process holds it and cannot be shown to have gone, or the folder takes no files.
+            Held: another process holds it and cannot be shown to have gone.
+            UserError: the folder takes no files.
         """
         me = Owner.this_process()
         try:
@@ -233,11 +242,12 @@ def _read(path: Path) -> Owner | None:
         ) from None
 
 
-def _refusal(path: Path, owner: Owner) -> UserError:
+def _refusal(path: Path, owner: Owner) -> Held:
     stop = f"scancel {owner.slurm_job}" if owner.slurm_job else f"kill {owner.pid} on {owner.host}"
-    return UserError(
+    return Held(
         f"the run {path.parent} is being trained by {owner}: wait for it or stop it ({stop}); if you are sure "
-        f"that it has gone, remove {path}"
+        f"that it has gone, remove {path}",
+        owner,
     )
 
 

@@ -1,9 +1,9 @@
-"""What a person sees of a run: TensorBoard, metrics.jsonl, a bar or plain lines, and curves.png at the end.
+"""What a person sees of a run: TensorBoard, metrics.jsonl and .csv, a bar or plain lines, and curves.png at the end.
 
 metrics.jsonl has one strict-JSON object per line: `step`, `kind` (`train` or `validate`), `epoch`, `time` (UTC),
-then the numbers by name; a number that is not finite is null. TensorBoard has the same numbers under `train/`,
-`validate/` and `speed/` (images per second, share of the time waited for data). Every call reaches the files
-before it returns, so a killed process loses nothing that it logged.
+then the numbers by name; a number that is not finite is null. metrics.csv is the same as a table. TensorBoard has
+the same numbers under `train/`, `validate/` and `speed/` (images per second, share of the time waited for data).
+Every call reaches the files before it returns, so a killed process loses nothing that it logged.
 
 On a terminal there is a bar with loss, images/s and time left; in a batch log there are plain lines.
 """
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from vaedist.config import Job
 from vaedist.files import room, temporary
 from vaedist.training.folder import RunFolder
+from vaedist.training.table import Table
 
 SPEED = frozenset({"images_per_second", "data_wait"})
 """Names that measure the machine: images per second, and the share of time spent waiting for data."""
@@ -59,6 +60,9 @@ class Silent:
 
     def images(self, step: int, tag: str, grid: NDArray[np.uint8]) -> None:
         """A picture for TensorBoard: (H, W) or (H, W, C), C = 1 or 3."""
+
+    def histogram(self, step: int, tag: str, values: NDArray[np.float64]) -> None:
+        """A distribution of numbers for TensorBoard: (n,)."""
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -98,6 +102,8 @@ class Log(Silent):
         self.run, self.total_steps, self.start_step = run, total_steps, start_step
         self.quiet, self.console = quiet, console or sys.stdout
         self._rows = run.metrics.open("a", buffering=1, encoding="utf-8")
+        with room("the log", run.path):
+            self._table = Table(run.table, lambda: read_metrics(run.metrics))
         # The purge mark is for a TensorBoard that is running and holds in memory what `cut` took from the files.
         self._board: Any = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self._bar: Any = None
@@ -134,7 +140,8 @@ class Log(Silent):
         self._tick, self._images, self._waited = now, images, wait_seconds
         self._epochs_per_step = epoch / step
         self._write(step, "train", {**scalars, "images_per_second": rate, "data_wait": waited})
-        loss = f"loss {scalars.get('loss', math.nan):.6g}"
+        losses = {name: value for name, value in scalars.items() if name.partition("/")[0] == "loss"}
+        loss = "  ".join(f"{name} {value:.6g}" for name, value in (losses or {"loss": math.nan}).items())
         if self._bar is not None:
             self._bar.set_postfix_str(f"{loss}, {rate:.4g} images/s", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -154,6 +161,13 @@ class Log(Silent):
         with room("the log", self.run.path):
             self._board.add_image(tag, grid, step, dataformats="HW" if grid.ndim == 2 else "HWC")
             self._board.flush()
+
+    def histogram(self, step: int, tag: str, values: NDArray[np.float64]) -> None:
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            with room("the log", self.run.path):
+                self._board.add_histogram(tag, finite, step)
+                self._board.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -180,6 +194,7 @@ class Log(Silent):
         told = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with room("the log", self.run.path):
             self._rows.write(json.dumps(clock | told, allow_nan=False) + "\n")
+            self._table.add(clock | told)
             for name, value in numbers.items():
                 self._board.add_scalar(f"{'speed' if name in SPEED else kind}/{name}", value, step)
             self._board.flush()

@@ -18,27 +18,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from vaedist.config import Job, expand
+from vaedist.config import Job
 from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream, TrainingStream, slice_bounds
 from vaedist.errors import Diverged, UserError, nearest
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.pictures import channels_last, grid
+from vaedist.settings import expand
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.average import WeightAverage
-from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, load_weights, to_bytes
+from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
 from vaedist.training.dist import Group, GroupLaneContext
 from vaedist.training.folder import Change, RunFolder
+from vaedist.training.inputs import Inputs
 from vaedist.training.lock import RunLock
 from vaedist.training.log import Log, Silent
 from vaedist.training.progress import Progress
 from vaedist.training.run import data_section, resolved, resume
+from vaedist.training.start import Beginning, begin
 from vaedist.training.step import Stepper
 from vaedist.training.stop import StopRequest
-from vaedist.training.validate import validate
+from vaedist.training.tokens import code_shards, settled
+from vaedist.training.validate import check_monitor, validate
+from vaedist.training.watch import Watch
 
 Report = Callable[[dict[str, float]], None]
 
@@ -82,30 +85,19 @@ def _fit(
     torch.set_num_threads(job.train.threads or max(1, len(os.sched_getaffinity(0)) // group.local_world))
     stop = exits.enter_context(StopRequest(folder / "stop" if group.leads else None, options.attempt))
 
-    # The data, and what they look like to a model.
+    def tell(text: str) -> None:
+        """A line on the console while there is no log yet."""
+        if group.leads and not options.quiet:
+            print(text, flush=True)
+
+    # The data, what they look like to a model, and what the job says of other runs.
     job = resolved(job)
     index = Index.open(expand(job.data.path, "data.path"))
+    job = settled(job, index, group)
     lanes = job.data.lanes
     assert lanes is not None
     batch_size = job.train.batch_size
     bounds = slice_bounds(batch_size, group.rank, group.world)
-    reading: dict[str, Any] = {"rank": group.rank, "world": group.world, "device": group.device}
-    stream = TrainingStream(
-        index,
-        job.data.train_split,
-        batch_size=batch_size,
-        lanes=lanes,
-        seed=job.seed,
-        cache=job.data.cache,
-        workers=job.data.workers,
-        node=group,
-        **reading,
-    )
-    exits.callback(stream.close)
-    held_out = EvaluationStream(
-        index, job.data.validation_split, batch_size=batch_size, workers=job.data.workers, **reading
-    )
-    total = job.train.steps or math.ceil((job.train.epochs or 0) * stream.steps_per_epoch)
 
     # The run folder is rank 0's: it takes the lock, looks for a sound checkpoint and compares the jobs.
     run: RunFolder | None = None
@@ -130,26 +122,50 @@ def _fit(
     found = from_bytes(group.from_leader(open_folder))
     start = found.step if found else 0
     progress = Progress(group, found.state["progress"] if found else None)
+    steps_per_epoch = index.split(job.data.train_split).count // batch_size
+    total = job.train.steps or math.ceil((job.train.epochs or 0) * steps_per_epoch)
     early = job.train.early_stop
-    if start >= total or (early and progress.waited >= early):
+    if found and (start >= total or (early and progress.waited >= early)):
         return Outcome("already finished", start, progress.validation)
 
-    # The model: its weights are a function of (model, data shape, seed), or come from a checkpoint.
+    # The model. Its weights are a function of (model, data shape, seed), or come from a checkpoint or another run.
     model = build(model_config(job.model), index.spec, job.seed)
     model.to(group.device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     _check_phases(job, model)
-    weights = found.state["model"] if found else _init_from(job, group)
-    if weights is not None:
-        _load(model, weights, str(found.path) if found else f"init_from={job.init_from}")
-    else:
-        beginning = stream.batches(0)
-        first = [next(beginning) for _ in range(model.prepare_batches)]
+    check_monitor(job, model)
+    beginning = begin(model, job, found, group)
+
+    # What it reads: images, or the codes that its tokenizer gives to each of them.
+    source = index if model.reads == "images" else code_shards(model, job, index, group, stop, tell)
+    if source is None:
+        return _stopped_early(run, start, progress, tell)
+    reading: dict[str, Any] = {"workers": job.data.workers, "rank": group.rank, "world": group.world}
+    stream = TrainingStream(
+        source,
+        job.data.train_split,
+        batch_size=batch_size,
+        lanes=lanes,
+        seed=job.seed,
+        cache=job.data.cache,
+        device=group.device,
+        node=group,
+        **reading,
+    )
+    exits.callback(stream.close)
+    held_out = EvaluationStream(
+        source, job.data.validation_split, batch_size=batch_size, device=group.device, **reading
+    )
+
+    # What a model measures on the data before its first step.
+    if beginning.prepares:
         ctx = GroupLaneContext(
             group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes,
             start=bounds[0], stop=bounds[1],
         )  # fmt: skip
+        inputs, first = Inputs(job), stream.batches(0)
         with torch.no_grad():
-            model.prepare(first, ctx)
+            model.prepare([inputs(next(first), ctx) for _ in range(model.prepare_batches)], ctx)
+        beginning.again(model)
     group.synchronise(model)
     if job.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -162,11 +178,9 @@ def _fit(
 
     # Optimizers, and what they and the average had learnt.
     stepper = Stepper(job, group, model, lanes, bounds)
-    if found:
-        for phase in stepper.phases:
-            phase.load(found.state["optim"][phase.name], found.state["sched"][phase.name])
-        if average and found.state["ema"]:
-            average.model.load_state_dict(found.state["ema"])
+    beginning.hand_over(stepper.phases)
+    if found and average and found.state["ema"]:
+        average.model.load_state_dict(found.state["ema"])
     chosen = average.model if average and job.train.chosen_weights == "ema" else model
 
     # Watching: rank 0 writes TensorBoard, metrics.jsonl and the console; rows beyond the resume step are cut.
@@ -175,6 +189,7 @@ def _fit(
         run.begin(
             job,
             step=start if found else None,
+            beginning=beginning.record,
             changed=changed,
             engine=options.engine,
             world=group.world,
@@ -182,8 +197,11 @@ def _fit(
             command=options.command or None,
         )
         log = Log(run, job, total_steps=total, start_step=start, quiet=options.quiet)
-        log.summary(_summary(job, index, stream, model, group, options, start, total))
+        log.summary(_summary(job, index, stream, model, group, options, beginning, start, total))
+        if beginning.report:
+            log.message("\n".join(beginning.report))
     exits.callback(log.close)
+    watch = Watch(run, log, job, index.classes, found.state if found else None)
 
     def save(step: int, best: Best | None) -> None:
         # Progress talks to all ranks; the rest of a snapshot is the same on each, so rank 0 takes it alone.
@@ -200,6 +218,7 @@ def _fit(
             "optim": optim,
             "sched": sched,
             "progress": state_of_progress,
+            "collapse": watch.state(),
             "job": job.model_dump(mode="json"),
             "data": data_section(index),
         }
@@ -240,7 +259,7 @@ def _fit(
                 done,
                 row,
                 images=images,
-                epoch=done / stream.steps_per_epoch,
+                epoch=done / steps_per_epoch,
                 wait_seconds=stream.wait_seconds,
             )
             if report:
@@ -250,7 +269,7 @@ def _fit(
         best: Best | None = None
         if done % job.train.validate_every == 0 or finished:
             with log.pause():
-                numbers, shown = validate(chosen, held_out, job, group, done)
+                numbers, seen = validate(chosen, held_out, job, group, done)
             metric = job.train.monitor.metric
             if metric not in numbers:
                 raise UserError(f"train.monitor.metric: unknown metric {metric!r}{nearest(metric, numbers)}")
@@ -264,9 +283,8 @@ def _fit(
                             f"step {done}: no better for a while, learning rate of {phase.name!r} cut"
                         )
             log.validate(done, numbers, best=improved)
-            if run is not None and shown is not None:
-                for name, picture in _pictures(chosen, shown, job.seed).items():
-                    log.images(done, name, picture)
+            with log.pause():
+                watch.validated(done, chosen, seen)
             if report:
                 report(
                     {"step": float(done), **{f"validation/{name}": value for name, value in numbers.items()}}
@@ -305,6 +323,18 @@ def _farewell(status: str, done: int, total: int) -> str:
     return f"stopped on request after step {done} of {total}: checkpoint saved, the same command continues"
 
 
+def _stopped_early(
+    run: RunFolder | None, start: int, progress: Progress, tell: Callable[[str], None]
+) -> Outcome:
+    """The end of an attempt that was asked to stop before its first step."""
+    if run is not None:
+        run.stop.unlink(missing_ok=True)
+    tell(
+        "stopped on request while the codes were made: those that are finished are kept, the same command continues"
+    )
+    return Outcome("stopped", start, progress.validation)
+
+
 def _check_phases(job: Job, model: Variant) -> None:
     for name in job.train.optim:
         if name not in model.phases:
@@ -316,24 +346,6 @@ def _check_phases(job: Job, model: Variant) -> None:
             )
 
 
-def _init_from(job: Job, group: Group) -> dict[str, torch.Tensor] | None:
-    """The weights a new run starts from: those the other run uses downstream. Every tensor must fit."""
-    if not job.init_from:
-        return None
-    path = expand(job.init_from, "init_from")
-    found = from_bytes(group.from_leader(lambda: load_weights(path)))
-    assert found is not None
-    return found.state["model"]
-
-
-def _load(model: Variant, weights: dict[str, torch.Tensor], source: str) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{source}: its weights do not fit this job's model: {reason}") from None
-
-
 def _on_cpu(value: Any) -> Any:
     """A copy of a state in the CPU's memory, which training can no longer change."""
     if isinstance(value, torch.Tensor):
@@ -343,21 +355,13 @@ def _on_cpu(value: Any) -> Any:
     return [_on_cpu(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def _compiled(model: Variant) -> str:
+    left = [f"; not {name}: {reason}" for name, reason in model.uncompiled.items()]
+    return ", ".join(model.compiled) + "".join(left)
+
+
 def _rate_name(phase: str, model: Variant) -> str:
     return "learning_rate" if len(model.phases) == 1 else f"learning_rate/{phase}"
-
-
-@torch.no_grad()
-def _pictures(model: Variant, images: torch.Tensor, seed: int) -> dict[str, Any]:
-    """Grids to look at: originals above reconstructions, and samples from always the same noise."""
-    model.eval()
-    pictures = {}
-    if model.reconstructs:
-        pairs = np.concatenate([channels_last(images), channels_last(model.reconstruct(images))])
-        pictures["reconstructions"] = grid(pairs, columns=len(images))
-    if model.samples:
-        pictures["samples"] = grid(channels_last(model.sample(16, seed=seed)), columns=4)
-    return pictures
 
 
 def _summary(
@@ -367,12 +371,14 @@ def _summary(
     model: Variant,
     group: Group,
     options: FitOptions,
+    beginning: Beginning,
     start: int,
     total: int,
 ) -> dict[str, str]:
     spec, train = index.spec, job.train
     split = index.split(job.data.train_split)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     rest = split.count - stream.steps_per_epoch * train.batch_size
     left_out = (
         f" ({rest} of them, other ones each epoch, do not fill a batch and are left out)" if rest else ""
@@ -380,9 +386,12 @@ def _summary(
     return {
         "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
-        "model": f"{job.model['kind']}, {parameters:,} parameters",
+        "model": f"{job.model['kind']}, {parameters:,} parameters"
+        + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
         "engine": options.engine,
         "batch": f"{train.batch_size} ({stream.steps_per_epoch} steps per epoch)",
-        "steps": f"{start} to {total}" + (" (resumed)" if start else ""),
+        **({"compile": _compiled(model)} if train.compile else {}),
+        "start": beginning.told,
+        "steps": f"{start} to {total}",
     }

@@ -1,8 +1,9 @@
 """How far a run has come: what it has counted, and the window of steps that the next log row averages.
 
-The window holds one row of sums per step and rank. It is added over ranks only when a row is printed or a
-checkpoint is saved, and always in the same order, so a run that was stopped between two log rows prints the
-very digits of one that was not.
+The window holds one row of sums per step and rank, apart for each set of terms that steps have: those of a phase that
+is not trained at every step are averaged over the steps that have them. It is added over ranks only when a row is
+printed or a checkpoint is saved, and always in the same order, so a run that was stopped between two log rows prints
+the very digits of one that was not.
 """
 
 from __future__ import annotations
@@ -33,20 +34,17 @@ class Progress:
         self.best: float | None = state.get("best")
         self.waited: int = state.get("waited", 0)
         self.validation: dict[str, float] = dict(state.get("validation", {}))
-        self._names: list[str] = list(state.get("names", []))
-        self._totals: list[Tensor] = list(state.get("window", []))
-        self._rows: list[Tensor] = []
+        self._totals: dict[tuple[str, ...], list[Tensor]] = {
+            tuple(part["names"]): list(part["totals"]) for part in state.get("windows", [])
+        }
+        self._rows: dict[tuple[str, ...], list[Tensor]] = {}
 
     def accepted(self, terms: dict[str, Tensor], rows: int) -> None:
         """Take in one step's sums over this process's `rows` rows; no waiting for the device."""
         self.bad_in_a_row = 0
-        if list(terms) != self._names and (self._rows or self._totals):
-            # A phase that starts late brings new terms; the window then begins with it.
-            self._rows, self._totals = [], []
-        self._names = list(terms)
         values = list(terms.values())
         count = torch.full_like(values[0], float(rows)) if values else torch.zeros((), dtype=torch.float64)
-        self._rows.append(torch.stack([count, *values]))
+        self._rows.setdefault(tuple(terms), []).append(torch.stack([count, *values]))
 
     def refused(self) -> None:
         self.skipped += 1
@@ -65,14 +63,17 @@ class Progress:
         return False
 
     def row(self) -> dict[str, float]:
-        """Mean of every term over the images of the window, which starts anew; NaN if all steps were skipped."""
-        totals = self._add_up()
-        self._totals = []
-        result = {"skipped": float(self.skipped)}
-        if totals:
-            count, *sums = torch.stack(totals).sum(0).tolist()
-            result = {name: value / count for name, value in zip(self._names, sums, strict=True)} | result
-        return result
+        """Mean of every term over the images of the window's steps that had it; the window then starts anew."""
+        parts = self._add_up()
+        self._totals = {}
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for names, totals in parts.items():
+            count, *values = torch.stack(totals).sum(0).tolist()
+            for name, value in zip(names, values, strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0.0) + count
+        return {name: value / counts[name] for name, value in sums.items()} | {"skipped": float(self.skipped)}
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and tensors for the checkpoint. Called on every rank."""
@@ -82,13 +83,12 @@ class Progress:
             "best": self.best,
             "waited": self.waited,
             "validation": self.validation,
-            "names": self._names,
-            "window": self._add_up(),
+            "windows": [{"names": list(names), "totals": totals} for names, totals in self._add_up().items()],
         }
 
-    def _add_up(self) -> list[Tensor]:
-        """The window's steps, each added over ranks."""
-        if self._rows:
-            self._totals += list(self._group.total(torch.stack(self._rows)).cpu())
-            self._rows = []
-        return list(self._totals)
+    def _add_up(self) -> dict[tuple[str, ...], list[Tensor]]:
+        """The window's steps, each added over ranks; the same sets of terms in the same order on each."""
+        for names, rows in self._rows.items():
+            self._totals.setdefault(names, []).extend(self._group.total(torch.stack(rows)).cpu())
+        self._rows = {}
+        return dict(self._totals)

@@ -1,7 +1,7 @@
 """What a resumed run may change, and how the doors open a trained run.
 
 Resuming is the same command, so the job asked for now is compared with the job in the checkpoint, key by key,
-both resolved. Each key's mark (`vaedist.config.marks`, and the same for the variant's own settings) says what a
+both resolved. Each key's mark (`vaedist.settings.marks`, and the same for the variant's own settings) says what a
 difference means: free, only with `--override` and recorded, or never. The data count by their identity, a hash
 of keys, labels, splits and pixels, not by their path.
 """
@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vaedist.config import Job, Mark, Spec, Strict, marks, parse
+from vaedist.config import Job, Monitor, Spec
 from vaedist.data.index import Index
 from vaedist.data.stream import default_lanes
 from vaedist.errors import UserError
+from vaedist.metrics.distribution import BETTER, is_sample_metric, plain
+from vaedist.metrics.features import default
 from vaedist.models.contract import Variant, build, model_config, variant
+from vaedist.settings import Mark, Strict, marks, parse
 from vaedist.training.checkpoint import Loaded, chosen_weights, load, resolve, run_folder_of
+from vaedist.training.collapse import Collapse
 from vaedist.training.folder import ABSENT, Change, RunFolder
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "open_run",
     "resolved",
     "resume",
+    "same_experiment",
 ]
 
 
@@ -53,7 +58,26 @@ def resolved(job: Job) -> Job:
     content["model"] = model_config(job.model).model_dump(mode="json")
     content["data"]["lanes"] = job.data.lanes or default_lanes(job.train.batch_size)
     content["train"]["weights"] = job.train.chosen_weights
+    content["train"]["monitor"]["metric"] = _monitor(job.train.monitor)
     return parse(Job, content, where="the resolved job")
+
+
+def _monitor(monitor: Monitor) -> str:
+    """The monitored metric; a measure of sample quality with the extractor's hash, without which it means nothing.
+
+    Raises:
+        UserError: `mode` says the wrong way of such a measure.
+    """
+    metric = monitor.metric
+    if not is_sample_metric(metric):
+        return metric
+    better = BETTER[plain(metric)]
+    if monitor.mode != better:
+        raise UserError(
+            f"train.monitor.mode is {monitor.mode!r}, but of {plain(metric)} the {better}imum is best: set "
+            f"train.monitor.mode={better}"
+        )
+    return metric if metric != plain(metric) else f"{metric}[{default().label}]"
 
 
 def data_section(index: Index) -> dict[str, Any]:
@@ -166,6 +190,8 @@ class Run(NamedTuple):
     checkpoint: Path
     folder: Path
     """Where doors write: the run folder, or the checkpoint's own for one that was moved out of its run."""
+    collapse: Collapse | None = None
+    """The alarm of the last validation before the checkpoint: who looks at samples should know."""
 
 
 def open_run(path: str | Path, *, weights: str | None = None, device: torch.device | str = "cpu") -> Run:
@@ -215,4 +241,24 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
         classes=classes,
         checkpoint=loaded.path,
         folder=run_folder_of(loaded.path) or loaded.path,
+        collapse=Collapse.read(loaded.state.get("collapse"), loaded.path),
     )
+
+
+# Seeds ------------------------------------------------------------------------------------------------------
+
+_OF_A_SEED = {"seed", "model.tokenizer.sha256", "model.tokenizer.seed"}
+"""What differs between repetitions of one experiment; a prior's tokenizer may be a repetition too."""
+_LENGTH = {"train.steps", "train.epochs"}
+
+
+def same_experiment(one: Run, other: Run) -> bool:
+    """Whether two runs differ in nothing that matters but their seed: repetitions, whose spread is worth stating."""
+    data = [
+        {"identity": run.data_identity, "shape": list(run.spec[:3]), "classes": list(run.classes)}
+        for run in (one, other)
+    ]
+    found = compare(one.job, other.job, *data)
+    changed = {change.key for change in found.free + found.override + found.fixed}
+    free = {change.key for change in found.free} - _LENGTH
+    return one.weights == other.weights and changed - free <= _OF_A_SEED

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from vaedist.context import Batch, LaneContext
 from vaedist.errors import UserError
 from vaedist.models.contract import Variant
 from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.inputs import Inputs
 from vaedist.training.schedules import PlateauState, factor
 
 
@@ -53,18 +54,26 @@ class Phase:
         """Whether this phase is trained at `step`."""
         return step >= self.optim.start and (step - self.optim.start) % self.optim.every == 0
 
+    def turn(self, step: int) -> int:
+        """How often this phase was trained before `step`."""
+        return max(0, step - self.optim.start + self.optim.every - 1) // self.optim.every
+
     def set_rate(self, step: int, total: int) -> None:
+        """The schedule counts from the phase's first step; before it the rate is 0."""
+        start = self.optim.start
         scale = self.plateau.factor if self.plateau else 1.0
-        self.learning_rate = self.optim.learning_rate * scale * factor(self.optim, step, total)
+        scale *= factor(self.optim, step - start, total - start) if step >= start else 0.0
+        self.learning_rate = self.optim.learning_rate * scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return self.optimizer.state_dict(), self.plateau.state() if self.plateau else None
 
-    def load(self, optimizer: dict[str, Any], plateau: dict[str, Any] | None) -> None:
-        """Continue from a checkpoint; settings overridden in the job win over those it holds."""
-        self.optimizer.load_state_dict(optimizer)
+    def load(self, optimizer: dict[str, Any] | None, plateau: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint; settings overridden in the job win over those it holds. None: start anew."""
+        if optimizer is not None:
+            self.optimizer.load_state_dict(optimizer)
         for group in self.optimizer.param_groups:
             group.update(self._settings())
         if self.plateau and plateau:
@@ -80,7 +89,7 @@ class StepResult(NamedTuple):
     terms: dict[str, Tensor]
     """Sums over this process's rows (float64, on the device), of the phases that ran."""
     scalars: dict[str, float]
-    """Gradient norms and what `after_step` returned."""
+    """Norms of gradients (before clipping) and weights, by module where the step is logged; what `after_step` told."""
 
 
 def micro_batches(job: Job, model: Variant, rows: int) -> list[tuple[int, int]]:
@@ -115,14 +124,17 @@ class Stepper:
         self.phases = [
             Phase(name, job.train.optim[name], list(model.parameters_of(name)), job) for name in model.phases
         ]
+        self._trained = [parameter for phase in self.phases for parameter in phase.parameters]
+        self.inputs = Inputs(job)
         self._passes = micro_batches(job, model, bounds[1] - bounds[0])
 
-    def context(self, step: int, phase: str) -> GroupLaneContext:
+    def context(self, step: int, phase: str, turn: int | None = None) -> GroupLaneContext:
         return GroupLaneContext(
             self.group,
             seed=self.job.seed,
             step=step,
             phase=phase,
+            turn=turn,
             batch_size=self.job.train.batch_size,
             lanes=self.lanes,
             start=self.bounds[0],
@@ -147,16 +159,22 @@ class Stepper:
         sums: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
         accepted, reason, stop = True, "", False
+        # The norms of single modules cost a little: they are taken only where the loop will log this step.
+        shown = (step + 1) % self.job.train.log_every == 0 or step + 1 == total
+        batch = self.inputs(batch, self.context(step, "inputs"))
         for phase in self.phases:
+            phase.set_rate(step, total)
             if not phase.active(step):
                 continue
-            phase.set_rate(step, total)
             suffix = "" if len(self.phases) == 1 else f"/{phase.name}"
 
             # Forward and backward, micro-batch by micro-batch; the loss of every row counts 1/B.
-            ctx = self.context(step, phase.name)
-            terms = self._backward(batch, ctx)
+            ctx = self.context(step, phase.name, phase.turn(step))
+            with self._alone(phase):
+                terms = self._backward(batch, ctx)
             norm = torch.nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
+            if shown:
+                gradients = _norms(self._modules(phase.parameters), f"gradient_norm{suffix}", gradient=True)
 
             # All ranks hear of every rank's non-finite numbers and stop requests, and then do the same.
             names = [*terms, "gradient"]
@@ -180,8 +198,34 @@ class Stepper:
                 told = self.model.after_step(ctx)
             sums |= {f"{name}{suffix}": value for name, value in terms.items()}
             scalars[f"gradient_norm{suffix}"] = norm.item()
+            if shown:
+                scalars |= gradients
             scalars |= {name: value.item() for name, value in told.items()}
+        if shown:
+            scalars |= _norms(self._modules(self.model.parameters()), "weight_norm")
         return StepResult(accepted, reason, stop, sums, scalars)
+
+    @contextlib.contextmanager
+    def _alone(self, phase: Phase) -> Iterator[None]:
+        """Gradients go to this phase's parameters only: those of its rivals are neither computed nor sent."""
+        mine = {id(parameter) for parameter in phase.parameters}
+        others = [parameter for parameter in self._trained if id(parameter) not in mine]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _modules(self, parameters: Iterable[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by the model's attribute that holds them, such as `encoder`."""
+        wanted = {id(parameter) for parameter in parameters}
+        modules: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in wanted and parameter.requires_grad:
+                modules.setdefault(name.partition(".")[0], []).append(parameter)
+        return modules
 
     def _backward(self, batch: Batch, ctx: LaneContext) -> dict[str, Tensor]:
         """Gradients of the mean loss over the global batch; returns the sums of the terms over these rows."""
@@ -202,6 +246,20 @@ class Stepper:
                 value = value.sum() if value.ndim else value * (stop - start)
                 sums[name] = sums[name] + value if name in sums else value
         return sums
+
+
+def _norms(
+    modules: Mapping[str, Sequence[nn.Parameter]], prefix: str, gradient: bool = False
+) -> dict[str, float]:
+    """`prefix/module`: the Euclidean norm over all its parameters, or of their gradients where there are any."""
+    found = {}
+    for name, parameters in modules.items():
+        tensors = [p.grad if gradient else p.detach() for p in parameters]
+        held = [tensor for tensor in tensors if tensor is not None]
+        if held:
+            found[f"{prefix}/{name}"] = torch.nn.utils.get_total_norm(held)
+    values = torch.stack(list(found.values())).tolist() if found else []
+    return dict(zip(found, values, strict=True))
 
 
 def precision(job: Job, device: torch.device) -> Any:

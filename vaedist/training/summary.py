@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaedist.config import Job, expand
-from vaedist.context import LaneContext
+from vaedist.config import Job
+from vaedist.context import Batch, LaneContext
 from vaedist.data.index import Index
 from vaedist.models.contract import build, model_config
+from vaedist.settings import expand
+from vaedist.training.dist import Group
+from vaedist.training.tokens import settled
 
 
 def layer_table(job: Job) -> str:
@@ -21,7 +24,8 @@ def layer_table(job: Job) -> str:
     Raises:
         UserError: the job's data or model section is wrong.
     """
-    spec = Index.open(expand(job.data.path, "data.path")).spec
+    index = Index.open(expand(job.data.path, "data.path"))
+    spec, job = index.spec, settled(job, index, Group(torch.device("cpu")))
     model = build(model_config(job.model), spec, job.seed).eval()
     rows: dict[str, tuple[str, str, str]] = {}
 
@@ -35,12 +39,15 @@ def layer_table(job: Job) -> str:
     for name, layer in model.named_modules():
         if name and not any(layer.children()):
             layer.register_forward_hook(watch(name))
-    image = torch.zeros(1, spec.channels, spec.height, spec.width, dtype=torch.uint8)
-    label = torch.zeros(1, dtype=torch.int64)
+    batch: Batch = {"label": torch.zeros(1, dtype=torch.int64), "key": [""], "sample": [0]}
+    if model.reads == "codes":
+        batch["codes"] = torch.zeros(1, *model.latent_shape, dtype=torch.int64)
+    else:
+        batch["image"] = torch.zeros(1, spec.channels, spec.height, spec.width, dtype=torch.uint8)
     with torch.no_grad():
         for phase in model.phases:
             ctx = LaneContext(seed=job.seed, step=0, phase=phase, batch_size=1, lanes=1)
-            model({"image": image, "label": label, "key": [""], "sample": [0]}, ctx)
+            model(batch, ctx)
 
     lines = [("layer", "type", "output", "parameters"), *((name, *row) for name, row in rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
@@ -50,6 +57,8 @@ def layer_table(job: Job) -> str:
     ]
     buffers = sum(buffer.numel() for buffer in model.buffers())
     total = f"{job.model['kind']} on {spec.channels}x{spec.height}x{spec.width}: {_count(model):,} parameters"
+    if frozen := sum(_count(model.get_submodule(name)) for name in model.borrows):
+        total += f", {frozen:,} of them frozen"
     return "\n".join([*table, total + (f", {buffers:,} numbers in buffers" if buffers else "")])
 
 
