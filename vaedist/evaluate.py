@@ -1,34 +1,38 @@
-"""`vaedist-evaluate RUN`: how good a trained model is on a split that it has not seen."""
+"""`vaedist-evaluate RUN ...`: how good trained models are on a split that they have not seen, and which is better."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.errors import UserError, door
 
 if TYPE_CHECKING:
-    from vaedist.data.index import Index, Split
-    from vaedist.metrics.baselines import Baselines
-    from vaedist.metrics.evaluation import Evaluation
+    from vaedist.data.index import Index
+    from vaedist.metrics.compare import Entry
+    from vaedist.metrics.findings import Batches, Findings, Wanted
     from vaedist.training.run import Run
 
-BASELINE_BYTES = 2 << 30
-"""Most memory for the training images that the baselines are fitted on; of a larger set, every n-th image."""
-SHOWN_GROUPS = 40
 SHOWN_PAIRS = 8
+AUDITED = 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vaedist-evaluate",
-        description="Measure a trained model on every image of a split: SSIM, PSNR, MSE, MAE, the terms of its "
-        "loss, and the codes it uses; per subject and per class too. Writes metrics.json, images.jsonl (one line "
-        "per image) and pairs.png, replacing those of an earlier evaluation of the same split.",
+        description="Measure trained models on every image of a split: reconstructions (SSIM, MS-SSIM, PSNR, MSE, "
+        "MAE) beside baselines, the terms of the loss, likelihood by importance sampling, latents, codes, priors over "
+        "codes, and samples; per subject and per class too. What a model has not is named with the reason. Writes "
+        "metrics.json, images.jsonl (one line per image) and pictures, replacing those of an earlier evaluation of the "
+        "same split. Several runs are compared in one table, runs that differ only in their seed as one row.",
     )
     parser.add_argument(
-        "run", metavar="RUN", help="a run folder (its best checkpoint), or one checkpoint in it"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run folder (its best checkpoint), or one checkpoint in it; several are compared",
     )
     parser.add_argument("--split", default="test", help="which split (default: %(default)s)")
     parser.add_argument(
@@ -44,8 +48,48 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="beside reconstructions: black, the training mean, the nearest training image, PCA with as many "
+        "components as the latent has numbers (default: on)",
+    )
+    parser.add_argument(
+        "--importance",
+        type=int,
+        default=200,
+        metavar="K",
+        help="importance samples per image of the likelihood; 0: no likelihood and latents (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="estimates of the likelihood with new draws each, to see their spread (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="importance samples decoded at once: memory, not numbers (default: about a million pixel values)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N samples and measure them against the split: KID, Frechet distance, precision, recall, density, "
+        "coverage, sliced Wasserstein distance (default: none)",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="FILE",
+        help="a TorchScript file as the extractor of sample metrics; it is code, and it is run (default: our own)",
+    )
+    parser.add_argument(
+        "--audit",
         action="store_true",
-        help="beside the model: black, the training mean, the nearest training image, PCA-32",
+        help=f"does the model repeat training images? On --samples N (default here: {AUDITED})",
     )
     parser.add_argument(
         "--groups",
@@ -54,7 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of the split")
     parser.add_argument(
-        "--out", metavar="DIR", help="where results are written (default: RUN/evaluation/SPLIT)"
+        "--out",
+        metavar="DIR",
+        help="where results are written (default: RUN/evaluation/SPLIT); of several runs a folder each, and "
+        "comparison.json and comparison.txt",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
@@ -65,47 +112,119 @@ def build_parser() -> argparse.ArgumentParser:
 @door
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit is {arguments.limit}; give at least 1")
+    _check(arguments)
 
+    from vaedist.metrics.compare import Comparison
+    from vaedist.metrics.groups import read_groups
+
+    files = read_groups(arguments.groups) if arguments.groups else {}
+    device = pick_device(arguments.device)
+    wanted = _wanted(arguments, device)
+    folders = _folders(arguments)
+    entries: list[Entry] = []
+    opened: list[Run] = []
+    for path, out in zip(arguments.runs, folders, strict=True):
+        entries.append(_evaluate(path, out, arguments, wanted, files, device, opened))
+        print()
+    if len(entries) > 1:
+        comparison = Comparison(entries)
+        print(text := comparison.text())
+        if arguments.out:
+            import json
+
+            document = {"format": 1, "tables": comparison.document()}
+            contents = {
+                "comparison.json": (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(),
+                "comparison.txt": f"{text}\n".encode(),
+            }
+            print("\n" + "\n".join(_write(Path(arguments.out), contents)))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (("limit", 1), ("rounds", 1), ("chunk", 1), ("importance", 0), ("samples", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; give at least {least}")
+    if arguments.features and not (arguments.samples or arguments.audit):
+        raise UserError("--features is for sample metrics: say with --samples N how many to draw")
+
+
+def _wanted(arguments: argparse.Namespace, device: str) -> Wanted:
+    from vaedist.metrics.features import Extractor, default
+    from vaedist.metrics.findings import Wanted
+
+    samples = arguments.samples or (AUDITED if arguments.audit else 0)
+    features = None
+    if samples:
+        given = arguments.features
+        features = Extractor.from_torchscript(given, device) if given else default(device)
+    return Wanted(
+        baselines=arguments.baselines,
+        importance=arguments.importance,
+        rounds=arguments.rounds,
+        chunk=arguments.chunk,
+        samples=samples,
+        features=features,
+        audit=arguments.audit,
+    )
+
+
+def _folders(arguments: argparse.Namespace) -> list[Path | None]:
+    """Where each run's results go; None: into the run."""
+    if arguments.out is None:
+        return [None] * len(arguments.runs)
+    out = Path(arguments.out)
+    if len(arguments.runs) == 1:
+        return [out]
+    names = [Path(run).resolve().name for run in arguments.runs]
+    return [
+        out / (name if names.count(name) == 1 else f"{number}-{name}") for number, name in enumerate(names, 1)
+    ]
+
+
+def _evaluate(
+    path: str,
+    out: Path | None,
+    arguments: argparse.Namespace,
+    wanted: Wanted,
+    files: dict[str, dict[str, str]],
+    device: str,
+    opened: list[Run],
+) -> Entry:
+    """Measure, write and print one run; `opened` holds those before it and gets this one."""
     import json
 
     import torch
 
     from vaedist.data.stream import EvaluationStream
-    from vaedist.metrics.evaluation import evaluate, pairs, pick_evenly
-    from vaedist.metrics.figures import pair_figure, pair_title
-    from vaedist.metrics.groups import read_groups
-    from vaedist.pictures import write_whole
+    from vaedist.metrics.compare import Entry
+    from vaedist.metrics.findings import Training, examine
+    from vaedist.metrics.groups import grouped
+    from vaedist.metrics.report import report
+    from vaedist.training.inputs import EvaluationInputs
     from vaedist.training.run import open_run
 
-    files = read_groups(arguments.groups) if arguments.groups else {}
-    device = pick_device(arguments.device)
-    run = open_run(arguments.run, weights=arguments.weights, device=device)
+    run = open_run(path, weights=arguments.weights, device=device)
     index = _open_data(run, arguments.data, arguments.other_data)
-    split = index.split(arguments.split)
+    split, train = index.split(arguments.split), run.job.data.train_split
+    if arguments.audit and arguments.split == train:
+        raise UserError(
+            f"--audit measures by held-out images, and {run.folder} was trained on {train!r}: choose another --split"
+        )
 
-    def stream(name: str, limit: int | None = None) -> EvaluationStream:
+    def stream(name: str, limit: int | None = None) -> EvaluationInputs:
         # A batch of about a million pixels keeps the activations of a wide network in memory.
         rows = max(1, min(256, (1 << 20) // (run.spec.height * run.spec.width)))
-        return EvaluationStream(index, name, batch_size=rows, workers=1, device=device, limit=limit)
+        batches = EvaluationStream(index, name, batch_size=rows, workers=1, device=device, limit=limit)
+        return EvaluationInputs(batches, run.job)
 
-    fitted = None
-    if arguments.baselines:
-        fitted = _fit_baselines(index, run.job.data.train_split, stream(run.job.data.train_split))
     batches = stream(arguments.split, arguments.limit)
-    with _bar(batches.count) as bar:
-        found = evaluate(
-            run.model,
-            batches,
-            seed=run.job.seed,
-            step=run.step,
-            baselines=fitted,
-            progress=lambda done: bar.update(done - bar.n),
+    training = Training(stream(train), index.split(train), run.spec.pixels, print)
+    with _Bars() as bars:
+        found = examine(
+            run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.begin
         )
-    groups = _groups(found, split, index.classes, files)
-
-    folder = Path(arguments.out) if arguments.out else run.folder / "evaluation" / arguments.split
     document: dict[str, Any] = {
         "format": 1,
         "run": str(run.folder),
@@ -113,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         "step": run.step,
         "weights": run.weights,
         "kind": run.job.model["kind"],
+        "tokenizer": run.config.tokenizer.sha256 if run.model.reads == "codes" else None,  # type: ignore[attr-defined]
         "data": {
             "path": str(index.folder),
             "identity": index.identity,
@@ -120,36 +240,91 @@ def main(argv: list[str] | None = None) -> int:
             "split": arguments.split,
             "split_images": split.count,
             "shape": list(index.shape),
+            "binarise": batches.inputs.binarise,
         },
+        "collapse": run.collapse.plain() if run.collapse else None,
         "torch": torch.__version__,
         **found.document(),
-        "groups": groups,
+        "groups": grouped(found.evaluation, split, index.classes, files, print),
     }
+    lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in found.evaluation.lines())
+    contents = {
+        "metrics.json": (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(),
+        "images.jsonl": lines.encode(),
+        **found.pictures,
+    }
+    if run.model.reconstructs:
+        contents["pairs.png"] = _pairs(run, batches, found, arguments.split)
+    written = _write(out or run.folder / "evaluation" / arguments.split, contents)
+    print(report(document))
+    print("\n" + "\n".join(written))
+    opened.append(run)
+    return Entry(run.job.name, run.job.seed, _experiment(opened), document)
+
+
+def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:
+    from vaedist.metrics.evaluation import pairs, pick_evenly
+    from vaedist.metrics.figures import pair_figure, pair_title
+
+    rows = pick_evenly(found.evaluation.rows, SHOWN_PAIRS)
+    originals, others = pairs(run.model, batches, [row.sample for row in rows])
+    titles = [f"{row.key[:24]}\n{pair_title(row.metrics)}" for row in rows]
+    heading = f"{run.job.name}, {run.job.model['kind']}, step {run.step}: {split}, worst to best"
+    return pair_figure(originals, others, titles, heading=heading)
+
+
+def _experiment(opened: list[Run]) -> int:
+    """Number of the first run that differs from the last one by its seed alone."""
+    from vaedist.training.run import same_experiment
+
+    return next(number for number, run in enumerate(opened) if same_experiment(run, opened[-1]))
+
+
+def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
+    """Write files into a folder that is private to the user; a line for each."""
+    from vaedist.pictures import write_whole
+
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot make the folder {folder}: {error.strerror}; choose another with --out"
         ) from None
-    lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in found.lines())
-    contents = {
-        "metrics.json": (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(),
-        "images.jsonl": lines.encode(),
-    }
-    if run.model.reconstructs:
-        rows = pick_evenly(found.rows, SHOWN_PAIRS)
-        originals, others = pairs(run.model, batches, [row.sample for row in rows])
-        titles = [f"{row.key[:24]}\n{pair_title(row.metrics)}" for row in rows]
-        heading = (
-            f"{run.job.name}, {run.job.model['kind']}, step {run.step}: {arguments.split}, worst to best"
-        )
-        contents["pairs.png"] = pair_figure(originals, others, titles, heading=heading)
     for name, content in contents.items():
         write_whole(folder / name, content)
+    return [f"wrote {folder / name}" for name in contents]
 
-    _print(run, document, found)
-    print("\n" + "\n".join(f"wrote {folder / name}" for name in contents))
-    return 0
+
+class _Bars:
+    """One progress bar after the other; none where nobody looks."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def begin(self, what: str, total: int) -> Callable[[int], None]:
+        import sys
+
+        from tqdm import tqdm
+
+        self.close()
+        bar = self._bar = tqdm(
+            total=total, unit=" images", desc=what, disable=not sys.stderr.isatty(), leave=False
+        )
+
+        def update(done: int) -> None:
+            bar.update(done - bar.n)
+
+        return update
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def pick_device(name: str) -> str:
@@ -188,87 +363,6 @@ def _open_data(run: Run, given: str | None, other_data: bool) -> Index:
             f"{index.folder} has classes {index.classes} and the model was trained on {run.classes}"
         )
     return index
-
-
-def _fit_baselines(index: Index, name: str, batches: Any) -> Baselines:
-    from vaedist.metrics.baselines import Baselines
-    from vaedist.metrics.evaluation import training_images
-
-    count = index.split(name).count
-    every = -(-count * index.spec.pixels // BASELINE_BYTES)
-    if every > 1:
-        print(f"baselines: fitted on every {every}th of the {count} images of {name}, to fit in memory")
-    return Baselines(training_images(batches, every))
-
-
-def _bar(total: int) -> Any:
-    import sys
-
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" images", desc="evaluate", disable=not sys.stderr.isatty(), leave=False)
-
-
-def _groups(
-    found: Evaluation, split: Split, classes: tuple[str, ...], files: dict[str, dict[str, str]]
-) -> dict[str, dict[str, Any]]:
-    """Per subject, per class, and per column of the groups file: means of each group that holds several images."""
-    from vaedist.metrics.groups import group_of
-
-    subjects = {row.sample: split.subject(row.sample) for row in found.rows}
-    labels = {row.sample: split.label(row.sample) for row in found.rows}
-    groups = {"subject": found.by(lambda row: subjects[row.sample] or None)}
-    if len(groups["subject"]) == len(found.rows) > 1:
-        del groups["subject"]  # every image is its own subject: those are the rows of images.jsonl
-    if classes:
-        groups["class"] = found.by(
-            lambda row: classes[labels[row.sample]] if labels[row.sample] >= 0 else None
-        )
-    for column, names in files.items():
-        groups[column] = found.by(lambda row, names=names: group_of(names, row.key, subjects[row.sample]))  # type: ignore[misc]
-        members = sum(group["images"] for group in groups[column].values())
-        if members == 0:
-            raise UserError(
-                f"--groups: no image is in any group; its first column holds names such as {next(iter(names))!r}, "
-                f"the images have keys such as {found.rows[0].key!r}"
-            )
-        if members < len(found.rows):
-            print(f"note: {len(found.rows) - members} images have no {column} in the groups file")
-    return {name: members for name, members in groups.items() if members}
-
-
-def _print(run: Run, document: dict[str, Any], found: Evaluation) -> None:
-    from vaedist.metrics.tables import metrics_table, terms_table
-
-    images, data = document["images"], document["data"]
-    shape = "x".join(str(size) for size in data["shape"])
-    part = "" if images == data["split_images"] else f" of {data['split_images']}"
-    print(f"run    {run.folder}: {document['kind']}, step {run.step}, {run.weights} weights")
-    print(f"data   {data['path']}: {data['split']}, {images}{part} images of {shape}")
-    if data["other_data"]:
-        print("note   these are not the data that the run was trained from (--other-data)")
-    rows = {"this run": (images, document["metrics"])}
-    rows |= {name: (images, metrics) for name, metrics in document["baselines"].items()}
-    if any(metrics for _, metrics in rows.values()):
-        print("\nmean ±spread (standard deviation over images); foreground: where the original is > 0")
-        print(metrics_table(rows))
-    print("\n" + terms_table(document["terms"], document["units"], images))
-    for name, value in found.batch_terms.items():
-        print(f"{name} {value:.6g} (a statistic of whole batches: depends on their size)")
-    if found.codes is not None:
-        codes = found.codes
-        print(
-            f"\ncodes used {codes['used']} of {codes['codes']} ({100 * codes['used_share']:.1f} %), perplexity "
-            f"{codes['perplexity']:.1f}, over {codes['vectors']} vectors"
-        )
-    for name, groups in document["groups"].items():
-        if len(groups) > SHOWN_GROUPS:
-            print(f"\nper {name}: {len(groups)} groups, in metrics.json")
-            continue
-        lines = {group: (values["images"], values["metrics"]) for group, values in groups.items()}
-        print("\n" + metrics_table(lines, f"per {name}", spread=False))
-    for reason in found.not_defined.values():
-        print(reason)
 
 
 if __name__ == "__main__":

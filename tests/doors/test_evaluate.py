@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import stat
 from collections.abc import Callable
@@ -10,11 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vaedist.config import Job
+from vaedist.context import SampleContext
 from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream
 from vaedist.evaluate import main
 from vaedist.metrics.images import pair_metrics
+from vaedist.metrics.tokens import TokenBaselines
 from vaedist.pictures import to_uint8
+from vaedist.training.attempt import FitOptions
+from vaedist.training.loop import fit
 from vaedist.training.run import open_run
 
 
@@ -79,13 +85,162 @@ def test_groups_by_subject_class_and_file(
 def test_baselines_stand_in_the_same_table(
     vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(vae), "--split", "train", "--baselines", "--out", str(tmp_path)]) == 0
+    assert main([str(vae), "--split", "train", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     document = json.loads((tmp_path / "metrics.json").read_text())
     assert document["baselines"]["nearest training image"]["mae"]["mean"] == 0
     assert document["baselines"]["nearest training image"]["psnr"]["count"] == 0
-    for name in ("this run", "black", "training mean", "nearest training image", "PCA-32"):
+    for name in ("this run", "black", "training mean", "nearest training image", "PCA-3"):
         assert any(line.startswith(f"{name} ") for line in told.splitlines()), name
+
+
+def test_a_vae_has_a_likelihood_and_latents(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(vae), "--limit", "9", "--no-baselines", "--rounds", "2", "--out", str(tmp_path)]
+    assert main([*command, "--importance", "60", "--chunk", "7"]) == 0
+    told = capsys.readouterr().out
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    found = document["likelihood"]
+    assert (found["name"], found["images"], found["importance_samples"]) == ("surrogate", 9, 60)
+    assert found["bits_per_dim"] is None
+    assert "Bernoulli likelihood of grey images" in document["not_defined"]["bits_per_dim"]
+    assert -found["nll"]["mean"] > found["elbo"]["mean"]
+    assert len(set(found["rounds"]["nll"])) == 2
+    assert document["latents"]["units"] == 3
+    split = document["latents"]["split"]
+    assert split["rate"] == pytest.approx(document["terms"]["rate"]["mean"], rel=0.2)
+    assert document["baselines"] == {}
+    assert "surrogate " in told
+    assert "units active" in told
+    assert "mutual information" in told
+
+    assert main([*command, "--importance", "60"]) == 0
+    again = json.loads((tmp_path / "metrics.json").read_text())["likelihood"]["nll"]
+    assert again == pytest.approx(found["nll"], rel=1e-6)  # the chunk is about memory
+    assert main([*command, "--importance", "0"]) == 0
+    assert "likelihood" not in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_black_and_white_images_have_bits_per_dim(data: Path, tmp_path: Path) -> None:
+    model = {"kind": "vae", "encoder": {"kind": "mlp", "width": 8, "depth": 1}, "latent": 2}
+    run = tmp_path / "binary"
+    train = {"steps": 2, "batch_size": 8, "threads": 1}
+    job = Job(name="binary", data={"path": str(data), "binarise": "static"}, model=model, train=train)
+    fit(job, run, options=FitOptions(quiet=True))
+    assert main([str(run), "--importance", "20", "--no-baselines"]) == 0
+    document = results(run)
+    assert document["data"]["binarise"] == "static"
+    assert document["likelihood"]["name"] == "binary"
+    mean = document["likelihood"]["nll"]["mean"]
+    assert document["likelihood"]["bits_per_dim"]["mean"] == pytest.approx(mean / (256 * math.log(2)))
+
+
+def test_runs_stand_in_one_table(
+    vae: Path, vqvae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = open_run(vae).job
+    other = tmp_path / "vae-1"
+    fit(saved.model_copy(update={"seed": 1, "name": "vae-1"}), other, options=FitOptions(quiet=True))
+    out = tmp_path / "out"
+    assert main([str(vae), str(vqvae), str(other), "--importance", "5", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    (table,) = json.loads((out / "comparison.json").read_text())["tables"]
+    experiments = {experiment["name"]: experiment for experiment in table["experiments"]}
+    assert experiments.keys() == {"vae (2 seeds)", "vqvae"}
+    repeated = experiments["vae (2 seeds)"]
+    assert repeated["seeds"] == [0, 1]
+    values = [
+        json.loads((out / name / "metrics.json").read_text())["metrics"]["ssim"]["mean"]
+        for name in ("vae", "vae-1")
+    ]
+    assert repeated["numbers"]["SSIM"]["values"] == values
+    assert repeated["numbers"]["SSIM"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert experiments["vqvae"]["numbers"]["SSIM"]["std"] is None
+    text = (out / "comparison.txt").read_text()
+    assert text in told
+    assert "none beats another: that takes 3 seeds of each" in text
+    assert "nearest training image" in text
+
+
+def test_samples_and_the_audit(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(vae), "--importance", "0", "--out", str(tmp_path)]
+    assert main([*command, "--samples", "12", "--audit"]) == 0
+    told = capsys.readouterr().out
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    found = document["samples"]
+    assert (found["real"], found["generated"]) == (21, 12)
+    assert set(found["metrics"]) == {"this run", "training images"}
+    label = found["extractor"]["name"]
+    assert (
+        found["metrics"]["this run"][f"kid[{label}]"] > found["metrics"]["training images"][f"kid[{label}]"]
+    )
+    assert "frechet_extrapolated" in document["not_defined"]
+    assert document["audit"]["counts"]["samples"] == 12
+    assert (tmp_path / "memorisation.png").exists()
+    assert f"memorisation {document['audit']['verdict']}" in told
+    assert f"kid[{label}]" in told
+
+
+def test_a_prior_stands_beside_counts(
+    vqvae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On codes of an untrained tokenizer: what is tested is the bookkeeping, number by number."""
+    model = {
+        "kind": "pixelcnn",
+        "tokenizer": str(vqvae),
+        "net": {"width": 8, "layers": 2, "first": 3, "hidden": 8},
+    }
+    run = tmp_path / "prior"
+    train = {"steps": 3, "batch_size": 8, "threads": 1}
+    job = Job(name="prior", data={"path": str(data)}, model=model, train=train)
+    fit(job, run, options=FitOptions(quiet=True))
+    assert main([str(run), "--samples", "6"]) == 0
+    told = capsys.readouterr().out
+    document = results(run)
+    found = document["prior"]
+    assert (found["tokens"], found["codes"], found["images"]) == (16, 8, 21)
+    means = {name: value["mean"] for name, value in found["nats_per_token"].items()}
+    assert means["prior"] == pytest.approx(document["terms"]["nats_per_token"]["mean"], rel=1e-5)
+    assert means["uniform"] == pytest.approx(math.log(8))
+    assert means.keys() == {"prior", "uniform", "unigram", "per-position unigram", "neighbour bigram"}
+
+    # Once more by hand: codes, counts, and the image's bound under the tokenizer's Gaussian.
+    opened = open_run(run)
+    tokenizer = open_run(vqvae).model
+    (batch,) = EvaluationStream(Index.open(data), "test", batch_size=21)
+    (training,) = EvaluationStream(Index.open(data), "train", batch_size=48)
+    codes = tokenizer.codes(batch["image"])
+    counted = TokenBaselines(tokenizer.codes(training["image"]).numpy(), 8).nats(codes.numpy())
+    for name, nats in counted.items():
+        assert means[name] == pytest.approx(nats.mean() / 16)
+    nats = -opened.model.code_log_prob(codes).mean()
+    assert means["prior"] == pytest.approx(float(nats) / 16, rel=1e-5)
+    assert found["name"] == "dequantised"
+    uniform = SampleContext(seed=0, samples=range(21)).uniform("dequantise", batch["image"].shape)
+    decoder = -tokenizer.decode_codes(codes).dequantised(batch["image"], uniform).mean()
+    assert found["nll"]["mean"] == pytest.approx(float(nats + decoder), rel=1e-5)
+    assert found["bits_per_dim"]["mean"] == pytest.approx(
+        float(nats + decoder) / (256 * math.log(2)), rel=1e-5
+    )
+
+    assert document["codes"]["vectors"] == 21 * 16
+    assert document["tokenizer"] == opened.config.tokenizer.sha256
+    assert set(document["samples"]["metrics"]) == {"this run", "per-position draws", "training images"}
+    assert "neighbour bigram" in told
+    assert "image: codes + decoder" in told
+    assert "PCA-16" in told
+
+
+def test_what_does_not_sample_says_so(
+    vqvae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(vqvae), "--samples", "12", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert "sample is not defined, because" in document["not_defined"]["samples"]
+    assert "encode is not defined, because" in document["not_defined"]["likelihood"]
+    told = capsys.readouterr().out
+    assert "likelihood, latents: encode is not defined, because" in told
 
 
 def test_limit_weights_and_a_checkpoint_folder(vae: Path, tmp_path: Path) -> None:
@@ -155,6 +310,10 @@ def test_damaged_data_end_with_exit_code_3(
     ("arguments", "told"),
     [
         (["--limit", "0"], "--limit is 0"),
+        (["--importance", "-1"], "--importance is -1"),
+        (["--features", "x.pt"], "say with --samples N"),
+        (["--audit", "--split", "train"], "choose another --split"),
+        (["--features", "nowhere.pt", "--samples", "9"], "cannot read the feature extractor nowhere.pt"),
         (["--split", "tset"], "did you mean 'test'"),
         (["--data", "nowhere"], "nowhere is not a packed folder"),
         (["--groups", "nowhere.txt"], "cannot read the groups file nowhere.txt"),

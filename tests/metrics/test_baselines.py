@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vaedist.config import Spec
 from vaedist.metrics import baselines as module
-from vaedist.metrics.baselines import NAMES, Baselines
+from vaedist.metrics.baselines import Baselines, latent_size
 from vaedist.metrics.images import pair_metrics, summaries
+from vaedist.models.contract import build, model_config
 
 
 def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -30,7 +32,7 @@ def low_rank(count: int, rank: int, size: int) -> np.ndarray:
 def test_each_baseline_is_what_it_says() -> None:
     training, images = random_images(40, (3, 6, 6)), random_images(9, (3, 6, 6), seed=1)
     found = Baselines(training).reconstruct(images)
-    assert tuple(found) == NAMES
+    assert tuple(found) == ("black", "training mean", "nearest training image", "PCA-32")
     assert all(pictures.shape == images.shape and pictures.dtype == np.uint8 for pictures in found.values())
     assert not found["black"].any()
     assert (found["training mean"] == np.rint(training.mean(0))).all()
@@ -39,31 +41,68 @@ def test_each_baseline_is_what_it_says() -> None:
     assert (found["nearest training image"] == training[nearest]).all()
 
 
-def test_pca_is_the_exact_one() -> None:
-    training, images = low_rank(200, 40, 12), low_rank(230, 40, 12)[200:]
-    t, x = training.reshape(200, -1) / 255, images.reshape(30, -1) / 255
+@pytest.mark.parametrize("way", ["pixels", "images", "iteration"])
+@pytest.mark.parametrize("components", [1, 32, 90])
+def test_pca_is_the_exact_one(components: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = {"pixels": 200, "images": 120, "iteration": 200}[way]  # of 144 pixels
+    if way == "iteration":
+        monkeypatch.setattr(module, "_LARGEST_EXACT", 0)
+    training, images = low_rank(count, 40, 12), low_rank(230, 40, 12)[200:]
+    t, x = training.reshape(count, -1) / 255, images.reshape(30, -1) / 255
     mean = t.mean(0)
     _, _, rows = np.linalg.svd(t - mean, full_matrices=False)
-    exact = np.clip((x - mean) @ rows[:32].T @ rows[:32] + mean, 0, 1) * 255
-    found = Baselines(training).reconstruct(images)["PCA-32"].reshape(30, -1)
+    exact = np.clip((x - mean) @ rows[:components].T @ rows[:components] + mean, 0, 1) * 255
+    fitted = Baselines(training, components)
+    found = fitted.reconstruct(images)[f"PCA-{components}"].reshape(30, -1)
     assert np.abs(found - exact).max() < 0.5 + 0.05  # rounding to uint8, and nothing else
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    training, images = low_rank(50, 20, 8), low_rank(50, 20, 8)[:7]
+def test_as_many_components_as_latent_numbers() -> None:
+    spec = Spec(1, 16, 16)
+    encoder = {"kind": "conv", "width": 8, "depth": 0, "downsample": 4}
+    sections: dict[int, dict[str, object]] = {
+        5: {"kind": "vae", "encoder": encoder, "latent": 5},
+        48: {"kind": "vae", "encoder": encoder, "latent": {"kind": "map", "channels": 3}},
+        16: {"kind": "vqvae", "encoder": encoder, "codebook": {"kind": "ema", "codes": 8, "dim": 4}},
+    }
+    for size, section in sections.items():
+        assert latent_size(build(model_config(section), spec, seed=0)) == size
+
+
+def test_the_iteration_is_not_asked_for_more_than_it_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LARGEST_EXACT", 0)
+    monkeypatch.setattr(module, "_MOST_ITERATED", 6)
+    assert Baselines(low_rank(60, 20, 8), 40).names[-1] == "PCA-6"
+
+
+def test_more_components_err_less() -> None:
+    images = low_rank(60, 20, 8)
+    errors = [
+        float(((Baselines(images, k).reconstruct(images)[f"PCA-{k}"] / 255 - images / 255) ** 2).mean())
+        for k in (2, 8, 32, 59)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-5  # sixty images span 59 dimensions around their mean
+
+
+@pytest.mark.parametrize("count", [50, 90])  # less and more than the 64 pixels
+def test_chunks_change_nothing(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, images = low_rank(count, 20, 8), low_rank(count, 20, 8)[:7]
     whole = Baselines(training).reconstruct(images)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 64 * 7)
     parts = Baselines(training).reconstruct(images)
-    for name in NAMES:
+    for name in whole:
         assert np.abs(whole[name].astype(int) - parts[name]).max() <= 1, name
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
 def test_fewer_training_images_than_components(count: int) -> None:
     training = random_images(count, (1, 5, 5))
-    found = Baselines(training).reconstruct(training)
+    fitted = Baselines(training)
+    found = fitted.reconstruct(training)
+    assert fitted.names[-1] == f"PCA-{count - 1}"
     assert (found["nearest training image"] == training).all()
-    assert np.abs(found["PCA-32"].astype(int) - training).max() <= 1  # they span themselves
+    assert np.abs(found[fitted.names[-1]].astype(int) - training).max() <= 1  # they span themselves
 
 
 PUBLISHED = {

@@ -15,7 +15,7 @@ import vaedist.models
 from vaedist.config import Spec
 from vaedist.context import Batch, SampleContext
 from vaedist.errors import UserError
-from vaedist.metrics.baselines import NAMES, Baselines
+from vaedist.metrics.baselines import Baselines
 from vaedist.metrics.evaluation import evaluate, pairs, pick_evenly, training_images
 from vaedist.metrics.images import pair_metrics
 from vaedist.models.contract import Variant, build, model_config
@@ -143,9 +143,11 @@ def test_what_is_not_defined_says_why() -> None:
 
 def test_baselines_are_scored_on_the_same_images() -> None:
     model, pixels = make(VAE), images()
-    found = evaluate(model, batches(pixels, 8), baselines=Baselines(pixels))
+    fitted = Baselines(pixels, 3)
+    found = evaluate(model, batches(pixels, 8), baselines=fitted)
     document = found.document()
-    assert tuple(document["baselines"]) == NAMES
+    assert tuple(document["baselines"]) == fitted.names
+    assert fitted.names[-1] == "PCA-3"
     assert (
         document["baselines"]["nearest training image"]["ssim"]["mean"] == 1
     )  # they are the training images

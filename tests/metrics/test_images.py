@@ -82,16 +82,17 @@ def test_what_is_not_defined_is_nan() -> None:
 @pytest.mark.parametrize(
     ("size", "missing"),
     [
-        (11, set()),
-        (10, {"ssim", "ssim_foreground"}),
-        (6, {"ssim", "ssim_foreground", "ssim_default", "ssim_default_foreground"}),
+        (161, set()),
+        (11, {"ms_ssim"}),
+        (10, {"ms_ssim", "ssim", "ssim_foreground"}),
+        (6, {"ms_ssim", "ssim", "ssim_foreground", "ssim_default", "ssim_default_foreground"}),
     ],
 )
 def test_images_smaller_than_the_window(size: int, missing: set[str]) -> None:
     x, y = pair(size=size)
     assert {name for name, value in pair_metrics(x, y).items() if math.isnan(value)} == missing
-    assert too_small(size, 64).keys() == missing
-    assert all(f"{name} is not defined, because " in why for name, why in too_small(size, 64).items())
+    assert too_small(size, 200).keys() == missing
+    assert all(f"{name} is not defined, because " in why for name, why in too_small(size, 200).items())
 
 
 def test_summary_states_how_many_images_have_a_value() -> None:

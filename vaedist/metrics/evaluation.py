@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vaedist.context import Batch, SampleContext
 from vaedist.errors import UserError
@@ -135,19 +136,20 @@ def evaluate(
         count = len(batch["sample"])
         if count == 0:
             continue
-        if not found.rows:
+        if not found.rows and model.reconstructs:
             found.not_defined.update(too_small(*batch["image"].shape[-2:]))
-        originals = to_uint8(batch["image"])
+        batch = with_codes(model, batch)
+        originals = to_uint8(clean(batch))
         metrics: list[dict[str, float]] = [{} for _ in range(count)]
         if model.reconstructs:
             metrics = [*map(pair_metrics, originals, reconstruct(model, batch))]
         others: list[dict[str, dict[str, float]]] = [{} for _ in range(count)]
         if baselines is not None:
-            for name, pictures in baselines.reconstruct(originals).items():
+            for name, pictures in baselines.reconstruct(to_uint8(batch["image"])).items():
                 for row, values in zip(others, map(pair_metrics, originals, pictures), strict=True):
                     row[name] = values
         if counter is not None:
-            counter.add(model.codes(batch["image"]))
+            counter.add(batch["codes"])
         per_row, per_batch = _terms(model, batch, seed, step)
         for name, value in per_batch.items():
             batch_terms.setdefault(name, []).append((value, count))
@@ -213,6 +215,18 @@ def _terms(
     return rows, scalars
 
 
+def clean(batch: Batch) -> Tensor:
+    """uint8 (B, C, H, W): what a reconstruction should be, which a denoiser is not shown."""
+    return batch.get("target", batch["image"])
+
+
+def with_codes(model: Variant, batch: Batch) -> Batch:
+    """The batch, with the codes of its images where the model has them."""
+    if model.latent != "codes" or "codes" in batch:
+        return batch
+    return {**batch, "codes": model.codes(batch["image"])}
+
+
 def without_padding(batch: Batch) -> Batch:
     """The rows of a batch that are samples, in their order."""
     mask = batch.get("mask")
@@ -220,12 +234,12 @@ def without_padding(batch: Batch) -> Batch:
         return batch
     kept = mask.nonzero().flatten()
     places = kept.tolist()
-    return Batch(
-        image=batch["image"][kept],
-        label=batch["label"][kept],
-        key=[batch["key"][i] for i in places],
-        sample=[batch["sample"][i] for i in places],
-    )
+    rows = {
+        name: value[kept] if isinstance(value, Tensor) else [value[i] for i in places]  # type: ignore[index]
+        for name, value in batch.items()
+        if name != "mask"
+    }
+    return cast(Batch, rows)
 
 
 def pick_evenly(rows: Sequence[Row], count: int) -> list[Row]:
@@ -256,7 +270,7 @@ def pairs(model: Variant, batches: Iterable[Batch], samples: Sequence[int]) -> t
     for batch in map(without_padding, batches):
         chosen = select(batch, wanted)
         if chosen["sample"]:
-            both = zip(to_uint8(chosen["image"]), reconstruct(model, chosen), strict=True)
+            both = zip(to_uint8(clean(chosen)), reconstruct(model, chosen), strict=True)
             found.update(zip(chosen["sample"], both, strict=True))
         if len(found) == len(wanted):
             break
@@ -277,6 +291,6 @@ def training_images(batches: Iterable[Batch], every: int = 1) -> Pixels:
         for batch in map(without_padding, batches):
             kept = [i for i, sample in enumerate(batch["sample"]) if sample % every == 0]
             if kept:
-                yield to_uint8(batch["image"])[kept]
+                yield to_uint8(clean(batch))[kept]
 
     return np.concatenate(list(images()))

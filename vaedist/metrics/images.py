@@ -1,6 +1,6 @@
-"""How close a reconstruction is to its original: SSIM, PSNR, MSE, MAE of one pair of uint8 images.
+"""How close a reconstruction is to its original: SSIM, MS-SSIM, PSNR, MSE, MAE of one pair of uint8 images.
 
-All values are computed in float64 on uint8 / 255, with scikit-image as the reference implementation.
+All values are computed in float64 on uint8 / 255, with scikit-image as the reference implementation where it has one.
 
 | name | what |
 |---|---|
@@ -8,6 +8,7 @@ All values are computed in float64 on uint8 / 255, with scikit-image as the refe
 | `ssim_default` | the same with scikit-image's default window (7 x 7 mean, sample covariance), data range 1 |
 | `ssim_foreground` | the full SSIM map of `ssim`, averaged where the original is > 0 |
 | `ssim_default_foreground` | the same from the map of `ssim_default` |
+| `ms_ssim` | five-scale SSIM (`vaedist.nets.ssim.ms_ssim`), of images of at least 161 pixels a side |
 | `psnr` | 10 log10(1 / MSE) in dB, data range 1.0; not defined where the two images are equal |
 | `mse`, `mae` | mean squared and mean absolute difference per pixel and channel, on the [0, 1] scale |
 
@@ -30,11 +31,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from vaedist.nets.ssim import MS_SIDE, ms_ssim
 from vaedist.pictures import Pixels
 
-NAMES = ("ssim", "ssim_foreground", "ssim_default", "ssim_default_foreground", "psnr", "mse", "mae")
+NAMES = (
+    "ssim",
+    "ssim_foreground",
+    "ssim_default",
+    "ssim_default_foreground",
+    "ms_ssim",
+    "psnr",
+    "mse",
+    "mae",
+)
 WINDOWS = {"ssim": 11, "ssim_default": 7}
 """SSIM variant to the side of its window in pixels; smaller images have no such value."""
 
@@ -87,18 +99,26 @@ def pair_metrics(original: Pixels, other: Pixels) -> dict[str, float]:
             values[name], full = _ssim(original, other, gaussian=name == "ssim")
             if foreground.any():
                 values[f"{name}_foreground"] = float(full[:, foreground].mean())
+    if min(original.shape[1:]) >= MS_SIDE:
+        values["ms_ssim"] = float(ms_ssim(*(torch.from_numpy(x / 255.0)[None] for x in (original, other))))
     return values
 
 
 def too_small(height: int, width: int) -> dict[str, str]:
     """Metric to a sentence with the reason, for the metrics that images of this size do not have."""
-    return {
+    found = {
         f"{name}{suffix}": f"{name}{suffix} is not defined, because images of {height}x{width} are smaller than "
         f"the {window}x{window} window"
         for name, window in WINDOWS.items()
         for suffix in ("", "_foreground")
         if min(height, width) < window
     }
+    if min(height, width) < MS_SIDE:
+        found["ms_ssim"] = (
+            f"ms_ssim is not defined, because images of {height}x{width} are smaller than {MS_SIDE}x{MS_SIDE}, where "
+            "the last of its five scales holds one window"
+        )
+    return found
 
 
 def summary(values: Iterable[float]) -> dict[str, float | int | None]:

@@ -10,6 +10,7 @@ HEADS = {
     "ssim_foreground": "SSIM foregr.",
     "ssim_default": "SSIM 7x7",
     "ssim_default_foreground": "7x7 foregr.",
+    "ms_ssim": "MS-SSIM",
     "psnr": "PSNR dB",
     "mse": "MSE",
     "mae": "MAE",
@@ -19,23 +20,28 @@ _DIGITS = {"psnr": 2, "mse": 5}
 Summaries = Mapping[str, Mapping[str, float | int | None]]
 
 
+def digits(name: str) -> int:
+    """Decimal places of a metric."""
+    return _DIGITS.get(name, 4)
+
+
 def cell(name: str, value: Mapping[str, float | int | None], images: int, spread: bool = True) -> str:
     """`0.9123 ±0.0210`: mean and spread over images; how many images, where not all have a value."""
     if value["mean"] is None or value["std"] is None:
         return "-"
-    digits = _DIGITS.get(name, 4)
-    text = f"{value['mean']:.{digits}f}" + (f" ±{value['std']:.{digits}f}" if spread else "")
+    places = digits(name)
+    text = f"{value['mean']:.{places}f}" + (f" ±{value['std']:.{places}f}" if spread else "")
     return text if value["count"] == images else f"{text} ({value['count']})"
 
 
 def metrics_table(rows: Mapping[str, tuple[int, Summaries]], first: str = "", spread: bool = True) -> str:
-    """A line per entry of `rows`: name to (number of images, metrics).
+    """A line per entry of `rows`: name to (number of images, metrics); metrics that no image has are left out.
 
     Args:
         first: Head of the first column.
         spread: Whether the standard deviation over images stands beside each mean.
     """
-    present = {name for _, metrics in rows.values() for name in metrics}
+    present = {name for _, metrics in rows.values() for name, value in metrics.items() if value["count"]}
     names = [name for name in HEADS if name in present]
     lines = [[first, "images", *(HEADS[name] for name in names)]]
     for title, (images, metrics) in rows.items():

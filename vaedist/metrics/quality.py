@@ -1,0 +1,82 @@
+"""Generated images against real ones: a model's samples, and beside them what their numbers are worth.
+
+Every number comes from `vaedist.metrics.distribution`, of images as picture files would hold them. Two rows give
+the scale. `training images` are as many real ones of the training split: what a perfect model of the training data
+would score on this split, whose patients it has not seen either. `per-position draws`, for a prior over codes, decodes
+codes drawn at each position on its own: what the decoder alone makes of codes that do not know of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from vaedist.errors import UserError
+from vaedist.metrics.distribution import Reference, sample_metrics, undefined
+from vaedist.metrics.features import Extractor
+from vaedist.metrics.tokens import TokenBaselines
+from vaedist.models.contract import Variant
+from vaedist.pictures import Pixels, as_numpy, to_uint8
+
+TRAINING = "training images"
+POSITIONS = "per-position draws"
+_TOGETHER = 64
+
+
+@torch.no_grad()
+def draw(
+    model: Variant, count: int, *, seed: int = 0, progress: Callable[[int], None] | None = None
+) -> Pixels:
+    """uint8 (count, C, H, W) samples of the model; image i depends on (seed, i) alone.
+
+    Raises:
+        NotDefined: the model does not sample.
+        UserError: a sample is not finite.
+    """
+    parts: list[Pixels] = []
+    for first in range(0, count, _TOGETHER):
+        images = as_numpy(model.sample(min(_TOGETHER, count - first), seed=seed, first=first))
+        if not np.isfinite(images).all():
+            raise UserError(
+                "samples are not finite: the weights are damaged or training diverged; evaluate an earlier checkpoint"
+            )
+        parts.append(to_uint8(images))
+        if progress is not None:
+            progress(first + len(images))
+    return np.concatenate(parts)
+
+
+@torch.no_grad()
+def draw_positions(model: Variant, baselines: TokenBaselines, count: int, *, seed: int = 0) -> Pixels:
+    """uint8 (count, C, H, W) decoded from codes drawn by position; of a model with `decode_codes`."""
+    device = next(model.parameters()).device
+    parts = []
+    for first in range(0, count, _TOGETHER):
+        codes = baselines.draw(min(_TOGETHER, count - first), seed=seed, first=first)
+        decoded = model.decode_codes(torch.from_numpy(codes).to(device))  # type: ignore[operator]
+        parts.append(to_uint8(decoded.mean))
+    return np.concatenate(parts)
+
+
+def compare(real: Pixels, sets: dict[str, Pixels], features: Extractor, *, seed: int = 0) -> dict[str, Any]:
+    """Every metric of each set of images against the real ones, as JSON values.
+
+    Args:
+        real: uint8 (N, C, H, W).
+        sets: Name to uint8 (M, C, H, W); the first are the model's samples.
+    """
+    reference = Reference(real, features)
+    first = next(iter(sets.values()))
+    size, classes = reference.features.values.shape[1], reference.features.logits is not None
+    return {
+        "real": len(real),
+        "generated": len(first),
+        "extractor": {"name": features.label, "sha256": features.sha256, "features": size},
+        "metrics": {
+            name: sample_metrics(reference, made, features, seed=seed) for name, made in sets.items()
+        },
+        "not_defined": undefined(len(real), len(first), size, classes=classes),
+    }
