@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import yaml
 
-from vaedist.config import Job, parse
+from vaedist.config import Job
+from vaedist.settings import parse
 
 ROOT = Path(__file__).parents[1]
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 4}

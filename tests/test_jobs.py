@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,6 @@ import pytest
 
 from tests.conftest import pack_phantom
 from vaedist.config import load_job
-from vaedist.models.contract import build, model_config
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -36,30 +36,54 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_phantom(tmp_path_factory.mktemp("jobs") / "shards", size=32)
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-def test_a_job_trains_two_steps(
-    path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Built as it is shipped; trained with its own model, optimizer and schedules on images of another size."""
-    import torch
-
-    from vaedist.data.index import Index
+def train_two_steps(path: Path, runs: Path) -> Path:
+    """The run of a shipped job, shortened; the runs that it builds on are trained first, by their own jobs."""
     from vaedist.training.attempt import FitOptions
     from vaedist.training.dist import Group
     from vaedist.training.loop import fit
 
+    def trained(named: str) -> str:
+        source = path.with_name(f"{Path(named).name}.yaml")
+        assert source in JOBS, f"it builds on {named}, and no job of that name trains it"
+        return str(train_two_steps(source, runs))
+
+    settings, job = [], load_job(path)
+    if "tokenizer" in job.model:
+        settings.append(f"model.tokenizer={trained(job.model['tokenizer'])}")
+    if job.init_from is not None:
+        section = job.init_from.model_dump(mode="json") | {"run": trained(job.init_from.run)}
+        settings.append(f"init_from={json.dumps(section)}")
+    run = runs / path.stem
+    if not run.exists():
+        outcome = fit(
+            load_job(path, [*SHORT, *settings]), run, group=Group.join("cpu"), options=FitOptions(quiet=True)
+        )
+        assert (outcome.status, outcome.step) == ("finished", 2)
+        assert all(value == value for value in outcome.metrics.values()), "a metric is not a number"
+        assert outcome.metrics
+    return run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_trains_two_steps(path: Path, tiny: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained with its own model, optimizer and schedules on images of another size; then opened again."""
+    import torch
+
+    from vaedist.training.run import open_run
+
     monkeypatch.setenv("VAEDIST_DATA", str(tiny))
-    job = load_job(path, SHORT)
-    assert job.name == path.stem, "the run folder is named after the job"
-    model = build(model_config(job.model), Index.open(tiny).spec, seed=0)
-    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    assert load_job(path).name == path.stem, "the run folder is named after the job"
     threads = torch.get_num_threads()
     try:
-        outcome = fit(job, tmp_path / "run", group=Group.join("cpu"), options=FitOptions(quiet=True))
+        run = open_run(train_two_steps(path, runs))
     finally:
         torch.set_num_threads(threads)
-    assert (outcome.status, outcome.step) == ("finished", 2)
-    assert outcome.metrics["loss"] == outcome.metrics["loss"]
+    assert run.step == 2 and sum(parameter.numel() for parameter in run.model.parameters()) > 0
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)

@@ -19,9 +19,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from vaedist.config import Job, parse
+from vaedist.config import Job
 from vaedist.errors import UserError
 from vaedist.models.contract import model_config
+from vaedist.settings import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.training.run import open_run
 
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
+    if run.collapse:
+        print(f"ALARM: {run.collapse}")
     if arguments.info_only:
         _info(run)
         return 0
@@ -140,11 +142,15 @@ def _reconstruct(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Any
     from vaedist.metrics.figures import pair_sheet
     from vaedist.metrics.images import pair_metrics, summaries
     from vaedist.metrics.tables import metrics_table
+    from vaedist.training.inputs import Inputs
 
     if not run.model.reconstructs:
         raise NotDefined(f"{run.folder} ({run.job.model['kind']}): {run.model.not_defined('reconstruct')}")
     files = list(arguments.reconstruct)
-    originals = np.stack([_read(file, run, arguments.fit) for file in files])
+    read = np.stack([_read(file, run, arguments.fit) for file in files])
+    # What a model of binarised images is to be asked: the static draw of each file's name.
+    keys = [Path(file).name for file in files]
+    originals = Inputs(run.job).binarised(torch.from_numpy(read), keys).numpy()
     device = next(run.model.parameters()).device
     parts = []
     for start in range(0, len(files), 16):
