@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     # Before torch is loaded, here or in a worker: threads that wait for each other sleep. Where they spin and the
     # cores have other work too, the one that is waited for does not get to run, and training all but stops.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from vaedist.config import load_job
+    from vaedist.config import expand, load_job
 
     job = load_job(arguments.job, arguments.settings)
     if arguments.print_job:
@@ -101,8 +101,15 @@ def main(argv: list[str] | None = None) -> int:
         print(layer_table(job))
         return EXIT_FINISHED
 
+    from vaedist.data.index import Index
     from vaedist.training.attempt import FitOptions
     from vaedist.training.folder import RunFolder
+    from vaedist.training.run import resolved
+
+    # What is wrong with the job or its data is said before a folder is made or a process started.
+    resolved(job)
+    if arguments.engine == "local":  # under Ray the data may lie where only the workers see them
+        Index.open(expand(job.data.path, "data.path"))
 
     command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
     options = FitOptions(override=arguments.override, quiet=arguments.quiet, command=command)

@@ -181,3 +181,13 @@ def test_a_new_run_never_continues(phantom: Path, tmp_path: Path, capsys: pytest
         assert main([str(path), "--run-dir", str(tmp_path / "run"), "--new-run"]) == 0
     assert f"run folder: {tmp_path / 'run-2'}" in capsys.readouterr().out
     assert curve(tmp_path / "run") == curve(tmp_path / "run-2")
+
+
+@pytest.mark.parametrize("setting", ["data.path=/nowhere/shards", "model.kind=vqvea", "model.latent=many"])
+def test_a_mistake_is_told_before_a_folder_is_made(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))
+    assert main([str(job), setting, "--run-dir", str(tmp_path / "run"), "--workers", "2"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
