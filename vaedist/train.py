@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     # Before torch is loaded, here or in a worker: threads that wait for each other sleep. Where they spin and the
     # cores have other work too, the one that is waited for does not get to run, and training all but stops.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from vaedist.config import expand, load_job
+    from vaedist.config import load_job
+    from vaedist.settings import expand
 
     job = load_job(arguments.job, arguments.settings)
     if arguments.print_job:
