@@ -206,7 +206,7 @@ def _evaluate(
     from vaedist.training.run import open_run
 
     run = open_run(path, weights=arguments.weights, device=device)
-    index = _open_data(run, arguments.data, arguments.other_data)
+    index = open_data(run, arguments.data, arguments.other_data)
     split, train = index.split(arguments.split), run.job.data.train_split
     if arguments.audit and arguments.split == train:
         raise UserError(
@@ -337,7 +337,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def _open_data(run: Run, given: str | None, other_data: bool) -> Index:
+def open_data(run: Run, given: str | None, other_data: bool) -> Index:
     """The packed folder, proven to be the one that the run was trained from unless another is allowed."""
     from vaedist.data.index import INDEX_NAME, Index
 

@@ -120,6 +120,56 @@ def png_bytes(array: Any) -> bytes:
     return buffer.getvalue()
 
 
+def gif_bytes(frames: Any, *, milliseconds: int = 80, least: int = 128) -> bytes:
+    """An animated GIF that plays for ever, there and back.
+
+    Args:
+        frames: uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), N >= 1.
+        milliseconds: That each frame is shown.
+        least: Small images are enlarged by a whole number, until they have so many pixels on their shorter side.
+    """
+    from PIL import Image
+
+    array = np.asarray(frames)
+    array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
+    assert array.dtype == np.uint8 and array.ndim in (3, 4), f"uint8 frames, got {array.dtype} {array.shape}"
+    factor = max(1, -(-least // min(array.shape[1:3])))
+    array = array.repeat(factor, axis=1).repeat(factor, axis=2)
+    pictures = [Image.fromarray(frame) for frame in [*array, *array[-2:0:-1]]]
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0
+    )
+    return buffer.getvalue()
+
+
+def code_maps(codes: Any, height: int, width: int) -> Pixels:
+    """Grids of codes as pictures: each code has its colour, wherever it stands and in every picture.
+
+    Args:
+        codes: integers (N, h, w), at least 0.
+        height, width: Of a picture; a code becomes a rectangle.
+
+    Returns:
+        uint8 (N, height, width, 3).
+    """
+    array = np.asarray(codes)
+    assert array.ndim == 3 and np.issubdtype(array.dtype, np.integer)
+    rows = np.arange(height) * array.shape[1] // height
+    columns = np.arange(width) * array.shape[2] // width
+    return _code_colours(array[:, rows[:, None], columns[None, :]])
+
+
+def _code_colours(codes: NDArray[Any]) -> Pixels:
+    """Hues a golden angle apart, so that neighbouring numbers look different; three levels of saturation and value."""
+    hue = (codes * 0.6180339887498949) % 1.0
+    value = np.choose(codes % 3, [1.0, 0.8, 0.6])
+    saturation = np.choose(codes // 3 % 3, [0.85, 0.6, 0.4])
+    shade = np.stack([np.abs((hue * 6 + shift) % 6 - 3) - 1 for shift in (0.0, 4.0, 2.0)], axis=-1).clip(0, 1)
+    colour = value[..., None] * (1 - saturation[..., None] * (1 - shade))
+    return to_uint8(colour)
+
+
 def save_png(path: str | Path, array: Any) -> None:
     """Write a PNG whole or not at all (temporary file in the same folder, then renamed).
 

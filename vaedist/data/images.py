@@ -36,6 +36,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vaedist.errors import UserError
+
 Picture = NDArray[np.uint8]
 """(H, W) gray or (H, W, 3) RGB."""
 
@@ -192,6 +194,23 @@ def resize(picture: Picture, height: int, width: int) -> Picture:
         return picture
     image = Image.fromarray(np.ascontiguousarray(picture))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def open_fitting(path: str | Path, shape: tuple[int, int, int], fit: Fit) -> Picture:
+    """One of the user's files as uint8 (C, H, W) of a model's shape, by the rules that packing follows.
+
+    Raises:
+        UserError: it cannot be read or is no image.
+    """
+    channels, height, width = shape
+    limits = Limits()
+    try:
+        picture = to_channels(decode(read_file(path, limits), limits), channels, convert=True)
+    except BadImage as error:
+        raise UserError(f"{path} {error}") from None
+    if height == width:
+        return channels_first(fit_square(picture, height, fit))
+    return channels_first(resize(picture, height, width))
 
 
 def encode(picture: Picture, codec: Codec) -> tuple[bytes, int]:

@@ -178,7 +178,7 @@ def reconstruct(model: Variant, batch: Batch) -> Pixels:
         NotDefined: the variant does not reconstruct.
         UserError: a reconstruction holds NaN or infinity; the first such key is named.
     """
-    pictures = as_numpy(model.reconstruct(batch["image"], batch["label"] if model.conditional else None))
+    pictures = as_numpy(model.reconstruct(batch["image"], batch.get("label") if model.conditional else None))
     sound = np.isfinite(pictures).reshape(len(pictures), -1).all(axis=1)
     if not sound.all():
         key = batch["key"][int(np.argmin(sound))]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vaedist.pictures import Pixels, channels_last, png_bytes
+from vaedist.pictures import GREY, Pixels, channels_last, framed, grid, png_bytes
 
 TITLES = {"ssim": "SSIM", "ssim_default": "SSIM", "psnr": "PSNR"}
 
@@ -64,16 +64,19 @@ def pair_figure(
     return buffer.getvalue()
 
 
-def pair_sheet(originals: Pixels, others: Pixels, columns: int = 4, pad: int = 2) -> bytes:
-    """A PNG file of pairs, original left and reconstruction right, at their own size, `columns` pairs per row.
+def framed_sheet(originals: Pixels, *others: Pixels, columns: int = 4, pad: int = 2) -> bytes:
+    """A PNG file of originals in red frames, each with what was made of it at its right, `columns` of them per row.
 
     Args:
-        originals, others: uint8 (n, C, H, W), n >= 1.
+        originals: uint8 (n, H, W) or (n, H, W, C), n >= 1, as `channels_last` makes them.
+        others: The same of its reconstructions, code maps, ...; gray or in colour.
+        columns: Originals per row.
+        pad: Between the images.
     """
-    from vaedist.pictures import grid
-
-    both = np.stack([originals, others], axis=1).reshape(-1, *originals.shape[1:])
-    return png_bytes(grid(channels_last(both), 2 * min(columns, len(originals)), pad))
+    framed_others = [framed(images, GREY) for images in others]
+    row = np.stack([framed(originals), *framed_others], axis=1)
+    sheet = row.reshape(-1, *row.shape[2:])
+    return png_bytes(grid(sheet, row.shape[1] * min(columns, len(originals)), pad))
 
 
 def pair_title(metrics: dict[str, float]) -> str:

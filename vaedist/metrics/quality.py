@@ -56,7 +56,7 @@ def draw_positions(model: Variant, baselines: TokenBaselines, count: int, *, see
     parts = []
     for first in range(0, count, _TOGETHER):
         codes = baselines.draw(min(_TOGETHER, count - first), seed=seed, first=first)
-        decoded = model.decode_codes(torch.from_numpy(codes).to(device))  # type: ignore[operator]
+        decoded = model.decode_codes(torch.from_numpy(codes).to(device))
         parts.append(to_uint8(decoded.mean))
     return np.concatenate(parts)
 

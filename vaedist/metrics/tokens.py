@@ -241,7 +241,7 @@ def measure(
         columns = {"prior": model(coded, ctx)["loss"].double().tolist()}
         if baselines is not None:
             columns |= {name: nats.tolist() for name, nats in baselines.nats(as_numpy(codes)).items()}
-        decoded = model.decode_codes(codes)  # type: ignore[operator]
+        decoded = model.decode_codes(codes)
         nats = -log_likelihood(decoded, image, functools.partial(ctx.uniform, "dequantise", image.shape))
         columns["decoder"] = nats.double().tolist()
         for key, prior, decoder in zip(batch["key"], columns["prior"], columns["decoder"], strict=True):

@@ -146,7 +146,7 @@ class CodePrior(Variant):
 
     def decode_codes(self, codes: Tensor) -> Any:
         """p(x | codes) of (B, h, w) int64 codes."""
-        return self.tokenizer.decode_codes(codes)  # type: ignore[operator]
+        return self.tokenizer.decode_codes(codes)
 
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         return self.tokenizer.reconstruct(image, label)

@@ -186,6 +186,10 @@ class Variant(nn.Module):
 
     num_codes: int = 0
 
+    def decode_codes(self, codes: Tensor) -> Likelihood:
+        """p(x | codes) of (B, *latent_shape) int64 codes, where `latent == "codes"`."""
+        raise self.not_defined("decode_codes")
+
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, C, H, W) in [0, 1] from uint8 images, without noise."""
         raise self.not_defined("reconstruct")
@@ -203,6 +207,12 @@ class Variant(nn.Module):
                 where labels were dropped in training.
             temperature: Spread around the prior's mean, or of the codes' distribution.
         """
+        raise self.not_defined("sample")
+
+    def sample_codes(
+        self, n: int, *, seed: int = 0, first: int = 0, label: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """(n, *latent_shape) int64: the codes of the same call's `sample`, where `latent == "codes"`."""
         raise self.not_defined("sample")
 
     def not_defined(self, operation: str) -> NotDefined:

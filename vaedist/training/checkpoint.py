@@ -288,6 +288,8 @@ def chosen_weights(state: Mapping[str, Any], weights: str | None = None) -> dict
     """The weights of a saved state: `ema` or `raw`; default: the ones its job says everything downstream uses."""
     chosen = weights or state["job"]["train"]["weights"]
     if chosen == "raw":
+        if state["model"] is None:
+            raise UserError("only the averaged weights were exported: ask for these (ema)")
         return state["model"]
     if state["ema"] is None:
         raise UserError(

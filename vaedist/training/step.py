@@ -7,7 +7,8 @@ gradients add up; only the last one talks to the other ranks.
 
 A step is accepted on all ranks or on none. Non-finite losses, non-finite gradients and stop requests travel in
 one small vector per phase; a refused step leaves weights, optimizer and model statistics as they were, because
-`forward` writes nothing and statistics live in the step's context.
+`forward` writes nothing and statistics live in the step's context. With several phases each is accepted or refused
+for itself, and the step counts as accepted where all that were due are.
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+"""The ex-post density of a run's latents, fitted once and kept with the run: see `vaedist.metrics.density`.
+
+It lies at `RUN/density/gmm-<hash>.safetensors`, named after what it was fitted to: the chosen weights, the data and
+how they were shown. Other weights of the same run get another file, and a stale one is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from vaedist.data.index import Index
+from vaedist.data.stream import EvaluationStream
+from vaedist.errors import UserError
+from vaedist.metrics.density import COMPONENTS, Mixture, fit
+from vaedist.metrics.latents import collect
+from vaedist.pictures import write_whole
+from vaedist.training.checkpoint import weights_digest
+from vaedist.training.inputs import EvaluationInputs
+from vaedist.training.run import Run
+
+log = logging.getLogger("vaedist")
+
+
+def stamp_of(run: Run, components: int = COMPONENTS) -> dict[str, str | int]:
+    """What a density of this run's latents depends on."""
+    return {
+        "weights": weights_digest(run.model.state_dict()),
+        "data": run.data_identity,
+        "split": run.job.data.train_split,
+        "binarise": run.job.data.binarise,
+        "seed": run.job.seed,
+        "components": components,
+    }
+
+
+def density_path(run: Run, components: int = COMPONENTS) -> Path:
+    """Where the run keeps, or would keep, its density."""
+    text = json.dumps(stamp_of(run, components), sort_keys=True)
+    return run.folder / "density" / f"gmm-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+
+def stored_density(run: Run) -> Mixture | None:
+    """The density that was fitted before, if one was.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    path = density_path(run)
+    if not path.exists():
+        return None
+    return Mixture.from_bytes(path.read_bytes(), stamp_of(run), path)
+
+
+def fit_density(run: Run, index: Index, begin: Callable[[int], Callable[[int], None]]) -> Mixture:
+    """Fit the density to the training split's latents and store it with the run.
+
+    Args:
+        run: Opened; its variant gives each image a posterior over numbers.
+        index: The data it was trained from.
+        begin: Told how many images there are; returns what is then told how many are done.
+
+    Raises:
+        NotDefined: the variant has no such posterior.
+    """
+    if run.model.latent not in ("vector", "map"):
+        raise run.model.not_defined("encode")
+    # A batch of about a million pixels keeps the activations of a wide network in memory.
+    rows = max(1, min(256, (1 << 20) // (run.spec.height * run.spec.width)))
+    device = next(run.model.parameters()).device
+    batches = EvaluationStream(index, run.job.data.train_split, batch_size=rows, workers=1, device=device)
+    latents = collect(
+        run.model, EvaluationInputs(batches, run.job), seed=run.job.seed, progress=begin(batches.count)
+    )
+    mixture = fit(latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed)
+    path = density_path(run)
+    try:
+        write_whole(path, mixture.to_bytes(stamp_of(run)))
+    except UserError as error:  # a run that only its owner may write to can still be sampled
+        log.warning("%s: the density is fitted anew each time", error)
+    return mixture

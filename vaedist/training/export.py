@@ -1,0 +1,81 @@
+"""A trained run as one small folder to give away: the chosen weights, the job, and what the data were.
+
+The folder is a checkpoint (`manifest.json`, `state.pt`) that `open_run`, and so every door, reads like any other,
+and that a new run can start from (`init_from`). It has no optimizer state and no path of the machine that trained it,
+and it cannot be resumed. The density that `vaedist-sample --sampler gmm` stored with the run travels along, so that
+samples by it need no training data.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from vaedist.errors import UserError
+from vaedist.files import room, temporary
+from vaedist.training.checkpoint import Checkpoints, chosen_weights, load
+from vaedist.training.density import density_path
+from vaedist.training.run import open_run
+
+
+def export(run: str | Path, folder: str | Path, *, weights: str | None = None) -> Path:
+    """Write a run's chosen weights as a folder of their own.
+
+    Args:
+        run: A run folder (its best checkpoint), or one checkpoint in it.
+        folder: A new folder.
+        weights: `ema` or `raw`; default: what the job says everything downstream uses.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: there is no such run, or the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} is there already: give a new folder")
+    opened = open_run(run, weights=weights)
+    state = load(opened.checkpoint).state
+    job = opened.job.model_dump(mode="json")
+    job["train"]["weights"] = opened.weights
+    data = dict(state["data"])
+    kept = {
+        "step": opened.step,
+        "model": None,
+        "ema": None,
+        "job": _without_paths(job),
+        "data": _without_paths(data),
+        "collapse": state.get("collapse"),
+    }
+    kept["ema" if opened.weights == "ema" else "model"] = chosen_weights(state, opened.weights)
+    density = density_path(opened)
+
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    scratch = temporary(folder.absolute())
+    try:
+        with room("the export", folder.absolute().parent):
+            scratch.mkdir()
+            checkpoint = Checkpoints(scratch).commit(kept, opened.step, guard=lambda: None)
+            if density.exists():
+                (checkpoint / "density").mkdir()
+                shutil.copyfile(density, checkpoint / "density" / density.name)
+            checkpoint.chmod(0o755)  # made to be given away, unlike a run folder
+            os.replace(checkpoint, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _without_paths(value: Any) -> Any:
+    """JSON values with each absolute path cut to its last name."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return PurePath(value).name
+    return value
