@@ -20,6 +20,7 @@ HEAVY = {
     "matplotlib",
     "numpy",
     "scipy",
+    "sklearn",
     "PIL",
     "webdataset",
     "pydantic",

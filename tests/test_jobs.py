@@ -16,6 +16,7 @@ from vaedist.config import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+BASELINES = sorted((ROOT / "jobs" / "baselines").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "jobs").glob("*.sh"))
 
 
@@ -43,8 +44,8 @@ def train_two_steps(path: Path, runs: Path) -> Path:
     from vaedist.training.loop import fit
 
     def trained(named: str) -> str:
-        source = path.with_name(f"{Path(named).name}.yaml")
-        assert source in JOBS, f"it builds on {named}, and no job of that name trains it"
+        source = {job.stem: job for job in (*JOBS, *BASELINES)}.get(Path(named).name)
+        assert source is not None, f"it builds on {named}, and no job of that name trains it"
         return str(train_two_steps(source, runs))
 
     settings, job = [], load_job(path)
@@ -69,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*JOBS, *BASELINES], ids=lambda path: path.stem)
 def test_a_job_trains_two_steps(path: Path, tiny: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained with its own model, optimizer and schedules on images of another size; then opened again."""
     import torch
@@ -86,12 +87,53 @@ def test_a_job_trains_two_steps(path: Path, tiny: Path, runs: Path, monkeypatch:
     assert run.step == 2 and sum(parameter.numel() for parameter in run.model.parameters()) > 0
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*JOBS, *BASELINES], ids=lambda path: path.stem)
 def test_a_job_says_what_but_not_where(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# "), "a job opens with its cost, its expected number and its command"
-    assert f"jobs/{path.stem}" in text, "its command is in it"
+    assert str(path.relative_to(ROOT).with_suffix("")) in text, "its command is in it"
     assert not re.search(r"\b(partition|account|gpus?|nodes?|device|engine)\s*:", text)
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_has_the_data_and_the_budget_of_the_job_beside_it(path: Path) -> None:
+    text = path.read_text()
+    for part in ("Cost", "Expected", "Command", "Taken over", "Left out", "Differs"):
+        assert f"\n# {part}: " in text, f"what it says about: {part}"
+    beside = re.match(r"# .*? beside (jobs/\w+\.yaml)", text)
+    assert beside, "its first line names the job that it is to be compared with"
+    ours, theirs = load_job(ROOT / beside[1]), load_job(path)
+    assert theirs.data == ours.data
+    assert theirs.seed == ours.seed, "both are run with the same seeds"
+    if ours.train.steps is None or theirs.train.steps is None:
+        assert theirs.train.epochs == ours.train.epochs is not None
+    else:
+        images = ours.train.steps * ours.train.batch_size
+        assert theirs.train.steps * theirs.train.batch_size == pytest.approx(images, rel=1e-3)
+    tokens = [job.model.get("tokenizer") for job in (ours, theirs)]
+    assert tokens[0] == tokens[1], "nats per code compare over the same codes only"
+
+
+def test_the_earlier_infovae_has_its_full_size_by_four_settings() -> None:
+    """As its file says: at 256x256 the 294 million weights of the original, padded; scaled, 21 million."""
+    import torch
+
+    from vaedist.config import Spec
+    from vaedist.models.contract import model_config, variant
+
+    path = ROOT / "jobs" / "baselines" / "earlier_infovae_oasis.yaml"
+    full = re.findall(r"model\.\w+\.\w+=\d+", path.read_text())
+    assert len(full) == 4
+
+    def weights(settings: list[str]) -> int:
+        config = model_config(load_job(path, settings).model)
+        with torch.device("meta"):
+            model = variant("infovae").Model(config, Spec(1, 256, 256))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    # Padding makes the grid before the dense layer 128^2 instead of 126^2, and 4x4 kernels stand where 3x3 were.
+    assert weights(full) - (128**2 - 126**2) * 64 * 256 == pytest.approx(293_870_881, rel=1e-3)
+    assert weights([]) == pytest.approx(21e6, rel=0.02)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

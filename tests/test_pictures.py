@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
@@ -10,7 +11,16 @@ import torch
 from PIL import Image
 
 from vaedist.errors import UserError
-from vaedist.pictures import channels_last, grid, png_bytes, save_png, to_uint8, write_whole
+from vaedist.pictures import (
+    channels_last,
+    code_maps,
+    gif_bytes,
+    grid,
+    png_bytes,
+    save_png,
+    to_uint8,
+    write_whole,
+)
 
 
 def test_to_uint8_rounds_to_nearest_and_clips() -> None:
@@ -76,3 +86,41 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write_whole(path / "below-a-file.png", b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "private", "taken"]
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_a_gif_plays_there_and_back(channels: tuple[int, ...]) -> None:
+    frames = np.zeros((4, 20, 30, *channels), np.uint8)
+    frames[:] = np.array([10, 90, 170, 250]).reshape(4, 1, 1, *[1] * len(channels))
+    with Image.open(io.BytesIO(gif_bytes(frames))) as picture:
+        assert picture.size == (210, 140)  # 7 times as large: at least 128 on the shorter side
+        assert picture.n_frames == 6
+        assert picture.info["loop"] == 0
+        shown = []
+        for number in range(6):
+            picture.seek(number)
+            shown.append(int(np.asarray(picture.convert("L"))[70, 100]))
+    assert shown == pytest.approx([10, 90, 170, 250, 170, 90], abs=1)
+
+
+def test_a_gif_may_be_one_frame() -> None:
+    with Image.open(io.BytesIO(gif_bytes(np.full((1, 128, 128), 7, np.uint8)))) as picture:
+        assert picture.size == (128, 128)
+        assert picture.n_frames == 1
+
+
+def test_a_code_has_one_colour_everywhere() -> None:
+    codes = np.arange(512).reshape(2, 16, 16)
+    maps = code_maps(codes, 32, 48)
+    assert maps.shape == (2, 32, 48, 3)
+    cells = maps.reshape(2, 16, 2, 16, 3, 3)
+    assert (cells == cells[:, :, :1, :, :1]).all()
+    colours = cells[:, :, 0, :, 0].reshape(512, 3)
+    assert len(np.unique(colours, axis=0)) > 500
+    other = code_maps(codes[:1, :, ::-1], 16, 16)
+    assert (other[0, :, ::-1].reshape(256, 3) == colours[:256]).all()
+
+
+def test_neighbouring_codes_look_different() -> None:
+    colours = code_maps(np.arange(64).reshape(1, 8, 8), 8, 8).reshape(64, 3).astype(int)
+    assert np.abs(np.diff(colours, axis=0)).sum(1).min() > 100

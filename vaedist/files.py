@@ -49,6 +49,20 @@ def room(what: str, folder: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Say in one sentence that `path`, a person's choice, cannot be written.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write {path}: {reason}; choose another place or free some space") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.errors import UserError
-from vaedist.files import replace_file
+from vaedist.files import replace_file, writable
 
 Pixels = NDArray[np.uint8]
 
@@ -190,9 +189,6 @@ def write_whole(path: str | Path, content: bytes) -> None:
         UserError: the file cannot be written (no permission, no space, the path is a folder).
     """
     path = Path(path)
-    try:
+    with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; choose another place or free some space") from None

@@ -1,29 +1,62 @@
-"""`vaedist-sample RUN`: new images from a trained model, or the user's own images through it."""
+"""`vaedist-sample RUN`: new images from a trained model, its latent space, or the user's own images through it."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vaedist.errors import NotDefined, UserError, door
 
 if TYPE_CHECKING:
-    from vaedist.pictures import Pixels
+    from vaedist.metrics.density import Mixture
+    from vaedist.metrics.drawing import Sampler
     from vaedist.training.run import Run
+    from vaedist.training.show import Page
+
+FRAMES = 11
+MANIFOLD = 20
+
+# Options that belong to some modes only; `modes` are the options that choose one, or `samples`.
+_MODES = ("reconstruct", "interpolate", "traverse", "manifold")
+_OF_MODES: dict[str, tuple[str, ...]] = {
+    "num_samples": ("samples",),
+    "tar": ("samples",),
+    "top_k": ("samples",),
+    "top_p": ("samples",),
+    "guidance": ("samples",),
+    "sampler": ("samples", "interpolate"),
+    "data": ("samples", "interpolate"),
+    "codes": ("samples", "reconstruct"),
+    "fit": ("reconstruct", "interpolate"),
+    "frames": ("interpolate", "traverse", "manifold"),
+}
+_OUTPUTS = {
+    "samples": "samples.png",
+    "reconstruct": "reconstructions.png",
+    "interpolate": "interpolation.png",
+    "traverse": "traversal.png",
+    "manifold": "manifold.png",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vaedist-sample",
-        description="Draw images from a trained model's prior into one grid (image i depends on the seed and i "
-        "alone), or show the model's reconstructions of image files beside the originals.",
+        description="Draw images from a trained model into one grid (image i depends on the seed, i and its class "
+        "alone; a conditional model's grid has a class in each row), show its latent space, or show its "
+        "reconstructions of image files beside the originals.",
     )
     parser.add_argument(
         "run", metavar="RUN", help="a run folder (its best checkpoint), or one checkpoint in it"
     )
-    parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="default: 64, of a conditional model a row for each class",
+    )
     parser.add_argument(
         "--grid-size",
         type=int,
@@ -34,30 +67,100 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-path",
         metavar="PNG",
-        help="the picture (default: samples.png, or reconstructions.png with --reconstruct)",
+        help="the picture (default: samples.png, reconstructions.png, interpolation.png, ...)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument(
+    drawing = parser.add_argument_group("drawing")
+    drawing.add_argument(
+        "--sampler",
+        choices=("prior", "gmm"),
+        help="where latents come from: the model's prior (default), or a Gaussian mixture fitted to the training "
+        "images' latents, kept with the run",
+    )
+    drawing.add_argument(
         "--temperature",
         type=float,
         default=1.0,
         metavar="T",
-        help="spread of the latents around the prior's mean; less is more typical (default: %(default)s)",
+        help="spread of the latents, or of a prior over codes; less is more typical (default: %(default)s)",
     )
-    parser.add_argument(
+    drawing.add_argument(
+        "--class",
+        action="append",
+        dest="classes",
+        metavar="NAME|NUMBER",
+        help="which class a conditional model draws or decodes; `none`: without one, where it learned that; given "
+        "several times, the rows take turns",
+    )
+    drawing.add_argument(
+        "--top-k", type=int, metavar="K", help="only the K most probable codes at each place"
+    )
+    drawing.add_argument(
+        "--top-p", type=float, metavar="P", help="only the most probable codes that make up P at each place"
+    )
+    drawing.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="how far a prior over codes is pulled to the class (1: as it is)",
+    )
+    drawing.add_argument(
+        "--data",
+        metavar="DIR",
+        help="where the packed training data are now, for --sampler gmm (default: where the run read them)",
+    )
+    looking = parser.add_mutually_exclusive_group()
+    looking.add_argument(
         "--reconstruct",
         nargs="+",
         metavar="FILE",
-        help="image files (png, jpg, ...) to pass through the model: original left, reconstruction right",
+        help="image files (png, jpg, ...) to pass through the model: the original framed, then its reconstruction",
+    )
+    looking.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("A", "B"),
+        help="a strip from A to B, and a GIF beside it; each is an image file or the number of a sample",
+    )
+    looking.add_argument(
+        "--traverse",
+        nargs="+",
+        type=int,
+        metavar="DIM",
+        help="a row for each latent dimension (channel of a map), from -3 to 3 standard deviations times the "
+        "temperature",
+    )
+    looking.add_argument(
+        "--manifold",
+        action="store_true",
+        help="of a model with two latent numbers: all it can draw, by quantiles",
     )
     parser.add_argument(
         "--fit",
         choices=("pad", "crop", "stretch"),
-        default="pad",
-        help="how --reconstruct makes a file square (default: %(default)s)",
+        help="how the user's files are made square (default: pad)",
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help=f"images from A to B, in a row of --traverse, or along a side of --manifold (default: {FRAMES}, {FRAMES}, "
+        f"{MANIFOLD})",
+    )
+    parser.add_argument(
+        "--codes",
+        action="store_true",
+        default=None,
+        help="beside each image its map of codes, a colour for each",
     )
     parser.add_argument(
         "--npz", metavar="NPZ", help="write the images as arrays too: uint8 (N, C, H, W), for numpy.load"
+    )
+    parser.add_argument(
+        "--tar",
+        metavar="DIR",
+        help="write the samples as a packed folder too: WebDataset tars that vaedist-evaluate and vaedist-train read "
+        "(one split, train)",
     )
     parser.add_argument(
         "--weights", choices=("ema", "raw"), help="which weights (default: what the job says)"
@@ -74,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 @door
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    _check(arguments)
+    mode = _check(arguments)
 
     from vaedist.evaluate import pick_device
     from vaedist.training.run import open_run
@@ -85,132 +188,128 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.info_only:
         _info(run)
         return 0
-    if arguments.reconstruct:
-        arrays, picture = _reconstruct(run, arguments)
-    else:
-        arrays, picture = _sample(run, arguments)
-    _write(arguments, arrays, picture)
+    try:
+        page = _page(run, mode, arguments)
+    except NotDefined as error:
+        possible = "; its reconstructions are: --reconstruct FILE ..." if run.model.reconstructs else ""
+        told = f"{run.folder} ({run.job.model['kind']}): {error}"
+        raise NotDefined(told + (possible if mode == "samples" and not run.model.samples else "")) from None
+    print("\n".join([*page.told, *(f"wrote {path}" for path in page.written)]))
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    for name in ("num_samples", "grid_size"):
+def _page(run: Run, mode: str, arguments: argparse.Namespace) -> Page:
+    """Make and write what was asked for."""
+    from vaedist.training import show
+
+    classes = show.class_numbers(run, arguments.classes)
+    target = show.Target(arguments.output_path, arguments.npz)
+    if mode == "reconstruct":
+        return show.reconstructions(
+            run,
+            arguments.reconstruct,
+            target,
+            columns=arguments.grid_size,
+            classes=classes,
+            fit=arguments.fit or "pad",
+            codes=bool(arguments.codes),
+        )
+    if mode == "traverse":
+        frames, reach = arguments.frames or FRAMES, arguments.temperature
+        return show.traversal(
+            run, arguments.traverse, target, frames=frames, classes=classes, temperature=reach
+        )
+    if mode == "manifold":
+        side, reach = arguments.frames or MANIFOLD, arguments.temperature
+        return show.manifold(run, target, side=side, classes=classes, temperature=reach)
+    sampler = _sampler(run, arguments)
+    if mode == "interpolate":
+        return show.interpolation(
+            run,
+            sampler,
+            arguments.interpolate,
+            target,
+            frames=arguments.frames or FRAMES,
+            classes=classes,
+            fit=arguments.fit or "pad",
+        )
+    return show.samples(
+        run,
+        sampler,
+        target,
+        count=arguments.num_samples,
+        columns=arguments.grid_size,
+        classes=classes,
+        tar=arguments.tar,
+    )
+
+
+def _check(arguments: argparse.Namespace) -> str:
+    """Refuse what means nothing; the mode: an option of `_MODES`, or `samples`."""
+    mode = next((name for name in _MODES if getattr(arguments, name)), "samples")
+    for name, modes in _OF_MODES.items():
+        if getattr(arguments, name) is not None and mode not in modes:
+            now = "for samples" if mode == "samples" else f"with --{mode}"
+            raise UserError(f"{_option(name)} has no meaning {now}: leave it away")
+    least = {"num_samples": 1, "grid_size": 1, "frames": 2, "top_k": 1}
+    for name, bound in least.items():
         value = getattr(arguments, name)
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        if value is not None and value < bound:
+            raise UserError(f"{_option(name)} is {value}; give at least {bound}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}; give a whole number from 0 to 2^63 - 1")
     if not (math.isfinite(arguments.temperature) and arguments.temperature >= 0):
         raise UserError(
             f"--temperature is {arguments.temperature}; give a number of at least 0 (1: the prior)"
         )
-    default = "reconstructions.png" if arguments.reconstruct else "samples.png"
-    arguments.output_path = arguments.output_path or default
+    if arguments.classes and len(arguments.classes) > 1 and mode != "samples":
+        raise UserError(f"--class is given {len(arguments.classes)} times; --{mode} takes one class")
+    if arguments.data and arguments.sampler != "gmm":
+        raise UserError(
+            "--data is for --sampler gmm, which may have to fit to the training data: leave it away"
+        )
+    arguments.output_path = arguments.output_path or _OUTPUTS[mode]
     if Path(arguments.output_path).suffix.lower() != ".png":
         raise UserError(
             f"--output-path is {arguments.output_path!r}; pictures are PNG files: let it end in .png"
         )
+    return mode
 
 
-def _sample(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Any], bytes]:
-    import numpy as np
-
-    from vaedist.pictures import as_numpy, channels_last, grid, png_bytes, to_uint8
-
-    if not run.model.samples:
-        reason = run.model.not_defined("sample")
-        possible = "; its reconstructions are: --reconstruct FILE ..." if run.model.reconstructs else ""
-        raise NotDefined(f"{run.folder} ({run.job.model['kind']}): {reason}{possible}")
-    images = as_numpy(
-        run.model.sample(arguments.num_samples, seed=arguments.seed, temperature=arguments.temperature)
-    )
-    if not np.isfinite(images).all():
-        raise UserError(f"{run.folder}: samples are not finite: the weights are damaged or training diverged")
-    pixels = to_uint8(images)
-    print(
-        f"{len(pixels)} samples of {_name(run)}, seed {arguments.seed}, temperature {arguments.temperature:g}"
-    )
-    return {"images": pixels}, png_bytes(grid(channels_last(pixels), arguments.grid_size))
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _reconstruct(run: Run, arguments: argparse.Namespace) -> tuple[dict[str, Any], bytes]:
-    import numpy as np
-    import torch
+def _sampler(run: Run, arguments: argparse.Namespace) -> Sampler:
+    from vaedist.metrics.drawing import Sampler
 
-    from vaedist.context import Batch
-    from vaedist.metrics.evaluation import reconstruct
-    from vaedist.metrics.figures import pair_sheet
-    from vaedist.metrics.images import pair_metrics, summaries
-    from vaedist.metrics.tables import metrics_table
-    from vaedist.training.inputs import Inputs
-
-    if not run.model.reconstructs:
-        raise NotDefined(f"{run.folder} ({run.job.model['kind']}): {run.model.not_defined('reconstruct')}")
-    files = list(arguments.reconstruct)
-    read = np.stack([_read(file, run, arguments.fit) for file in files])
-    # What a model of binarised images is to be asked: the static draw of each file's name.
-    keys = [Path(file).name for file in files]
-    originals = Inputs(run.job).binarised(torch.from_numpy(read), keys).numpy()
-    device = next(run.model.parameters()).device
-    parts = []
-    for start in range(0, len(files), 16):
-        part = slice(start, start + 16)
-        image = torch.from_numpy(originals[part]).to(device)
-        label = torch.zeros(len(image), dtype=torch.int64, device=device)
-        with torch.no_grad():
-            parts.append(reconstruct(run.model, Batch(image=image, label=label, key=files[part])))
-    others = np.concatenate(parts)
-    names = [Path(file).name for file in files]
-    names = names if len(set(names)) == len(names) else files
-    rows = {
-        name: (1, summaries([pair_metrics(*pair)]))
-        for name, *pair in zip(names, originals, others, strict=True)
-    }
-    print(f"reconstructions by {_name(run)}")
-    print(metrics_table(rows, "file", spread=False))
-    arrays = {"originals": originals, "reconstructions": others}
-    return arrays, pair_sheet(originals, others, max(1, arguments.grid_size // 2))
-
-
-def _read(file: str, run: Run, fit: Any) -> Pixels:
-    """One of the user's files as uint8 (C, H, W) of the run's size, by the rules that packing follows."""
-    from vaedist.data.images import (
-        BadImage,
-        Limits,
-        channels_first,
-        decode,
-        fit_square,
-        read_file,
-        resize,
-        to_channels,
+    options = {name: getattr(arguments, name) for name in ("top_k", "top_p", "guidance")}
+    given = {name: value for name, value in options.items() if value is not None}
+    return Sampler(
+        run.model,
+        seed=arguments.seed,
+        temperature=arguments.temperature,
+        options=given,
+        mixture=_mixture(run, arguments.data) if arguments.sampler == "gmm" else None,
+        codes=bool(arguments.codes),
     )
 
-    spec = run.spec
-    limits = Limits()
-    try:
-        picture = to_channels(decode(read_file(file, limits), limits), spec.channels, convert=True)
-    except BadImage as error:
-        raise UserError(f"{file} {error}") from None
-    if spec.height == spec.width:
-        return channels_first(fit_square(picture, spec.height, fit))
-    return channels_first(resize(picture, spec.height, spec.width))
 
+def _mixture(run: Run, data: str | None) -> Mixture:
+    """The density stored with the run; fitted now if there is none."""
+    from vaedist.evaluate import open_data
+    from vaedist.training.density import fit_density, stored_density
+    from vaedist.training.show import bar
 
-def _write(arguments: argparse.Namespace, arrays: dict[str, Any], picture: bytes) -> None:
-    import io
-
-    import numpy as np
-
-    from vaedist.pictures import write_whole
-
-    contents = {arguments.output_path: picture}
-    if arguments.npz:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        contents[arguments.npz] = buffer.getvalue()
-    for path, content in contents.items():
-        write_whole(path, content)
-        print(f"wrote {path}")
+    if run.model.latent not in ("vector", "map"):
+        raise run.model.not_defined("encode")
+    mixture = stored_density(run)
+    if mixture is None:
+        index = open_data(run, data, other_data=False)
+        count = index.split(run.job.data.train_split).count
+        with bar("latents of the training images", count) as advance:
+            mixture = fit_density(run, index, advance)
+    return mixture
 
 
 def _info(run: Run) -> None:
@@ -236,10 +335,6 @@ def _info(run: Run) -> None:
     print("\n".join(f"{name:<11} {value}" for name, value in facts))
     print("\n" + columns([("layer", "kind", "parameters"), *layer_table(run.model)]))
     print("\n" + yaml.safe_dump(run.job.model_dump(mode="json"), sort_keys=False).rstrip())
-
-
-def _name(run: Run) -> str:
-    return f"{run.folder} ({run.job.model['kind']}, step {run.step}, {run.weights} weights)"
 
 
 if __name__ == "__main__":

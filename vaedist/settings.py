@@ -52,7 +52,14 @@ def number_or(default: str) -> Discriminator:
 
 
 NUMBER = "number"
-"""The tag of the plain number beside `number_or`."""
+"""The tag of the plain number beside `number_or` and `number_or_list`."""
+LIST = "list"
+"""The tag of the list beside `number_or_list`."""
+
+
+def number_or_list() -> Discriminator:
+    """Tells a plain number from a list of them, so that a mistake is told of the one that was meant."""
+    return Discriminator(lambda value: LIST if isinstance(value, list | tuple) else NUMBER)
 
 
 class _Loader(yaml.SafeLoader):
@@ -180,7 +187,7 @@ def _walk(cls: Any, place: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
             current = tagged
             fields = tuple(tagged[0].model_fields)
             continue
-        if part == NUMBER or not (
+        if part in (NUMBER, LIST) or not (
             models or any(typing.get_origin(one) in (dict, tuple, list) for one in current)
         ):
             continue  # pydantic's name for a scalar branch of a union

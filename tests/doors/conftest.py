@@ -60,3 +60,21 @@ def vqvae(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     encoder = {"kind": "conv", "width": 16, "depth": 0, "downsample": 4}
     model = {"kind": "vqvae", "encoder": encoder, "codebook": {"kind": "ema", "codes": 8, "dim": 4}}
     return trained(tmp_path_factory.mktemp("runs") / "vqvae", data, model)
+
+
+MLP = {"kind": "mlp", "width": 16, "depth": 1}
+
+
+@pytest.fixture(scope="session")
+def cvae(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Two latent numbers, told the class, of which a fifth was hidden in training."""
+    model = {"kind": "vae", "encoder": MLP, "latent": 2, "condition": {"dropout": 0.2, "how": "concat"}}
+    return trained(tmp_path_factory.mktemp("runs") / "cvae", data, model)
+
+
+@pytest.fixture(scope="session")
+def prior(tmp_path_factory: pytest.TempPathFactory, data: Path, vqvae: Path) -> Path:
+    """Over the codes of `vqvae`, told the class."""
+    net = {"width": 8, "layers": 2, "hidden": 8}
+    model = {"kind": "pixelcnn", "tokenizer": str(vqvae), "net": net, "conditional": True}
+    return trained(tmp_path_factory.mktemp("runs") / "prior", data, model)

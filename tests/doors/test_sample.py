@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vaedist.metrics.images import pair_metrics
-from vaedist.pictures import channels_last, grid, to_uint8
+from vaedist.pictures import GREY, RED, channels_last, grid, to_uint8
 from vaedist.sample import main
 from vaedist.training.run import open_run
 
@@ -62,7 +62,7 @@ def test_temperature_zero_is_one_image(vae: Path) -> None:
 def test_a_vqvae_without_a_prior_says_so(vqvae: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(vqvae)]) == 2
     error = capsys.readouterr().err
-    assert "not defined, because there is no prior" in error
+    assert "sample is not defined, because this run has no prior over its codes" in error
     assert "--reconstruct" in error
     assert len(error.splitlines()) == 1
     assert not list(Path().iterdir())
@@ -88,9 +88,11 @@ def test_files_of_the_user_are_reconstructed(vqvae: Path, capsys: pytest.Capture
     assert (others == expected).all()
     sheet = pixels("reconstructions.png")
     for i in range(3):
-        left = 2 + 2 * i * 18
-        assert (sheet[2:18, left : left + 16] == originals[i, 0]).all()
-        assert (sheet[2:18, left + 18 : left + 34] == others[i, 0]).all()
+        left = 2 + 2 * i * 20  # each in a frame one pixel wide
+        for image, frame, start in ((originals[i, 0], RED, left), (others[i, 0], GREY, left + 20)):
+            assert (sheet[3:19, start + 1 : start + 17] == image[..., None]).all()
+            assert (sheet[2, start : start + 18] == frame).all()
+            assert (sheet[2:20, start] == frame).all()
     line = next(line for line in told.splitlines() if line.startswith("fits.png"))
     assert f"{pair_metrics(originals[0], others[0])['psnr']:.2f}" in line
 

@@ -308,6 +308,17 @@ def test_capabilities(section: dict[str, Any]) -> None:
             codes = model.codes(image)
             assert codes.dtype == torch.int64 and codes.ndim == 3
             assert 0 <= int(codes.min()) <= int(codes.max()) < model.num_codes
+            assert torch.equal(model.decode_codes(codes).mean, model.reconstruct(image, label))
+        if model.latent == "codes" and model.samples:
+            drawn = model.decode_codes(model.sample_codes(3, seed=1, label=label[:3])).mean
+            torch.testing.assert_close(drawn, model.sample(3, seed=1, label=label[:3]))
+        if model.latent in ("vector", "map") and model.samples:
+            told = label[:3] if model.conditional else None
+            z = torch.stack(
+                [torch.randn(model.latent_shape, generator=generator("sample", 1, i)) for i in range(3)]
+            )
+            drawn = model.decode(model.prior(told).sample(0.5 * z), told).mean
+            torch.testing.assert_close(drawn, model.sample(3, seed=1, label=told, temperature=0.5))
 
 
 @case

@@ -45,6 +45,15 @@ BODIES = [
     {"kind": "resnet", "width": 12, "depth": 0, "downsample": 2, "upsample": "shuffle", "norm": "none"},
     {"kind": "resnet", "width": 16, "depth": 1, "downsample": 4, "patch": 4},
     {"kind": "resnet", "width": 16, "depth": 1, "downsample": 1},
+    {"kind": "conv", "width": [24, 8, 12], "depth": 0, "downsample": 8, "patch": 2, "activation": "relu"},
+    {
+        "kind": "resnet",
+        "width": [8, 16],
+        "depth": 1,
+        "downsample": 2,
+        "activation": "leaky_relu",
+        "norm": "none",
+    },
 ]
 
 
@@ -83,6 +92,58 @@ def test_widths_halve_towards_the_image() -> None:
     assert widths(width=64, downsample=4, patch=4) == (64,)
     assert widths(width=32, downsample=8) == (16, 16, 16, 32)
     assert widths(width=8, downsample=4) == (8, 8, 8)
+
+
+def test_a_list_names_the_width_of_every_grid() -> None:
+    one = body(kind="conv", width=[5, 3, 7], depth=0, downsample=8, patch=2)
+    assert isinstance(one, Conv) and one.widths == (5, 3, 7)
+    down, up = nets(one, Spec(1, 16, 16), 2, True)
+
+    def channels(net: nn.Module) -> list[tuple[int, int]]:
+        layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        return [(layer.in_channels, layer.out_channels) for layer in layers]
+
+    assert channels(down) == [(4, 5), (5, 3), (3, 7)]
+    assert channels(up) == [(7, 3), (3, 5), (5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind"),
+    [("silu", nn.SiLU), ("relu", nn.ReLU), ("leaky_relu", nn.LeakyReLU), ("tanh", nn.Tanh)],
+)
+@pytest.mark.parametrize(
+    "settings", [{"kind": "conv"}, {"kind": "resnet"}, {"kind": "mlp", "depth": 1}], ids=str
+)
+def test_one_activation_everywhere(settings: dict[str, Any], activation: str, kind: type[nn.Module]) -> None:
+    grids = {} if settings["kind"] == "mlp" else {"dense": 6, "depth": 1}
+    one = body(**settings, **grids, width=8, activation=activation)
+    for net in nets(one, Spec(1, 8, 8), 2, True):
+        names = {type(m) for m in net.modules()} & {nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Tanh}
+        assert names == {kind}
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"])
+def test_every_activation_keeps_the_scale(activation: str) -> None:
+    """Of four convolutions without normalisation, each of which the gain of the activation before must make up for."""
+    one = body(kind="conv", norm="none", width=64, depth=1, downsample=4, activation=activation)
+    down, _ = nets(one, Spec(1, 32, 32), 16, False)
+    z = down(torch.randn((4, 1, 32, 32), generator=generator("unit")))
+    assert 0.6 < float(z.detach().square().mean().sqrt()) < 1.6
+
+
+def test_a_dense_layer_lies_between_grid_and_vector() -> None:
+    one = body(kind="conv", width=8, depth=0, downsample=4, dense=6, activation="relu")
+    down, up = nets(one, Spec(1, 16, 16), 3, True)
+
+    def sizes(net: nn.Module) -> list[tuple[int, int]]:
+        return [(m.in_features, m.out_features) for m in net.modules() if isinstance(m, nn.Linear)]
+
+    assert sizes(down) == [(8 * 16, 6), (6, 3)]
+    assert sizes(up) == [(3, 6), (6, 8 * 16)]
+    assert up(down(images(Spec(1, 16, 16)))).shape == (3, 1, 16, 16)
+    for net in (encoder, decoder):
+        with pytest.raises(UserError, match=r"dense is 6, but this model's latent is a map: leave it out"):
+            net(one, Spec(1, 16, 16), 3, vector=False)
 
 
 @pytest.mark.parametrize("settings", BODIES, ids=lambda s: "-".join(map(str, s.values())))
@@ -147,6 +208,12 @@ class Holder(Strict):
         ({"kind": "resnet", "widht": 3}, "did you mean 'width'"),
         ({"kind": "mlp", "upsample": "resize"}, "unknown key"),
         ({"kind": "conv", "upsample": "bilinear"}, "upsample"),
+        ({"kind": "conv", "width": [8, 16], "downsample": 8}, "width lists 2 grid sizes, .* = 8 makes 4"),
+        ({"kind": "conv", "width": 0}, r"job.yaml: encoder.width: input should be greater .*\(it is 0\)$"),
+        (
+            {"kind": "conv", "width": [8, 0]},
+            r"job.yaml: encoder.width.1: input should be greater .*\(it is 0\)$",
+        ),
     ],
 )
 def test_mistakes_in_settings_are_named(settings: dict[str, Any], message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import zipfile
@@ -13,8 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.errors import UserError
-from vaedist.files import sync_folder, temporary
+from vaedist.files import sync_folder, temporary, writable
 
 _COPIED = 1 << 20
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -38,14 +36,14 @@ class NpzWriter:
         self._parts: dict[str, IO[bytes]] = {}
         self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._counts: dict[str, int] = {}
-        with self._told():
+        with writable(self.path):
             if self.path.is_dir():
                 raise IsADirectoryError(None, "it is a folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, **arrays: NDArray[Any]) -> None:
         """Append rows (n, ...) to the arrays of these names; the first part decides dtype and shape."""
-        with self._told():
+        with writable(self.path):
             for name, rows in arrays.items():
                 kind = (rows.dtype, rows.shape[1:])
                 assert self._kinds.setdefault(name, kind) == kind, f"{name}: parts of different kinds"
@@ -57,7 +55,7 @@ class NpzWriter:
     def finish(self) -> None:
         """Write the archive and put it in its place."""
         scratch = temporary(self.path)
-        with self._told():
+        with writable(self.path):
             try:
                 with scratch.open("xb") as file:
                     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -97,13 +95,3 @@ class NpzWriter:
     ) -> None:
         for part in self._parts.values():
             part.close()
-
-    @contextlib.contextmanager
-    def _told(self):  # type: ignore[no-untyped-def]
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(
-                f"cannot write {self.path}: {reason}; choose another place or free some space"
-            ) from None

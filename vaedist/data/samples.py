@@ -19,10 +19,10 @@ from vaedist.data.index import Index, Shard, pixel_digest
 from vaedist.data.plan import samples_per_shard
 from vaedist.data.preparing import Prepared
 from vaedist.data.publish import publish
-from vaedist.data.shards import shard_of, write_shard, writing
+from vaedist.data.shards import shard_of, write_shard
 from vaedist.data.sources import Item
 from vaedist.errors import UserError
-from vaedist.files import temporary
+from vaedist.files import temporary, writable
 from vaedist.pictures import Pixels
 
 SPLIT = "train"
@@ -57,7 +57,7 @@ class SampleShards:
         self.per_shard = per_shard or samples_per_shard(shape[0] * shape[1] * shape[2])
         self._waiting: list[Prepared] = []
         self._shards: list[Shard] = []
-        with writing(self.folder):
+        with writable(self.folder):
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise UserError(f"{self.folder} is there already and not empty: give a new folder")
             self.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class SampleShards:
 
     def finish(self) -> Index:
         """Write the last shard and the index, and put the folder in its place."""
-        with writing(self.folder):
+        with writable(self.folder):
             if self._waiting:
                 self._write()
             publish(
@@ -107,7 +107,7 @@ class SampleShards:
     def _write(self) -> None:
         name = f"{SPLIT}-{len(self._shards):06d}"
         numbers = {label: number for number, label in enumerate(self.classes)}
-        with writing(self.folder):
+        with writable(self.folder):
             receipt = write_shard(name, self._waiting, numbers, "png", self._scratch, self._scratch)
         self._shards.append(shard_of(self._scratch, name, receipt))
         self._waiting = []

@@ -75,7 +75,13 @@ class Mixture:
         )
 
     def sample(
-        self, n: int, *, seed: int, first: int = 0, label: Sequence[int] | None = None, temperature: float = 1.0
+        self,
+        n: int,
+        *,
+        seed: int,
+        first: int = 0,
+        label: Sequence[int] | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """(n, *shape) fp32 latents; number i depends on (seed, first + i, its class) alone.
 
@@ -93,8 +99,8 @@ class Mixture:
             if len(self.parts) > 1:
                 if label is None or not 0 <= label[i] < len(self.parts):
                     raise NotDefined(
-                        "samples without a class are not defined, because each class has a Gaussian mixture of its own: "
-                        "name a class"
+                        "samples without a class are not defined, because each class has a Gaussian mixture of its "
+                        "own: name a class"
                     )
                 part = self.parts[label[i]]
             draw = generator("mixture", seed, first + i)
@@ -102,7 +108,9 @@ class Mixture:
             chosen = min(
                 int(np.searchsorted(np.cumsum(part.weights), uniform, side="right")), len(part.weights) - 1
             )
-            noise = temperature * torch.randn(part.means.shape[1], generator=draw, dtype=torch.float64).numpy()
+            noise = (
+                temperature * torch.randn(part.means.shape[1], generator=draw, dtype=torch.float64).numpy()
+            )
             factor = part.factors[chosen]
             rows.append(part.means[chosen] + (factor @ noise if factor.ndim == 2 else factor * noise))
         return torch.from_numpy(np.stack(rows)).float().unflatten(1, self.shape)
@@ -147,7 +155,9 @@ class Mixture:
             sound = right = False
         if not (sound and right):
             why = "is damaged" if not sound else "was fitted to other weights or data"
-            raise UserError(f"{where} {why}: remove it, and the density is fitted anew from the training data")
+            raise UserError(
+                f"{where} {why}: remove it, and the density is fitted anew from the training data"
+            )
         return found
 
 

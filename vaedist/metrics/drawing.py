@@ -96,7 +96,12 @@ class Sampler:
         """
         device = next(self.model.parameters()).device
         told = None if label is None else torch.tensor(list(label), dtype=torch.int64, device=device)
-        common = {"seed": self.seed, "first": first, "label": told, "temperature": self.temperature}
+        common: dict[str, Any] = {
+            "seed": self.seed,
+            "first": first,
+            "label": told,
+            "temperature": self.temperature,
+        }
         if self.mixture is not None:
             return Drawn(decoded(self.model, self.latents(n, first, label), told), None)
         if self.codes:
@@ -106,7 +111,7 @@ class Sampler:
 
     @torch.no_grad()
     def latents(self, n: int, first: int = 0, label: Sequence[int] | None = None) -> Tensor:
-        """(n, *latent_shape): what samples first .. first + n - 1 are decoded from.
+        """(n, *latent_shape): what samples first .. first + n - 1 are decoded from, by the contract of `sample`.
 
         Raises:
             NotDefined: the latent is not made of numbers.
@@ -114,9 +119,7 @@ class Sampler:
         _has_numbers(self.model)
         weight = next(self.model.parameters())
         if self.mixture is not None:
-            z = self.mixture.sample(
-                n, seed=self.seed, first=first, label=label, temperature=self.temperature
-            )
+            z = self.mixture.sample(n, seed=self.seed, first=first, label=label, temperature=self.temperature)
             return z.to(weight.device, weight.dtype)
         noise = [
             torch.randn(self.model.latent_shape, generator=generator("sample", self.seed, number))
@@ -205,9 +208,7 @@ def traversal(
         what = "dimension" if model.latent == "vector" else "channel"
         raise UserError(f"there is no latent {what} {wrong[0]}: the model has 0 to {units - 1}")
     weight = next(model.parameters())
-    noise = torch.zeros(
-        len(dimensions), count, *model.latent_shape, device=weight.device, dtype=weight.dtype
-    )
+    noise = torch.zeros(len(dimensions), count, *model.latent_shape, device=weight.device, dtype=weight.dtype)
     steps = torch.linspace(-reach, reach, count, device=weight.device, dtype=weight.dtype)
     for row, one in enumerate(dimensions):
         noise[row, :, one] = steps.view(-1, *[1] * (noise.dim() - 3))

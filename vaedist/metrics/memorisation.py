@@ -16,10 +16,10 @@ for held-out images: in pixels (root mean square difference on the [0, 1] scale)
 
 The verdict is `flagged` where, in one space, both shares and the mean over the parts exceed what chance gives. Were
 samples and held-out images draws of one law, the share of n samples below the j-th smallest of m held-out distances
-would be Beta-binomial(n, j, m + 1 - j) / n, whatever the law; its 99 % point is the limit. With 263 held-out images
-that is about 3 %, with 10,000 about 1.3 %: it is the held-out set that limits what can be seen. The interval beside
-each share is Wilson's, 95 %, for the draw of samples alone. Slices of one patient are not independent draws: read
-the limit beside the spread over parts.
+would be Beta-binomial(n, j, m + 1 - j) / n, whatever the law; its 99 % point is the limit. For 1,000 samples
+that is 3.2 % with 263 held-out images and 1.8 % with 10,000: smaller shares of copies are not told from chance. The
+interval beside each share is Wilson's, 95 %, for the draw of samples alone. Slices of one patient are not
+independent draws: read the limit beside the spread over parts.
 
 `clear` is no proof: a copy that is shifted, mirrored or recoloured is far in pixels and may be far in features.
 

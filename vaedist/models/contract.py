@@ -199,6 +199,10 @@ class Variant(nn.Module):
     ) -> Tensor:
         """n images (n, C, H, W) in [0, 1] from the prior; image i depends on (seed, first + i, its label) alone.
 
+        Where the latent is a vector or a map, number i is the mean of `decode` at `prior(label).sample(temperature *
+        noise)`, with standard normal noise of `latent_shape` from `generator("sample", seed, i)`: so doors know the
+        latents of samples.
+
         Args:
             n: How many.
             seed: Of the noise.

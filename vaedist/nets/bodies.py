@@ -13,7 +13,8 @@ Grids. `downsample` is the whole factor between image and latent grid. The first
 (an image of C channels becomes C * patch^2 channels on a grid `patch` times coarser, nothing lost), and every
 further factor of two is a strided convolution. A 3x3 convolution at half the grid size costs a quarter, so `patch`
 is what makes large images cheap. `width` is the number of channels at the coarsest grid; each finer grid has half of
-the one below it, at least 16.
+the one below it, at least 16. A list names them all, finest first. Between the coarsest grid and a latent vector,
+`dense` puts one more layer of so many units.
 
 `upsample` says how the decoder doubles a grid: `transpose` (transposed 4x4 convolution), `resize` (nearest
 neighbour, then 3x3 convolution: no checkerboard) or `shuffle` (3x3 convolution to four times the channels, then
@@ -31,14 +32,29 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
 from vaedist.config import Spec
 from vaedist.errors import UserError
-from vaedist.settings import Strict
+from vaedist.settings import LIST, NUMBER, Strict, number_or_list
 
 Upsample = Literal["transpose", "resize", "shuffle"]
+Activation = Literal["silu", "relu", "leaky_relu", "tanh"]
+
+_LEAK = 0.2  # slope of the leaky one below 0
+_GAINS: dict[Activation, float] = {  # 1 / sqrt(E[f(x)^2]) for x ~ N(0, 1)
+    "silu": 1.68,
+    "relu": math.sqrt(2),
+    "leaky_relu": math.sqrt(2 / (1 + _LEAK**2)),
+    "tanh": 1.59,
+}
+
+
+def _activation(name: Activation) -> nn.Module:
+    if name == "leaky_relu":
+        return nn.LeakyReLU(_LEAK)
+    return {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}[name]()
 
 
 class Mlp(Strict):
@@ -48,17 +64,22 @@ class Mlp(Strict):
     width: int = Field(512, ge=1, description="Units of each hidden layer.")
     depth: int = Field(2, ge=1, description="Hidden layers.")
     grid: int = Field(1, ge=1, description="Side of the latent map that it emits; 1 for a vector.")
-    activation: Literal["silu", "relu", "tanh"] = "silu"
+    activation: Activation = "silu"
 
     def hidden(self, inputs: int, outputs: int) -> nn.Sequential:
         """One hidden layer."""
-        activation = {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}[self.activation]
-        return nn.Sequential(nn.Linear(inputs, outputs), activation())
+        return nn.Sequential(nn.Linear(inputs, outputs), _activation(self.activation))
 
 
 class _Grid(Strict):
-    width: int = Field(
-        64, ge=1, description="Channels at the coarsest grid; finer grids have half, at least 16."
+    width: Annotated[
+        Annotated[Annotated[int, Field(ge=1)], Tag(NUMBER)]
+        | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Tag(LIST)],
+        number_or_list(),
+    ] = Field(
+        64,
+        description="Channels at the coarsest grid; finer grids have half, at least 16. A list: of each grid size, "
+        "finest first.",
     )
     depth: int = Field(2, ge=0, description="Blocks at each grid size.")
     downsample: int = Field(4, ge=1, description="Image side / latent side; a power of two.")
@@ -67,6 +88,12 @@ class _Grid(Strict):
     )
     upsample: Upsample = "transpose"
     norm: Literal["group", "none"] = "group"
+    activation: Activation = "silu"
+    dense: int | None = Field(
+        None,
+        ge=1,
+        description="Units of a layer between the coarsest grid and a latent vector; none: no layer.",
+    )
 
     @model_validator(mode="after")
     def _powers_of_two(self) -> _Grid:
@@ -76,11 +103,19 @@ class _Grid(Strict):
                 raise ValueError(f"{name} must be a power of two (it is {value})")
         if self.patch > self.downsample:
             raise ValueError(f"patch ({self.patch}) is a part of downsample ({self.downsample}), not more")
+        sizes = (self.downsample // self.patch).bit_length()
+        if isinstance(self.width, tuple) and len(self.width) != sizes:
+            raise ValueError(
+                f"width lists {len(self.width)} grid sizes, and downsample / patch = {self.downsample // self.patch} "
+                f"makes {sizes}: list as many, finest first"
+            )
         return self
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each grid size, finest first."""
+        if isinstance(self.width, tuple):
+            return self.width
         levels = (self.downsample // self.patch).bit_length() - 1
         return tuple(min(self.width, max(16, self.width >> level)) for level in reversed(range(levels + 1)))
 
@@ -161,6 +196,7 @@ def encoder(
         if not vector:
             net.add_module("map", nn.Unflatten(1, (out, h, w)))
         return net
+    _no_dense(body, vector, where)
     widths = body.widths
     stem: list[nn.Module] = [nn.PixelUnshuffle(body.patch)] if body.patch > 1 else []
     net.add_module(
@@ -172,8 +208,10 @@ def encoder(
             net.add_module(f"down{level}", nn.Sequential(down, *_after(body, width)))
         net.add_module(f"blocks{level}", nn.Sequential(*_blocks(body, width)))
     head: list[nn.Module] = [*_before(body, widths[-1])]
-    last = nn.Linear(widths[-1] * h * w, out) if vector else _unit(nn.Conv2d(widths[-1], out, 1), _SILU_GAIN)
-    head += [nn.Flatten(), last] if vector else [last]
+    if vector:
+        head += [nn.Flatten(), *_linear(body, widths[-1] * h * w, out)]
+    else:
+        head += [_unit(nn.Conv2d(widths[-1], out, 1), _GAINS[body.activation])]
     net.add_module("head", nn.Sequential(*head))
     return net
 
@@ -205,10 +243,11 @@ def decoder(
         net.add_module("head", nn.Linear(body.width, channels * spec.height * spec.width))
         net.add_module("image", nn.Unflatten(1, (channels, spec.height, spec.width)))
         return net
+    _no_dense(body, vector, where)
     widths = body.widths[::-1]
     if vector:
         first: list[nn.Module] = [
-            nn.Linear(latent + extra, widths[0] * h * w),
+            *_linear(body, latent + extra, widths[0] * h * w),
             nn.Unflatten(1, (widths[0], h, w)),
         ]
         net.add_module("stem", nn.Sequential(*first, *_after(body, widths[0])))
@@ -250,6 +289,23 @@ def _no_grid(body: Mlp, vector: bool, where: str) -> None:
         raise UserError(f"{where}.grid is {body.grid}, but this model's latent is a vector: leave it at 1")
 
 
+def _no_dense(body: _Grid, vector: bool, where: str) -> None:
+    if body.dense is not None and not vector:
+        raise UserError(f"{where}.dense is {body.dense}, but this model's latent is a map: leave it out")
+
+
+def _linear(body: _Grid, inputs: int, outputs: int) -> Iterator[nn.Module]:
+    """From the coarsest grid to a latent vector, or back."""
+    if body.dense is None:
+        yield nn.Linear(inputs, outputs)
+    else:
+        yield from (
+            nn.Linear(inputs, body.dense),
+            _activation(body.activation),
+            nn.Linear(body.dense, outputs),
+        )
+
+
 def _pairs(inputs: int, body: Mlp) -> list[tuple[int, int]]:
     sizes = [inputs] + [body.width] * body.depth
     return list(itertools.pairwise(sizes))
@@ -264,14 +320,14 @@ def _after(body: _Grid, width: int) -> Iterator[nn.Module]:
     """What follows a convolution between blocks: plain bodies normalise and activate there, residual ones do not."""
     if isinstance(body, Conv):
         yield from _norm(body, width)
-        yield nn.SiLU()
+        yield _activation(body.activation)
 
 
 def _before(body: _Grid, width: int) -> Iterator[nn.Module]:
     """What precedes the last convolution: the activation that residual blocks leave open."""
     if isinstance(body, Resnet):
         yield from _norm(body, width)
-        yield nn.SiLU()
+        yield _activation(body.activation)
 
 
 def _conv(body: _Grid, inputs: int, width: int, gain: float = 1.0) -> Iterator[nn.Module]:
@@ -284,17 +340,15 @@ def _blocks(body: _Grid, width: int) -> Iterator[nn.Module]:
         if isinstance(body, Resnet):
             yield Residual(body, width)
         else:
-            yield from _conv(body, width, width, _SILU_GAIN)
+            yield from _conv(body, width, width, _GAINS[body.activation])
 
-
-_SILU_GAIN = 1.68  # 1 / sqrt(E[silu(x)^2]) for x ~ N(0, 1)
 
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def _gain(body: _Grid) -> float:
     """Plain bodies change the grid after an activation, residual ones before it."""
-    return _SILU_GAIN if isinstance(body, Conv) else 1.0
+    return _GAINS[body.activation] if isinstance(body, Conv) else 1.0
 
 
 def _unit(layer: _Layer, gain: float = 1.0) -> _Layer:
@@ -322,8 +376,9 @@ class Residual(nn.Module):
         nn.init.zeros_(last.weight)
         assert last.bias is not None
         nn.init.zeros_(last.bias)
-        layers = [*_norm(body, width), nn.SiLU(), _unit(nn.Conv2d(width, width, 3, padding=1), _SILU_GAIN)]
-        self.f = nn.Sequential(*layers, *_norm(body, width), nn.SiLU(), last)
+        first = _unit(nn.Conv2d(width, width, 3, padding=1), _GAINS[body.activation])
+        layers = [*_norm(body, width), _activation(body.activation), first]
+        self.f = nn.Sequential(*layers, *_norm(body, width), _activation(body.activation), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(x)

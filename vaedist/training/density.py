@@ -55,13 +55,13 @@ def stored_density(run: Run) -> Mixture | None:
     return Mixture.from_bytes(path.read_bytes(), stamp_of(run), path)
 
 
-def fit_density(run: Run, index: Index, begin: Callable[[int], Callable[[int], None]]) -> Mixture:
+def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None = None) -> Mixture:
     """Fit the density to the training split's latents and store it with the run.
 
     Args:
         run: Opened; its variant gives each image a posterior over numbers.
         index: The data it was trained from.
-        begin: Told how many images there are; returns what is then told how many are done.
+        progress: Called with the number of images done.
 
     Raises:
         NotDefined: the variant has no such posterior.
@@ -72,9 +72,7 @@ def fit_density(run: Run, index: Index, begin: Callable[[int], Callable[[int], N
     rows = max(1, min(256, (1 << 20) // (run.spec.height * run.spec.width)))
     device = next(run.model.parameters()).device
     batches = EvaluationStream(index, run.job.data.train_split, batch_size=rows, workers=1, device=device)
-    latents = collect(
-        run.model, EvaluationInputs(batches, run.job), seed=run.job.seed, progress=begin(batches.count)
-    )
+    latents = collect(run.model, EvaluationInputs(batches, run.job), seed=run.job.seed, progress=progress)
     mixture = fit(latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed)
     path = density_path(run)
     try:

@@ -1,0 +1,61 @@
+"""Arrays that grow part by part: numpy reads what was written, and nothing is left of what was not finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vaedist.data.arrays import NpzWriter
+from vaedist.errors import UserError
+
+IMAGES = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (10, 3, 4, 5)).astype(np.uint8)
+LABELS = np.arange(10)
+
+
+def write(path: Path, sizes: tuple[int, ...]) -> None:
+    with NpzWriter(path) as writer:
+        start = 0
+        for size in sizes:
+            writer.add(images=IMAGES[start : start + size], labels=LABELS[start : start + size])
+            start += size
+        writer.finish()
+
+
+def test_numpy_reads_it(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "a.npz", (3, 7))
+    with np.load(tmp_path / "new" / "a.npz") as arrays:
+        assert list(arrays) == ["images", "labels"]
+        assert (arrays["images"] == IMAGES).all() and arrays["images"].dtype == np.uint8
+        assert (arrays["labels"] == LABELS).all() and arrays["labels"].dtype == LABELS.dtype
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npz"]
+
+
+def test_the_bytes_do_not_depend_on_the_parts(tmp_path: Path) -> None:
+    write(tmp_path / "a.npz", (3, 7))
+    write(tmp_path / "b.npz", (10,))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_rows_that_do_not_lie_in_memory_in_order_are_written_in_order(tmp_path: Path) -> None:
+    with NpzWriter(tmp_path / "a.npz") as writer:
+        writer.add(images=IMAGES.transpose(0, 3, 1, 2))
+        writer.finish()
+    assert (np.load(tmp_path / "a.npz")["images"] == IMAGES.transpose(0, 3, 1, 2)).all()
+
+
+def test_unfinished_it_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.npz", (10,))
+    before = (tmp_path / "a.npz").read_bytes()
+    with NpzWriter(tmp_path / "a.npz") as writer:
+        writer.add(images=IMAGES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert (tmp_path / "a.npz").read_bytes() == before
+
+
+def test_where_nothing_can_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.npz", tmp_path):
+        with pytest.raises(UserError, match=f"cannot write {path}: "):
+            NpzWriter(path)
