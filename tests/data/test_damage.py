@@ -209,5 +209,5 @@ def test_a_strangers_image_is_refused_before_it_is_decoded(tmp_path, pack, data,
 
 def test_raw_bytes_of_another_length_are_refused(tmp_path, pack):
     index = _strange(tmp_path, pack(tmp_path, {"train": [1]}, codec="npy"), bytes(63))
-    with pytest.raises(DataError, match=r"63 bytes are not an image of shape \(1, 8, 8\)"):
+    with pytest.raises(DataError, match=r"63 bytes are not a sample of shape \(1, 8, 8\)"):
         list(EvaluationStream(index, "train", batch_size=1))
