@@ -118,7 +118,7 @@ def test_training_learns_what_a_class_looks_like() -> None:
     for bar in range(3):
         pictures[bar, :, 3 * bar : 3 * bar + 2] = 255
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for step in range(250):
+    for step in range(500):
         ctx = LaneContext(seed=0, step=step, batch_size=ROWS, lanes=4)
         terms = model({"image": pictures[LABEL], "label": LABEL}, ctx)
         optimizer.zero_grad()

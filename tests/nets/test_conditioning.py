@@ -91,20 +91,25 @@ def test_film_starts_as_the_plain_body_with_the_same_names(settings: dict[str, A
         assert {name.split(".")[0] for name in theirs.keys() - mine.keys()} == {"film"}
 
 
-def test_film_is_a_scale_and_a_shift_of_every_block_but_the_last() -> None:
+def test_film_is_a_scale_and_a_shift_of_a_vector_input_and_of_every_block_but_the_last() -> None:
     with torch.random.fork_rng():
         parts = {"first": nn.Linear(2, 3), "flat": nn.Flatten(), "last": nn.Linear(3, 1)}
         body = nn.Sequential(OrderedDict(parts))
         film = conditioned(body, Condition(how="film"), 2, (2,))
-    layer = film.film["first"]
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator("film")))
-        layer.bias.copy_(torch.arange(6.0))
+    for name in ("input", "first"):
+        layer = film.film[name]
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator("film", name)))
+            layer.bias.copy_(torch.arange(float(len(layer.bias))))
     x, c = inputs(True)[1][:, :2], inputs(True)[1][:, 2:4]
-    scale, shift = (c @ layer.weight.T + layer.bias).split(3, dim=1)
-    expected = body.last((1 + scale) * body.first(x) + shift)
+
+    def modulated(name: str, values: torch.Tensor) -> torch.Tensor:
+        scale, shift = film.film[name](c).chunk(2, dim=1)
+        return (1 + scale) * values + shift
+
+    expected = body.last(modulated("first", body.first(modulated("input", x))))
     torch.testing.assert_close(film(x, c), expected)
-    assert set(film.film) == {"first"}
+    assert set(film.film) == {"input", "first"}
 
 
 def test_codes() -> None:

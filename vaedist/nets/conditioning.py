@@ -8,7 +8,8 @@ guidance", section 3.2).
 | how | what a body does with c |
 |---|---|
 | `concat` | c stands beside the input: as further channels, constant over the picture, or as further values |
-| `film` | after each block, channel j becomes (1 + a_j(c)) x_j + b_j(c), a and b linear, 0 at the start |
+| `film` | channel j becomes (1 + a_j(c)) x_j + b_j(c), a and b linear, 0 at the start: after each block, and where a |
+| | vector enters, of that vector too, because later channels have one number for the whole picture |
 
 Sohn et al., "Learning structured output representation using deep conditional generative models" (the CVAE); Perez et
 al., "FiLM: visual reasoning with a general conditioning layer", equation 1.
@@ -132,7 +133,9 @@ class Concat(nn.Sequential):
 
 
 class Film(nn.Sequential):
-    """A body whose blocks, all but the last, are scaled and shifted by the code. Its blocks keep their names.
+    """A body whose vector input and whose blocks, all but the last, are scaled and shifted by the code.
+
+    Its blocks keep their names.
 
     Args:
         blocks: The body.
@@ -149,24 +152,36 @@ class Film(nn.Sequential):
         film = nn.ModuleDict()
         with torch.no_grad():
             x = torch.zeros(1, *shape)
+            if len(shape) == 1:
+                film["input"] = _modulation(size, shape[0])
             for name, block in blocks.named_children():
                 self.add_module(name, block)
                 x = block(x)
                 if name in trained[:-1]:
-                    film[name] = layer = nn.Linear(size, 2 * x.shape[1])
-                    nn.init.zeros_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+                    film[name] = _modulation(size, x.shape[1])
         self.add_module("film", film)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:  # type: ignore[override]
+        x = self._modulated("input", x, code)
         for name in self.names:
-            x = getattr(self, name)(x)
-            if name in self.film:
-                scale, shift = self.film[name](code.to(x.dtype)).chunk(2, dim=1)
-                if x.dim() == 4:
-                    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
-                x = x * (1 + scale) + shift
+            x = self._modulated(name, getattr(self, name)(x), code)
         return x
+
+    def _modulated(self, name: str, x: Tensor, code: Tensor) -> Tensor:
+        if name not in self.film:
+            return x
+        scale, shift = self.film[name](code.to(x.dtype)).chunk(2, dim=1)
+        if x.dim() == 4:
+            scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+        return x * (1 + scale) + shift
+
+
+def _modulation(size: int, channels: int) -> nn.Linear:
+    """From codes to a and b, which start at 0."""
+    layer = nn.Linear(size, 2 * channels)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def conditioned(
