@@ -84,7 +84,6 @@ def main(argv: list[str] | None = None) -> int:
     # cores have other work too, the one that is waited for does not get to run, and training all but stops.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vaedist.config import load_job
-    from vaedist.settings import expand
 
     job = load_job(arguments.job, arguments.settings)
     if arguments.print_job:
@@ -102,15 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         print(layer_table(job))
         return EXIT_FINISHED
 
-    from vaedist.data.index import Index
     from vaedist.training.attempt import FitOptions
     from vaedist.training.folder import RunFolder
-    from vaedist.training.run import resolved
-
-    # What is wrong with the job or its data is said before a folder is made or a process started.
-    resolved(job)
-    if arguments.engine == "local":  # under Ray the data may lie where only the workers see them
-        Index.open(expand(job.data.path, "data.path"))
 
     command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
     options = FitOptions(override=arguments.override, quiet=arguments.quiet, command=command)
@@ -121,30 +113,35 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--gpus-per-worker has no effect without --engine ray: use --device cuda or cpu")
         if arguments.max_failures is not None and not several:
             raise UserError("--max-failures has no effect on a single process: give --workers 2 or more")
-    folder = RunFolder.make(arguments.run_dir or Path("runs") / job.name, new_run=arguments.new_run).path
-    if arguments.engine == "local":
-        from vaedist.engines import local
+    run = RunFolder.make(arguments.run_dir or Path("runs") / job.name, new_run=arguments.new_run)
+    folder = run.path
+    try:
+        if arguments.engine == "local":
+            from vaedist.engines import local
 
-        outcome = local.run(
-            job,
-            folder,
-            workers=arguments.workers,
-            device=arguments.device,
-            max_failures=failures,
-            options=options,
-        )
-    else:
-        from vaedist.engines import ray
+            outcome = local.run(
+                job,
+                folder,
+                workers=arguments.workers,
+                device=arguments.device,
+                max_failures=failures,
+                options=options,
+            )
+        else:
+            from vaedist.engines import ray
 
-        outcome = ray.run(
-            job,
-            folder,
-            workers=arguments.workers or 1,
-            gpus_per_worker=arguments.gpus_per_worker,
-            device=arguments.device,
-            max_failures=failures,
-            options=options,
-        )
+            outcome = ray.run(
+                job,
+                folder,
+                workers=arguments.workers or 1,
+                gpus_per_worker=arguments.gpus_per_worker,
+                device=arguments.device,
+                max_failures=failures,
+                options=options,
+            )
+    except UserError:
+        run.discard()
+        raise
     if not arguments.quiet and os.environ.get("RANK", "0") == "0":
         if outcome.status == "already finished":
             print(

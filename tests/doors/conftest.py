@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vaedist.config import Job
 from vaedist.data.shards import Packing, pack
@@ -36,6 +38,17 @@ def trained(folder: Path, data: Path, model: dict[str, Any]) -> Path:
     job = Job(name=folder.name, data={"path": str(data)}, model=model, train=train)
     fit(job, folder, options=FitOptions(quiet=True))
     return folder
+
+
+def pixels(path: str) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default output paths are relative."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

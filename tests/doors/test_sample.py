@@ -7,21 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.doors.conftest import pixels
 from vaedist.metrics.images import pair_metrics
 from vaedist.pictures import GREY, RED, channels_last, grid, to_uint8
 from vaedist.sample import main
 from vaedist.training.run import open_run
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Default output paths are relative."""
-    monkeypatch.chdir(tmp_path)
-
-
-def pixels(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_the_grid_holds_the_models_samples(vae: Path, capsys: pytest.CaptureFixture[str]) -> None:

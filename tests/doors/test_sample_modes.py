@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.doors.conftest import pixels
 from vaedist import evaluate, train
 from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream
@@ -21,16 +22,7 @@ from vaedist.training import show
 from vaedist.training.export import export
 from vaedist.training.run import open_run
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Default output paths are relative."""
-    monkeypatch.chdir(tmp_path)
-
-
-def pixels(path: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def arrays(path: str = "s.npz") -> dict[str, np.ndarray]:

@@ -184,7 +184,7 @@ def test_a_new_run_never_continues(phantom: Path, tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("setting", ["data.path=/nowhere/shards", "model.kind=vqvea", "model.latent=many"])
-def test_a_mistake_is_told_before_a_folder_is_made(
+def test_a_mistake_leaves_no_folder(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
     job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))

@@ -6,7 +6,6 @@ import os
 import tempfile
 import zipfile
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -87,11 +86,6 @@ class NpzWriter:
     def __enter__(self) -> NpzWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for part in self._parts.values():
             part.close()

@@ -11,7 +11,6 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from vaedist.data.images import encode
@@ -115,10 +114,5 @@ class SampleShards:
     def __enter__(self) -> SampleShards:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)

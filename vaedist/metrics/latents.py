@@ -182,17 +182,25 @@ def _diagonal(prior: Prior, like: Tensor) -> tuple[Tensor, Tensor]:
 # Numbers -----------------------------------------------------------------------------------------------------
 
 
+def by_unit(variance: Tensor, kl: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both for each unit: of maps (D, h, w) the largest variance and the summed KL of each channel."""
+    if variance.ndim == 1:
+        return variance, kl
+    return variance.flatten(1).amax(1), None if kl is None else kl.flatten(1).sum(1)
+
+
+def is_active(variance: Tensor, kl: Tensor | None) -> Tensor:
+    """(U,) bool of `by_unit`'s numbers: which units say something."""
+    varies = variance > ACTIVE_VARIANCE
+    return varies if kl is None else varies & (kl > ACTIVE_KL)
+
+
 def active_units(latents: Latents) -> tuple[int, int]:
     """How many units say something, and how many there are."""
     variance = latents.mean.double().var(0, correction=0).view(latents.shape)
-    active = variance > ACTIVE_VARIANCE
-    carried = None if latents.log_variance is None else latents.kl().view(latents.shape)
-    if variance.ndim > 1:  # the channels of a map
-        active = active.flatten(1).any(1)
-        carried = None if carried is None else carried.flatten(1).sum(1)
-    if carried is not None:
-        active &= carried > ACTIVE_KL
-    return int(active.sum()), len(active)
+    kl = None if latents.log_variance is None else latents.kl().view(latents.shape)
+    says = is_active(*by_unit(variance, kl))
+    return int(says.sum()), len(says)
 
 
 def describe(latents: Latents, *, seed: int = 0, classes: bool = False) -> dict[str, Any]:

@@ -154,29 +154,9 @@ class CodePrior(Variant):
     # Samples
 
     @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        seed: int = 0,
-        first: int = 0,
-        label: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """As the contract says: the tokenizer's mean image of each of `sample_codes`."""
-        codes = self.sample_codes(
-            n,
-            seed=seed,
-            first=first,
-            label=label,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-        )
+    def sample(self, n: int, **options: Any) -> Tensor:
+        """As the contract says, with the options of `sample_codes`: the tokenizer's mean image of each of its maps."""
+        codes = self.sample_codes(n, **options)
         return torch.cat([self.decode_codes(part).mean for part in codes.split(_TOGETHER)])
 
     @torch.no_grad()

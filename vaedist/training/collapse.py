@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vaedist.errors import NotDefined, UserError
-from vaedist.metrics.latents import ACTIVE_KL, ACTIVE_VARIANCE
+from vaedist.metrics.latents import by_unit, is_active
 from vaedist.models.contract import Posterior
 from vaedist.training.dist import Group
 
@@ -88,11 +88,8 @@ class Usage(NamedTuple):
     @property
     def active(self) -> int:
         """Units that say something."""
-        kl = self.kl or [float("inf")] * len(self.variance)
-        return sum(
-            variance > ACTIVE_VARIANCE and rate > ACTIVE_KL
-            for variance, rate in zip(self.variance, kl, strict=True)
-        )
+        kl = None if self.kl is None else torch.tensor(self.kl, dtype=torch.float64)
+        return int(is_active(torch.tensor(self.variance, dtype=torch.float64), kl).sum())
 
     def collapse(self, step: int) -> Collapse | None:
         """The alarm, where a unit is inactive."""
@@ -133,9 +130,7 @@ class UsageCounter:
         held = self._sums.cpu()
         count = torch.tensor([self._rows], dtype=torch.float64)
         total = group.total(torch.cat([count, held.flatten()]))
-        mean, square, kl = (total[1:] / total[0]).view(held.shape)
-        variance = (square - mean.square()).clamp(min=0)
-        what: Literal["dimensions", "channels"] = "dimensions"
-        if variance.ndim > 1:
-            what, variance, kl = "channels", variance.flatten(1).amax(1), kl.flatten(1).sum(1)
-        return Usage(variance.tolist(), kl.tolist() if self._has_kl else None, what)
+        mean, square, rate = (total[1:] / total[0]).view(held.shape)
+        what: Literal["dimensions", "channels"] = "channels" if mean.ndim > 1 else "dimensions"
+        variance, kl = by_unit((square - mean.square()).clamp(min=0), rate if self._has_kl else None)
+        return Usage(variance.tolist(), None if kl is None else kl.tolist(), what)

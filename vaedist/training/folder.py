@@ -74,8 +74,8 @@ def _shown(value: Any) -> str:
 class RunFolder:
     """The files of one run. Only the holder of its lock writes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path, self.fresh = path, fresh
         self.tensorboard = path / "tensorboard"
         self.metrics = path / "metrics.jsonl"
         self.table = path / "metrics.csv"
@@ -97,9 +97,11 @@ class RunFolder:
             number = 1
             while True:
                 place = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+                fresh = True
                 try:
                     place.mkdir(mode=0o700)
                 except FileExistsError:
+                    fresh = False
                     if not place.is_dir():
                         raise
                     if new_run and (number > 1 or cls(place).has_run):
@@ -107,12 +109,18 @@ class RunFolder:
                         continue
                     if not any(place.iterdir()):
                         place.chmod(0o700)
-                return cls(place)
+                return cls(place, fresh=fresh)
         except OSError as error:
             reason = error.strerror
             raise UserError(
                 f"cannot make the run folder {wanted}: {reason}; choose another --run-dir"
             ) from None
+
+    def discard(self) -> None:
+        """Take the folder away again if it was made for a start that wrote nothing into it."""
+        if self.fresh:
+            with contextlib.suppress(OSError):  # not empty: something was written
+                self.path.rmdir()
 
     @property
     def has_run(self) -> bool:

@@ -126,7 +126,11 @@ class Stepper:
         self.phases = [
             Phase(name, job.train.optim[name], list(model.parameters_of(name)), job) for name in model.phases
         ]
-        self._trained = [parameter for phase in self.phases for parameter in phase.parameters]
+        trained = {id(parameter): parameter for phase in self.phases for parameter in phase.parameters}
+        self._rivals = {
+            phase.name: [trained[key] for key in trained.keys() - {id(one) for one in phase.parameters}]
+            for phase in self.phases
+        }
         self.inputs = Inputs(job)
         self._passes = micro_batches(job, model, bounds[1] - bounds[0])
 
@@ -210,8 +214,7 @@ class Stepper:
     @contextlib.contextmanager
     def _alone(self, phase: Phase) -> Iterator[None]:
         """Gradients go to this phase's parameters only: those of its rivals are neither computed nor sent."""
-        mine = {id(parameter) for parameter in phase.parameters}
-        others = [parameter for parameter in self._trained if id(parameter) not in mine]
+        others = self._rivals[phase.name]
         for parameter in others:
             parameter.requires_grad_(False)
         try:
