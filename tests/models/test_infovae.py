@@ -61,6 +61,14 @@ def test_without_mmd_it_is_the_vae() -> None:
     torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=0, atol=0)
 
 
+def test_latents_start_as_narrow_as_asked() -> None:
+    narrow, wide = make(start_sigma=0.02), make()
+    narrow.load_state_dict(wide.state_dict())
+    q, p = narrow.encode(images()), wide.encode(images())
+    torch.testing.assert_close(q.mean, p.mean)
+    torch.testing.assert_close(q.std, 0.02 * p.std)  # type: ignore[union-attr]
+
+
 def test_a_deterministic_encoder_is_a_point() -> None:
     model, image = make(alpha=1.0, deterministic=True), images()
     terms = model({"image": image}, LaneContext(seed=2, step=1, batch_size=ROWS, lanes=4))

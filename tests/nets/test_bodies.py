@@ -131,6 +131,24 @@ def test_every_activation_keeps_the_scale(activation: str) -> None:
     assert 0.6 < float(z.detach().square().mean().sqrt()) < 1.6
 
 
+def test_black_moves_no_weight_where_it_is_zero() -> None:
+    spec = Spec(1, 4, 4)
+    with torch.random.fork_rng(devices=[]):
+        net = encoder(Mlp(width=8, depth=1, black=0), spec, 2, vector=True, extra=3)
+        signed = encoder(Mlp(width=8, depth=1), spec, 2, vector=True, extra=3)
+    hidden = net.hidden0[0]  # type: ignore[index, union-attr]
+    x = torch.cat([torch.tensor([-1.0, 1.0] * 8), torch.tensor([-1.0, 0.5, 2.0])]).expand(5, -1)
+    net(x).square().sum().backward()
+    moved = hidden.weight.grad.abs().sum(0)  # type: ignore[union-attr]
+    assert (moved[0:16:2] == 0).all() and (moved[1:16:2] > 0).all()
+    assert (moved[16:] > 0).all(), "what stands beside the image is not its black"
+    with torch.no_grad():
+        pixels = net.state_dict() | {"hidden0.0.weight": hidden.weight * torch.tensor([0.5] * 16 + [1.0] * 3)}
+        pixels["hidden0.0.bias"] = hidden.bias + hidden.weight[:, :16].sum(1) / 2  # type: ignore[index, union-attr]
+        signed.load_state_dict(pixels)
+        torch.testing.assert_close(signed(x), net(x), msg="the same functions, otherwise parametrised")
+
+
 def test_a_dense_layer_lies_between_grid_and_vector() -> None:
     one = body(kind="conv", width=8, depth=0, downsample=4, dense=6, activation="relu")
     down, up = nets(one, Spec(1, 16, 16), 3, True)

@@ -67,6 +67,8 @@ def test_from_network_takes_the_first_half_as_mean_and_leaves_half_precision() -
     q = DiagonalGaussian.from_network(torch.arange(8, dtype=torch.bfloat16).view(1, 8))
     assert q.mean.tolist() == [[0, 1, 2, 3]] and q.log_variance.tolist() == [[4, 5, 6, 7]]
     assert q.kl().dtype == torch.float32
+    narrow = DiagonalGaussian.from_network(torch.zeros(1, 8), sigma=0.05)
+    torch.testing.assert_close(narrow.std, torch.full((1, 4), 0.05))
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 4)])

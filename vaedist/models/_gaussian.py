@@ -42,6 +42,11 @@ class Settings(Strict):
     ] = Field(32, description="Dimensions of z, or `{kind: map, channels: n}`.")
     likelihood: LikelihoodConfig = BernoulliLikelihood()
     condition: Condition | None = Field(None, description="How class labels enter; none: they do not.")
+    start_sigma: float = Field(
+        1.0,
+        gt=0,
+        description="What the standard deviation of q(z | x) starts around; the encoder learns the rest.",
+    )
     dssim: float = Field(
         0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.", json_schema_extra=OVERRIDE
     )
@@ -140,7 +145,7 @@ class Autoencoder(Variant):
         if not self.stochastic:
             return Point(features)
         prior = None if self.class_prior is None else self.class_prior(self._known(label, len(image)))
-        return DiagonalGaussian.from_network(features, prior)
+        return DiagonalGaussian.from_network(features, prior, self.config.start_sigma)
 
     def decode(self, z: Tensor, label: Tensor | None = None) -> Decoded:
         decoded: Decoded = self.observation(self.decoder(z, *self._code(label, z)))

@@ -65,6 +65,11 @@ class Mlp(Strict):
     depth: int = Field(2, ge=1, description="Hidden layers.")
     grid: int = Field(1, ge=1, description="Side of the latent map that it emits; 1 for a vector.")
     activation: Activation = "silu"
+    black: Literal[-1, 0] = Field(
+        -1,
+        description="What an encoder sees where a pixel is black; white is 1. With 0 it moves no weight: so published "
+        "networks for MNIST were trained.",
+    )
 
     def hidden(self, inputs: int, outputs: int) -> nn.Sequential:
         """One hidden layer."""
@@ -189,7 +194,7 @@ def encoder(
     net = nn.Sequential()
     if isinstance(body, Mlp):
         _no_grid(body, vector, where)
-        net.add_module("flatten", nn.Flatten())
+        net.add_module("flatten", nn.Flatten() if body.black else _BlackIsZero(spec.pixels))
         for layer, (a, b) in enumerate(_pairs(spec.pixels + extra, body)):
             net.add_module(f"hidden{layer}", body.hidden(a, b))
         net.add_module("head", nn.Linear(body.width, out * h * w))
@@ -365,6 +370,18 @@ def _unit(layer: _Layer, gain: float = 1.0) -> _Layer:
         assert layer.bias is not None
         layer.bias.zero_()
     return layer
+
+
+class _BlackIsZero(nn.Module):
+    """From [-1, 1] to [0, 1], flattened; what stands behind the pixels stays."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.cat([(x[:, : self.pixels] + 1) / 2, x[:, self.pixels :]], dim=1)
 
 
 class Residual(nn.Module):

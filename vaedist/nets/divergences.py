@@ -64,11 +64,13 @@ class DiagonalGaussian:
         self.prior = prior
 
     @classmethod
-    def from_network(cls, features: Tensor, prior: DiagonalGaussian | None = None) -> DiagonalGaussian:
-        """From (B, 2D, ...) features: the first half is the mean. Leaves half precision for fp32."""
+    def from_network(
+        cls, features: Tensor, prior: DiagonalGaussian | None = None, sigma: float = 1.0
+    ) -> DiagonalGaussian:
+        """From (B, 2D, ...) features: mean, and log-variance around that of `sigma`. Leaves half precision for fp32."""
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         mean, log_variance = features.chunk(2, dim=1)
-        return cls(mean, log_variance, prior)
+        return cls(mean, log_variance + 2 * math.log(sigma), prior)
 
     @property
     def std(self) -> Tensor:
