@@ -14,4 +14,4 @@ cd "${SLURM_SUBMIT_DIR:-$PWD}" # sbatch runs a copy of this file: its own place 
 [ ! -d .venv ] || PATH="$PWD/.venv/bin:$PATH"
 jobs=jobs
 [ -f jobs/infovae_oasis.yaml ] || jobs=$(python -c 'import pathlib, vaedist; print(pathlib.Path(vaedist.__file__).parents[1] / "jobs")')
-source "$jobs/start" infovae_oasis shards/oasis "FOLDER_THAT_HOLDS_keras_png_slices_train" "$@"
+source "$jobs/start" infovae_oasis shards/oasis128 "FOLDER_THAT_HOLDS_keras_png_slices_train --size 128" "$@"
