@@ -1,0 +1,201 @@
+"""`vaedist-tune`: a search space to trials, a table of results, figures and the best run; the same command goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+
+if TYPE_CHECKING:
+    from vaedist.data.index import Index
+    from vaedist.tuning.space import Space
+
+PHANTOM_COUNT = {"train": 1024, "validate": 128, "test": 128}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaedist-tune",
+        description="Search for good settings of a job on Ray Tune. A search space says which settings are tried and "
+        "what number decides; its trials are ordinary runs, and the best one is ready for vaedist-evaluate and "
+        "vaedist-sample. The same command continues a search that was stopped or killed: trials that have ended are "
+        "not run again.",
+        epilog="Exit codes: 0 finished, or nothing was left to do; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C); 5 "
+        "worker processes died; 3 the data are damaged; 2 the command, a file or a setting is wrong. A trial that "
+        "diverges counts as failed, and the search goes on.",
+    )
+    parser.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        help="settings that replace those of the space's base job, for example train.steps=500",
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--space",
+        metavar="NAME",
+        required=True,
+        help="beta_vae, infovae, mmdvae, vqvae or gan, or the path of a space file of your own",
+    )
+    what.add_argument(
+        "--data",
+        metavar="DIR",
+        help="packed data, or the word `phantom`: built-in images, packed once into the search's folder (default: "
+        "$VAEDIST_DATA, else the data that the space names)",
+    )
+    what.add_argument(
+        "--trials", metavar="N", type=_count, help="how many trials (default: what the space says)"
+    )
+    place = parser.add_argument_group("where")
+    place.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        type=Path,
+        help="folder of the search (default: runs/tune_NAME of the space)",
+    )
+    place.add_argument(
+        "--workers-per-trial",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="processes that train each trial together, through Ray Train (default: 1)",
+    )
+    place.add_argument(
+        "--concurrent",
+        metavar="N",
+        type=_count,
+        help="trials at a time (default: as many as fit in the allocation with all their workers)",
+    )
+    place.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU where there is one (default: auto)",
+    )
+    place.add_argument(
+        "--max-failures",
+        metavar="N",
+        type=_count_or_none,
+        default=3,
+        help="how often a trial starts again from its checkpoint after its process died (default: 3)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "--print-space", action="store_true", help="print the space with every default, and exit"
+    )
+    return parser
+
+
+@door
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_intermixed_args(argv)
+    # As in vaedist-train: threads that wait for each other sleep. The trials' processes inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from vaedist.tuning.space import load_space
+
+    space = load_space(arguments.space, arguments.settings)
+    if arguments.trials is not None:
+        space = space.model_copy(update={"trials": arguments.trials})
+    if arguments.print_space:
+        import yaml
+
+        print(yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        return EXIT_FINISHED
+
+    from vaedist.training.folder import RunFolder
+
+    name = f"tune_{space.name}" + ("_phantom" if arguments.data == "phantom" else "")
+    made = RunFolder.make(arguments.run_dir or Path("runs") / name)
+    folder = made.path
+    tell = (lambda _: None) if arguments.quiet else _tell
+    try:
+        index = _data(space, arguments.data, folder)
+        from vaedist.engines import raytune
+        from vaedist.tuning import results
+
+        sweep = raytune.run(
+            space,
+            folder,
+            index,
+            workers=arguments.workers_per_trial,
+            concurrent=arguments.concurrent,
+            device=arguments.device,
+            max_failures=arguments.max_failures,
+            tell=tell,
+            command=tuple(sys.argv if argv is None else ["vaedist-tune", *argv]),
+        )
+    except UserError:
+        made.discard()
+        raise
+    figures = results.finish(sweep.record)
+    for line in [*results.summary(sweep.record), f"table: {folder / results.TABLE}", *map(str, figures)]:
+        tell(line)
+    if not sweep.complete:
+        tell("stopped on request: trials that were interrupted are kept, the same command continues")
+        return EXIT_STOPPED
+    return EXIT_FINISHED
+
+
+def _data(space: Space, given: str | None, folder: Path) -> Index:
+    """The packed data to search on.
+
+    Raises:
+        UserError: they are not there; it says which command makes them.
+    """
+    from vaedist.data.index import INDEX_NAME, Index
+    from vaedist.settings import expand
+
+    if given == "phantom":
+        return _phantom(folder / "phantom", space.data.phantom)
+    named = given or os.environ.get("VAEDIST_DATA") or space.data.path
+    path = expand(named, "--data")
+    if not (path / INDEX_NAME).exists():
+        whose = (
+            "--data"
+            if given
+            else "$VAEDIST_DATA"
+            if os.environ.get("VAEDIST_DATA")
+            else f"space {space.name!r}"
+        )
+        raise UserError(
+            f"there are no shards in {path} ({whose}): make them with `{space.data.make}` and say where with --data, "
+            "or try the search on built-in images with --data phantom"
+        )
+    return Index.open(path)
+
+
+def _phantom(place: Path, size: int) -> Index:
+    """The built-in images, packed if they are not there yet."""
+    from vaedist.data.index import INDEX_NAME, Index
+
+    if not (place / INDEX_NAME).exists():
+        from vaedist.data.shards import Packing, pack
+        from vaedist.data.sources import Settings
+
+        settings = Settings(size=size, count=PHANTOM_COUNT)
+        pack(Packing(input="phantom", out=place, size=size, settings=settings))
+    return Index.open(place)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
