@@ -15,7 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vaedist-train",
         description="Train the model of a job file on packed shards; the same command continues a stopped run.",
         epilog="Exit codes: 0 finished, or nothing was left to do; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C, or "
-        "a file RUN/stop that says `any`) after saving a checkpoint; 5 a worker process died; 4 training diverged; "
+        "a file RUN/stop that says `any`) after saving a checkpoint; 6 the run folder takes no more files (disk full, "
+        "read-only) and 5 a worker died or memory ran out, where the same command continues; 4 training diverged; "
         "3 the data are damaged; 2 the command, a file or a setting is wrong.",
     )
     parser.add_argument("job", metavar="JOB", help="job file (YAML), for example jobs/vqvae_phantom.yaml")
@@ -41,7 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="local: processes of this machine, or one rank under torchrun or srun; ray: Ray Train (default: local)",
     )
     place.add_argument(
-        "--workers", metavar="N", type=_count, help="processes that train together (default: 1)"
+        "--workers",
+        metavar="N|MIN:MAX",
+        type=_workers,
+        help="processes that train together; MIN:MAX, ray only: elastic, as many as the cluster has room for at the "
+        "time, on the same global batches (default: 1)",
+    )
+    place.add_argument(
+        "--cpus-per-worker",
+        metavar="C",
+        type=_count,
+        help="CPUs that a worker reserves, and its threads, ray only (default: 1, and the workers share their node's)",
     )
     place.add_argument(
         "--gpus-per-worker",
@@ -61,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_count_or_none,
         help="how often workers start again from the last checkpoint after one of them died (default: 3)",
+    )
+    place.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS",
+        type=_count_or_none,
+        help="a worker without a sign of life for so long (stopped, frozen) is killed, and the workers start again; "
+        "0: never (default: 45)",
     )
     parser.add_argument(
         "--override",
@@ -106,25 +124,38 @@ def main(argv: list[str] | None = None) -> int:
 
     command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
     options = FitOptions(override=arguments.override, quiet=arguments.quiet, command=command)
-    several = (arguments.workers or 1) > 1
+    workers = arguments.workers
+    several = isinstance(workers, tuple) or (workers or 1) > 1
     failures = 3 if arguments.max_failures is None else arguments.max_failures
     if arguments.engine == "local":
         if arguments.gpus_per_worker is not None:
             raise UserError("--gpus-per-worker has no effect without --engine ray: use --device cuda or cpu")
+        if arguments.cpus_per_worker is not None:
+            raise UserError(
+                "--cpus-per-worker has no effect without --engine ray: set train.threads in the job"
+            )
+        if isinstance(workers, tuple):
+            raise UserError(
+                "--workers MIN:MAX needs --engine ray: the local engine trains with a fixed number"
+            )
         if arguments.max_failures is not None and not several:
             raise UserError("--max-failures has no effect on a single process: give --workers 2 or more")
+        if arguments.hang_timeout is not None and not several:
+            raise UserError("--hang-timeout has no effect on a single process: give --workers 2 or more")
     run = RunFolder.make(arguments.run_dir or Path("runs") / job.name, new_run=arguments.new_run)
     folder = run.path
     try:
-        if arguments.engine == "local":
-            from vaedist.engines import local
+        from vaedist.engines import local
 
+        hang_seconds = local.HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout
+        if arguments.engine == "local":
             outcome = local.run(
                 job,
                 folder,
-                workers=arguments.workers,
+                workers=workers,
                 device=arguments.device,
                 max_failures=failures,
+                hang_seconds=hang_seconds,
                 options=options,
             )
         else:
@@ -133,10 +164,12 @@ def main(argv: list[str] | None = None) -> int:
             outcome = ray.run(
                 job,
                 folder,
-                workers=arguments.workers or 1,
+                workers=workers or 1,
+                cpus_per_worker=arguments.cpus_per_worker,
                 gpus_per_worker=arguments.gpus_per_worker,
                 device=arguments.device,
                 max_failures=failures,
+                hang_seconds=hang_seconds,
                 options=options,
             )
     except UserError:
@@ -162,6 +195,19 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    least, colon, most = text.partition(":")
+    if not colon:
+        return _count(text)
+    try:
+        span = _count(least), _count(most)
+    except argparse.ArgumentTypeError:
+        span = (1, 0)
+    if span[0] > span[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, two numbers such as 1:4")
+    return span[0] if span[0] == span[1] else span
 
 
 def _count_or_none(text: str) -> int:

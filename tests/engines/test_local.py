@@ -126,6 +126,9 @@ def test_a_second_launcher_is_refused_while_the_first_trains(phantom: Path, tmp_
         (["--gpus-per-worker", "1"], "--gpus-per-worker has no effect without --engine ray"),
         (["--max-failures", "2"], "--max-failures has no effect on a single process"),
         (["--max-failures", "2", "--workers", "1"], "--max-failures has no effect on a single process"),
+        (["--hang-timeout", "9"], "--hang-timeout has no effect on a single process"),
+        (["--workers", "1:2"], "--workers MIN:MAX needs --engine ray"),
+        (["--cpus-per-worker", "2"], "--cpus-per-worker has no effect without --engine ray"),
     ],
 )
 def test_an_option_without_effect_is_refused(

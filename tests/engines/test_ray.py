@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -10,12 +11,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.runs import Training, curve, last_step, small_job, train, write_job
+from vaedist.config import Job
 from vaedist.errors import EXIT_STOPPED, UserError
+from vaedist.models.contract import kinds, variant
+from vaedist.settings import parse
 from vaedist.train import main
 
 pytestmark = [
@@ -134,7 +139,9 @@ def test_an_error_of_a_worker_is_its_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--workers", "64"], "64 workers need 64 CPUs, but Ray has 4 here"),
+        (["--workers", "7"], "7 workers need 7 CPUs, but Ray has 4 here: start at most 4"),
+        (["--workers", "5:8"], "5 workers need 5 CPUs, but Ray has 4 here"),
+        (["--workers", "2", "--cpus-per-worker", "3"], "2 workers with 3 CPUs each need 6 CPUs"),
         (["--workers", "2", "--gpus-per-worker", "1"], "--gpus-per-worker 1 has no effect with --device cpu"),
         (["--workers", "2", "--device", "cuda"], "Ray sees no GPU here"),
         (["--workers", "2", "--device", "auto", "--gpus-per-worker", "1"], "Ray sees no GPU here"),
@@ -150,6 +157,112 @@ def test_what_can_never_start_is_refused_at_once(
     assert told in err
 
 
+BODY = {"kind": "conv", "width": 8, "depth": 0, "downsample": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "vae": {"encoder": BODY, "latent": 4},
+    "infovae": {"encoder": BODY, "latent": 4, "mmd_weight": 50.0},
+    "vqvae": {"encoder": BODY, "codebook": {"kind": "ema", "codes": 8, "dim": 3}},
+    "gan": {"generator": BODY, "discriminator": BODY, "latent": 4, "r1_every": 2},
+    "vaegan": {"encoder": BODY, "discriminator": BODY, "latent": 4},
+    "pixelcnn": {"net": {"width": 8, "layers": 2, "hidden": 8}},
+    "transformer": {"net": {"width": 16, "layers": 1, "heads": 2}},
+}
+
+
+def job_of(kind: str, data: Path, **train: Any) -> Job:
+    """Two steps of a variant."""
+    model = variant(kind).Model
+    settings: dict[str, Any] = {
+        "steps": 2,
+        "batch_size": 8,
+        "threads": 1,
+        "log_every": 1,
+        "validate_every": 2,
+    }
+    settings["optim"] = {phase: {"learning_rate": 1e-3} for phase in model.phases}
+    if model.rivals:  # they are judged by their samples
+        settings["monitor"] = {"metric": "kid", "images": 16}
+    content = {"name": kind, "data": {"path": str(data)}, "model": {"kind": kind, **KINDS[kind]}}
+    return parse(Job, {**content, "train": settings | train}, where="the test's job")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run for the priors to build on, trained by one process."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert (
+        main(
+            [
+                str(write_job(folder / "job.yaml", job_of("vqvae", phantom))),
+                "--run-dir",
+                str(folder / "run"),
+                "-q",
+            ]
+        )
+        == 0
+    )
+    return str(folder / "run")
+
+
+def test_every_variant_is_in_the_table() -> None:
+    assert set(KINDS) == set(kinds())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_variant_trains_with_two_workers(
+    kind: str, phantom: Path, tmp_path: Path, tokenizer: str
+) -> None:
+    """Its numbers are those of two local processes."""
+    job = job_of(kind, phantom)
+    if variant(kind).Model.reads == "codes":
+        job.model["tokenizer"] = tokenizer
+    path = write_job(tmp_path / "job.yaml", job)
+    assert ray_train(path, tmp_path / "run", "--workers", "2", "-q") == 0
+    code, _, err = train(path, tmp_path / "local", "--workers", "2", "-q")
+    assert (code, err) == (0, "")
+    assert last_step(tmp_path / "run") == 2
+    assert curve(tmp_path / "run") == curve(tmp_path / "local")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("arguments", "settings", "told"),
+    [
+        (["--workers", "1"], {"precision": "bf16"}, "1 x cpu, 4 threads each, bf16"),
+        (["--workers", "1", "--cpus-per-worker", "3"], {}, "1 x cpu, 3 threads each, fp32"),
+        (["--workers", "1:2"], {}, "2 x cpu, 2 threads each, fp32"),
+    ],
+)
+def test_threads_follow_the_cluster(
+    arguments: list[str],
+    settings: dict[str, Any],
+    told: str,
+    phantom: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """With mixed precision, CPUs asked for, and as many workers as there is room for."""
+    job = write_job(tmp_path / "job.yaml", job_of("vae", phantom, threads=None, **settings))
+    assert ray_train(job, tmp_path / "run", *arguments) == 0
+    out, err = capfd.readouterr()
+    assert told in out
+    assert err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_bodies_train_in_a_worker(
+    phantom: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path / "job.yaml", job_of("vae", phantom, compile=True))
+    assert ray_train(job, tmp_path / "run", "--workers", "1") == 0
+    assert "compile encoder, decoder" in " ".join(capfd.readouterr().out.split())
+
+
 @pytest.mark.slow
 def test_a_private_cluster_starts_stops_and_leaves_nothing(phantom: Path, tmp_path: Path) -> None:
     """The door in a process of its own: its token, its temporary folder, SIGTERM, and what is left after it."""
@@ -157,10 +270,11 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(phantom: Path, tmp_pa
     short = Path("/tmp") / f"vd-test-{os.getpid()}"
     short.mkdir(mode=0o700)
     stranger = {"RAY_ADDRESS": "192.0.2.1:6379", "RAY_AUTH_TOKEN": "not ours", "TMPDIR": str(short)}
+    allocation = {"SLURM_CPUS_ON_NODE": "2", "SLURM_MEM_PER_NODE": "2048"}
     (short / f"vd-{os.getuid()}-stale").mkdir()
     arguments = ("--engine", "ray", "--workers", "2", "--device", "cpu")
     try:
-        with Training(job, tmp_path / "run", *arguments, environment=stranger) as training:
+        with Training(job, tmp_path / "run", *arguments, environment=stranger | allocation) as training:
             training.wait_for_step(3)
             (folder,) = short.glob("vd-*")
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -171,6 +285,23 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(phantom: Path, tmp_pa
             for one in everyone:
                 assert token.read_text() not in " ".join(one.cmdline())
                 assert token.read_text() not in one.environ().values()
+            readable = [
+                path
+                for path in folder.rglob("*")
+                if path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077
+            ]
+            assert not [path for path in readable if token.read_bytes() in path.read_bytes()]
+            (raylet,) = (" ".join(one.cmdline()) for one in everyone if one.name() == "raylet")
+            assert f"--object_store_memory={128 << 20} " in raylet, "a sixteenth of the allocation's memory"
+            assert re.search(r"--static_resource_list=\S*CPU,2,", raylet)
+            listening = {
+                connection.laddr.ip
+                for one in everyone
+                for connection in one.net_connections("tcp")
+                if connection.status == psutil.CONN_LISTEN
+            }
+            loop = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+            assert listening <= loop, "every port is this machine's own"
             training.signal(signal.SIGTERM)
             code, _, err = training.end()
             assert (code, err) == (EXIT_STOPPED, "")

@@ -1,0 +1,301 @@
+"""A Ray cluster of our own on this machine, or the one that is there; and whether a run can ever fit into it.
+
+Unless Ray is already initialised, a private cluster is started:
+
+- with the CPUs, GPUs and memory of the allocation (`vaedist.engines.allocation`), not the machine's, and an object
+  store that is small, because images never pass through it;
+- every port on the loopback address, no dashboard, and a token of its own in a 0600 file, never in argv or logs;
+- in a short temporary folder, 0700 (unix sockets allow 107 bytes);
+- without what a cluster of one node has no use for: idle workers started in advance (Ray Train runs in processes of its
+  own), and the watch over nodes that will be taken away;
+- without Ray's memory monitor, which looks at the whole node and kills here when a neighbour has filled it.
+
+It never joins a cluster that it merely finds (RAY_ADDRESS), and it ends with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaedist.engines.allocation import Allocation, allocation
+from vaedist.engines.local import loopback, python_path
+from vaedist.errors import UserError
+
+Resources = Mapping[str, float]
+"""What a node offers, by Ray's names: CPU, GPU, memory..."""
+
+_KNOBS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job mean the same as everywhere
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would run it at nice 15
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_PRIVATE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: this node is the loopback address; read when it loads
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a run asks of a cluster.
+
+    Attributes:
+        least, most: Workers; they differ where the run is elastic.
+        cpus: CPUs per worker.
+        gpus: 0 or 1 per worker; None: 1 unless `device` is `cpu` or there are no GPUs.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    least: int
+    most: int
+    cpus: int = 1
+    gpus: int | None = None
+    device: str = "auto"
+
+    def place(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
+        """GPUs per worker, and how many workers have room on these nodes (`most` at most).
+
+        Args:
+            set_by: Who limits a resource, for the message.
+
+        Raises:
+            UserError: the cluster can never hold `least` workers; Ray itself would wait for ever.
+        """
+        cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+        each = self._gpus_each(gpus)
+        limits = {name: f" (limited by {by})" for name, by in (set_by or {}).items()}
+        has = {
+            name: f"but Ray has {n} here{limits.get(name, '')}" for name, n in (("CPU", cpus), ("GPU", gpus))
+        }
+        workers, need = ("1 worker", "needs") if self.least == 1 else (f"{self.least} workers", "need")
+        if self.least * each > gpus:
+            raise UserError(
+                f"{workers} with one GPU each {need} {self.least} GPUs, {has['GPU']}: start "
+                f"at most {gpus} workers, ask the allocation for more, or use --device cpu"
+                if gpus
+                else f"Ray sees no GPU here{limits.get('GPU', '')}: use --device cpu, or ask the allocation for GPUs"
+            )
+        if self.least * self.cpus > cpus:
+            each_has = f" with {self.cpus} CPUs each" if self.cpus > 1 else ""
+            raise UserError(
+                f"{workers}{each_has} {need} {self.least * self.cpus} CPUs, {has['CPU']}: "
+                f"start at most {cpus // self.cpus} workers, or ask the allocation for more"
+            )
+        room = sum(_rooms(node, {"CPU": self.cpus, "GPU": each}) for node in nodes)
+        if room < self.least:
+            raise UserError(
+                f"{workers} with {self.cpus} CPUs and {each} GPUs each {need} more than these {len(nodes)} nodes have: "
+                f"there is room for {room} whole ones; start fewer workers, or lower --cpus-per-worker"
+            )
+        return each, min(room, self.most)
+
+    def _gpus_each(self, there: int) -> int:
+        if self.device == "cpu":
+            if self.gpus:
+                raise UserError("--gpus-per-worker 1 has no effect with --device cpu: leave one of them out")
+            return 0
+        if self.gpus is None:
+            return 1 if self.device == "cuda" or there else 0
+        if self.device == "cuda" and not self.gpus:
+            raise UserError("--device cuda needs a GPU per worker: leave --gpus-per-worker 0 out")
+        return self.gpus
+
+
+def _rooms(node: Resources, worker: Resources) -> int:
+    """Workers for which one node has room."""
+    return min(int(node.get(name, 0) // amount) for name, amount in worker.items() if amount)
+
+
+@contextlib.contextmanager
+def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[bool]:
+    """A private Ray cluster on this machine, ended on exit; or, where Ray is initialised already, that one.
+
+    Args:
+        want: What has to fit.
+        cpus: Logical CPUs of a private cluster; default: the allocation's.
+
+    Yields:
+        Whether it is a private one.
+
+    Raises:
+        UserError: it would be too small; nothing has been started then.
+    """
+    # Ray reads some once, when it is first loaded; a Ray that is loaded already turns tokens on by itself.
+    tokens = {} if "ray" in sys.modules else {"RAY_AUTH_MODE": "token"}
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            with environment(_KNOBS | {"PYTHONPATH": python_path()}):
+                yield False
+            return
+    ours = allocation()
+    size = {
+        "CPU": float(cpus or ours.cpus),
+        "GPU": float(_usable_gpus(ours, "auto" if want is None else want.device)),
+    }
+    if want is not None:
+        want.place([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
+    variables = _KNOBS | _PRIVATE | tokens | loopback() | {"PYTHONPATH": python_path()}
+    with environment(variables), contextlib.ExitStack() as exits:
+        _start(size, ours, exits)
+        yield True
+
+
+def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> None:
+    import ray
+
+    for tries_left in (
+        2,
+        1,
+        0,
+    ):  # a machine under heavy load can miss Ray's 30 seconds, which nothing prolongs
+        folder = exits.enter_context(_temporary())
+        exits.enter_context(_token(folder))
+        exits.callback(ray.shutdown)
+        try:
+            ray.init(
+                address="local",
+                num_cpus=int(size["CPU"]),
+                num_gpus=int(size["GPU"]),
+                object_store_memory=ours.object_store,
+                _memory=max(ours.memory - ours.object_store, ours.memory // 2),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / "r"),  # Ray opens its own folder to everybody; ours stays 0700
+            )
+            return
+        except Exception as error:  # noqa: BLE001 - Ray raises all kinds, Exception itself too
+            exits.close()
+            if not tries_left:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"Ray did not start on this machine ({reason}): look at the machine's load and memory; "
+                    "vaedist-train can do without it, with --engine local"
+                ) from None
+
+
+def nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster offers."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def free_cpus() -> int:
+    """CPUs of the cluster that nobody has reserved."""
+    import ray
+
+    return int(ray.available_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+
+
+def _usable_gpus(ours: Allocation, device: str) -> int:
+    """GPUs of the allocation that this torch can use; torch is only loaded where there may be one."""
+    if device == "cpu" or not ours.gpus:
+        return 0
+    import torch
+
+    return min(ours.gpus, torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for a while: what Ray's processes inherit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@functools.cache
+def _secret() -> str:
+    # One per process: Ray caches the first token that it reads.
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _token(folder: Path) -> Iterator[None]:
+    """A token of the cluster's own, in a file that only this user can read; never in argv, environment or logs."""
+    path = folder / "token"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(_secret())
+    inherited = os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
+    try:
+        with environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
+            yield
+    finally:
+        if inherited is not None:
+            os.environ["RAY_AUTH_TOKEN"] = inherited
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    """A short private folder; those that killed processes left behind are swept first.
+
+    Its owner holds a `flock` on it, which the kernel drops however the owner ends.
+    """
+    places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - the folder in it is fresh and 0700
+    # Ray adds up to 64 bytes to the name, and 107 is the limit.
+    place = Path(next((one for one in places if len(one) <= 20 and os.access(one, os.W_OK)), places[0]))
+    prefix = f"vd-{os.getuid()}-"
+    for old in place.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _held(old):
+            _clear(old)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    if len(str(folder)) > 41:
+        folder.rmdir()
+        raise UserError(f"{place} is too long a path for Ray's sockets: set TMPDIR to a short local folder")
+    try:
+        with _held(folder):
+            yield folder
+    finally:
+        _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Kill the Ray processes that were started in `folder` and still live, and remove it.
+
+    They name it on their command line. A driver that was killed leaves some, and so does a start that failed.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "cmdline").read_bytes() and (
+                process.stat().st_uid == os.getuid() and int(process.name) != os.getpid()
+            ):
+                os.kill(int(process.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
