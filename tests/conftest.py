@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import importlib.util
 import random
 import sys
 from collections import defaultdict
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.matrix import note
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,13 +55,12 @@ def pack_phantom(folder: Path, size: int) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """The one Ray of this session: starting one takes tens of seconds. Tests that use it are marked `ray`."""
-    try:
-        import ray  # noqa: F401
-    except ImportError as error:
+    # Only looked for: what a private cluster sets in the environment is read when Ray is loaded.
+    if importlib.util.find_spec("ray") is None:
         if os.environ.get("CI"):
-            pytest.fail(f"Ray must be there in continuous integration: {error}")
-        pytest.skip(f"Ray is not installed: {error}")
-    from vaedist.engines.ray import cluster
+            pytest.fail("Ray must be there in continuous integration")
+        pytest.skip("Ray is not installed")
+    from vaedist.engines.raycluster import cluster
 
     with cluster(cpus=4):
         yield
@@ -85,6 +87,15 @@ def global_generators_untouched() -> Iterator[None]:
     after = _global_random_state()
     moved = [name for name, state in before.items() if after[name] != state]
     assert not moved, f"moved a global random generator: {', '.join(moved)}"
+
+
+# Rows of the fault matrix -------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    note(item, outcome.get_result())  # type: ignore[attr-defined]
 
 
 # Minutes by area, printed above pytest's last line --------------------------------------------------------------

@@ -23,7 +23,15 @@ def test_nearest(name: str, valid: list[str], told: str) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UserError, 2), (NotDefined, 2), (DataError, 3), (Diverged, 4), (errors.WorkerLost, 5)],
+    [
+        (UserError, 2),
+        (NotDefined, 2),
+        (DataError, 3),
+        (Diverged, 4),
+        (errors.WorkerLost, 5),
+        (errors.OutOfMemory, 5),
+        (errors.CannotWrite, 6),
+    ],
     ids=lambda one: str(one),
 )
 def test_a_user_error_is_one_line_and_its_exit_code(

@@ -12,6 +12,7 @@ with the error's code; a traceback therefore always means a bug of ours.
 | 3 | the data are damaged: sample, shard and offset are named |
 | 4 | training diverged: the loss stayed non-finite |
 | 5 | a worker process died (killed, out of memory); the same command continues from the last checkpoint |
+| 6 | the run folder takes no more files (disk or quota full, read-only); once mended, the same command continues |
 | 75 | stopped on request after saving a checkpoint; the same command continues (`EX_TEMPFAIL`) |
 """
 
@@ -49,6 +50,18 @@ class WorkerLost(UserError):
     """A process of the run was killed or vanished; everything up to the last checkpoint is safe."""
 
     exit_code = 5
+
+
+class OutOfMemory(UserError):
+    """A process could not get the memory it asked for; everything up to the last checkpoint is safe."""
+
+    exit_code = 5
+
+
+class CannotWrite(UserError):
+    """The run folder takes no more files: no room, or read-only. Checkpoints written before are intact."""
+
+    exit_code = 6
 
 
 class NotDefined(UserError):

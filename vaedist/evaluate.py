@@ -197,12 +197,11 @@ def _evaluate(
 
     import torch
 
-    from vaedist.data.stream import EvaluationStream
     from vaedist.metrics.compare import Entry
     from vaedist.metrics.findings import Training, examine
     from vaedist.metrics.groups import grouped
     from vaedist.metrics.report import report
-    from vaedist.training.inputs import EvaluationInputs
+    from vaedist.training.inputs import whole_split
     from vaedist.training.run import open_run
 
     run = open_run(path, weights=arguments.weights, device=device)
@@ -213,14 +212,9 @@ def _evaluate(
             f"--audit measures by held-out images, and {run.folder} was trained on {train!r}: choose another --split"
         )
 
-    def stream(name: str, limit: int | None = None) -> EvaluationInputs:
-        # A batch of about a million pixels keeps the activations of a wide network in memory.
-        rows = max(1, min(256, (1 << 20) // (run.spec.height * run.spec.width)))
-        batches = EvaluationStream(index, name, batch_size=rows, workers=1, device=device, limit=limit)
-        return EvaluationInputs(batches, run.job)
-
-    batches = stream(arguments.split, arguments.limit)
-    training = Training(stream(train), index.split(train), run.spec.pixels, print)
+    batches = whole_split(index, arguments.split, run.job, device=device, limit=arguments.limit)
+    whole = whole_split(index, train, run.job, device=device)
+    training = Training(whole, index.split(train), run.spec.pixels, print)
     with _Bars() as bars:
         found = examine(
             run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.begin

@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vaedist.errors import UserError
+from vaedist.errors import CannotWrite, UserError
 
 TEMPORARY = ".tmp-"
 """How every temporary name of ours begins; nothing else may be swept."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says when the disk, the quota or the permitted file size is too small."""
+
+_LOCKED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+"""What it says when a folder has become read-only, as many systems make a disk that gave errors."""
 
 
 def temporary(path: Path) -> Path:
@@ -32,18 +35,23 @@ def temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def room(what: str, folder: Path) -> Iterator[None]:
-    """Say in one sentence that the disk, the quota or the permitted file size was too small for `what`.
+    """Say in one sentence that `what` could not be written: no room on the disk or in the quota, or read-only.
 
     Raises:
-        UserError: in place of that OSError; others pass.
+        CannotWrite: in place of that OSError; others pass.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in _LOCKED:
+            raise CannotWrite(
+                f"cannot write {what} in {folder} ({error.strerror}): checkpoints written before are intact; make the "
+                "folder writable and run the same command again to continue"
+            ) from None
         if error.errno not in FULL:
             raise
         free = shutil.disk_usage(folder).free / 2**20
-        raise UserError(
+        raise CannotWrite(
             f"no room to write {what} in {folder} ({error.strerror}; {free:.1f} MiB free): checkpoints written "
             "before are intact; make room and run the same command again to continue"
         ) from None

@@ -1,4 +1,5 @@
-"""From numbers to pictures: uint8 conversion, grids, PNG files. numpy and Pillow only, so every room may use it.
+"""From numbers to pictures: uint8 conversion, grids, PNG files, figures. It loads numpy and Pillow only (matplotlib
+where a figure is drawn), so every room may use it.
 
 Every picture and every sample metric, of real and of generated images alike, goes through uint8 (`to_uint8`):
 what is measured is then what a person would see in the file.
@@ -9,6 +10,9 @@ Axes: models speak (N, C, H, W); pictures are (H, W) or (H, W, 3). `channels_las
 from __future__ import annotations
 
 import io
+import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,22 @@ from numpy.typing import NDArray
 from vaedist.files import replace_file, writable
 
 Pixels = NDArray[np.uint8]
+
+
+def figure(**options: Any) -> Any:
+    """A `matplotlib.figure.Figure` (with these options) whose canvas needs no screen and no pyplot."""
+    # Where the home folder takes no files, matplotlib makes a temporary one for its cache when it is loaded, says so in
+    # five lines, and removes it at an orderly end, which a worker may not have: it goes as soon as all is in memory.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    given = os.environ.get("MPLCONFIGDIR")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if given is None and (temporary := os.environ.pop("MPLCONFIGDIR", None)):
+        shutil.rmtree(temporary, ignore_errors=True)
+    made = Figure(**options)
+    FigureCanvasAgg(made)
+    return made
 
 
 def as_numpy(images: Any) -> NDArray[Any]:

@@ -278,6 +278,20 @@ def test_a_folder_that_takes_no_lock_is_named(tmp_path: Path) -> None:
         RunLock.acquire(tmp_path / "nowhere")
 
 
+def test_a_lock_in_a_folder_that_has_become_read_only_is_left(tmp_path: Path) -> None:
+    """What went wrong is on its way to the user; that the lock cannot be removed must not take its place."""
+    lock = RunLock.acquire(tmp_path)
+    if subprocess.run(["chattr", "+i", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("only root may make a folder immutable, and not on every filesystem")
+    try:
+        lock.release()
+    finally:
+        subprocess.run(["chattr", "-i", str(tmp_path)], check=True)
+    assert files(tmp_path) == ["lock"]
+    lock.release()
+    assert files(tmp_path) == []
+
+
 def test_workers_check_what_their_launcher_holds(tmp_path: Path) -> None:
     with RunLock.acquire(tmp_path) as lock:
         worker = RunLock.holding(tmp_path, lock.token)

@@ -214,6 +214,12 @@ def test_each_start_adds_its_provenance(tmp_path: Path) -> None:
     (run.path / "provenance.json").write_text("[")
     with pytest.raises(UserError, match=r"provenance\.json is damaged"):
         run.starts()
+    # A run goes on without it.
+    for number in (1, 2):
+        run.begin(resolved(job()), step=100)
+        assert [entry["start_step"] for entry in run.starts()] == [100]
+        assert (run.path / f"damaged-{number}-provenance.json").read_text() == "["
+        (run.path / "provenance.json").write_text("[")
 
 
 # Cut --------------------------------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ class Index:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, RecursionError):
-            raise UserError(f"{path} is damaged (not JSON); copy or pack the folder again") from None
+            raise DataError(f"{path} is damaged (not JSON); copy or pack the folder again") from None
         written = told.get("format") if isinstance(told, dict) else None
         if isinstance(written, int) and written > FORMAT:
             raise UserError(

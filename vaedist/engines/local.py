@@ -10,8 +10,14 @@ from standard input and answers with one JSON object on a pipe of its own. The e
 noticed at once: the kernel closes it however the rank died. The others get a moment to tell what they saw, then
 they are killed. Should this process die itself, the kernel kills the ranks (`PR_SET_PDEATHSIG`).
 
-A killed rank costs what was trained since the last checkpoint: all ranks start again from there, at most
-`max_failures` times. An error that a rank could name is not tried again.
+A rank that lives but does not run (SIGSTOP, a frozen cgroup, a machine that swaps itself to a standstill) closes no
+pipe, and the others would wait for it in a collective for half an hour. So a thread of each rank says a byte every
+second, and one that has said nothing for `hang_seconds` is killed. Silence is counted in this process's own looks
+at the pipes: a launcher that was itself stopped (Ctrl-Z, a closed laptop) blames nobody for the time it slept.
+
+A lost rank costs what was trained since the last checkpoint: all ranks start again from there, at most
+`max_failures` times, and where the time of such a recovery went is printed. An error that a rank could name is
+not tried again.
 
 Signals to this process become the run's stop file; a signal to a rank is agreed on by all. Either way every rank
 saves the same step and leaves.
@@ -21,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import secrets
@@ -31,16 +38,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import vaedist
 from vaedist import errors
 from vaedist.config import Job
+from vaedist.engines.allocation import allocation
 from vaedist.errors import UserError, WorkerLost
 from vaedist.training import stop
 from vaedist.training.attempt import FitOptions, Outcome
@@ -49,6 +58,15 @@ from vaedist.training.lock import RunLock
 
 _GRACE_SECONDS = 5.0
 """How long the other ranks may tell what they saw after one has failed, and how long a rank may take to leave."""
+
+HANG_SECONDS = 45.0
+"""How long a rank may be silent before it counts as lost."""
+
+_BEAT_SECONDS = 1.0
+_LOADING_SECONDS = 180.0
+"""The silence allowed to a rank that is still loading: libraries from a busy network disk hold Python's lock."""
+
+_LOOK_SECONDS = 0.5
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,6 +78,7 @@ def run(
     workers: int | None = None,
     device: str = "auto",
     max_failures: int = 0,
+    hang_seconds: float = HANG_SECONDS,
     options: FitOptions | None = None,
 ) -> Outcome:
     """Train with `workers` processes on this machine.
@@ -70,6 +89,7 @@ def run(
         workers: Processes; None: one, or the rank that another launcher made of this process.
         device: `auto`, `cpu` or `cuda`; a rank takes the GPU of its number.
         max_failures: How often a group that lost a rank is started again.
+        hang_seconds: How long a rank may be silent before it counts as lost; 0: for ever.
         options: What the door asked for; token and attempt are filled in here.
 
     Raises:
@@ -88,9 +108,10 @@ def run(
     with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token)
         failures = 0
+        recovery = _Recovery()
         while True:
             try:
-                return _run_group(job, run_folder, workers, device, options, asked)
+                return _run_group(job, run_folder, workers, device, options, asked, hang_seconds, recovery)
             except WorkerLost as lost:
                 failures += 1
                 if failures > max_failures or asked.requested:
@@ -99,13 +120,22 @@ def run(
                 print(f"vaedist: {told}", file=sys.stderr, flush=True)
 
 
-def _fit(job: Job, run_folder: Path, device: str, options: FitOptions) -> Outcome:
+def _fit(
+    job: Job,
+    run_folder: Path,
+    device: str,
+    options: FitOptions,
+    reached: Callable[[str], None] = lambda _: None,
+) -> Outcome:
     from vaedist.training.dist import Group
     from vaedist.training.loop import fit
 
+    reached("imported")
     group = Group.join(device)
+    reached("joined")
     try:
-        return fit(job, run_folder, group=group, options=options)
+        options = replace(options, threads=max(1, allocation().cpus // group.local_world))
+        return fit(job, run_folder, group=group, options=options, reached=reached)
     finally:
         group.close()
 
@@ -121,18 +151,27 @@ class _Rank:
     process: subprocess.Popen[bytes]
     answers: int  # the pipe's reading end
     console: IO[bytes] | None  # what ranks beyond 0 print, shown only if the rank dies
-    heard: bytearray = field(default_factory=bytearray)
+    milestones: dict[str, float] = field(default_factory=dict)  # what it reached, after how much CPU time
+    answer: dict[str, Any] | None = None  # its outcome or its error; None if it died without a word
+    silent: float = 0.0  # seconds
+    hung: bool = False
     killed_by_us: bool = False
-
-    @property
-    def answer(self) -> dict[str, Any] | None:
-        """Its outcome or its error; None if it died without a word."""
-        return json.loads(self.heard) if self.heard.endswith(b"\n") else None
+    _line: bytearray = field(default_factory=bytearray)  # one that has not ended yet
 
     @property
     def failed(self) -> bool:
-        answer = self.answer
-        return answer is None or "outcome" not in answer
+        return self.answer is None or "outcome" not in self.answer
+
+    def hear(self, part: bytes) -> None:
+        """Take in what came through the pipe: a line is a beat (empty), a milestone, or the answer."""
+        self.silent = 0.0
+        *lines, rest = (bytes(self._line) + part).split(b"\n")
+        self._line = bytearray(rest)
+        for message in (json.loads(line) for line in lines if line):
+            if "reached" in message:
+                self.milestones[message["reached"]] = message["cpu"]
+            else:
+                self.answer = message
 
     def last_lines(self) -> str:
         if self.console is None:
@@ -142,8 +181,57 @@ class _Rank:
         return "\n".join(text.splitlines()[-20:])
 
 
+class _Recovery:
+    """Where the time goes between the loss of a rank and the first step of the group that replaces it."""
+
+    _STAGES: ClassVar[dict[str, str]] = {
+        "started": "restart",
+        "imported": "imports",
+        "joined": "rendezvous",
+        "resumed": "reload",
+        "stepped": "first step",
+    }
+    """By milestone: what the time before it was spent on."""
+
+    def __init__(self) -> None:
+        self._marks: list[float] | None = (
+            None  # of the loss, then of each milestone that all ranks have reached
+        )
+
+    def lost(self) -> None:
+        self._marks = [time.monotonic()]
+
+    def look(self, ranks: list[_Rank], quiet: bool) -> None:
+        """Note what all ranks have reached by now; after their first step say where the time went."""
+        if self._marks is None:
+            return
+        stages = list(self._STAGES)
+        while (number := len(self._marks) - 1) < len(stages):
+            if not all(stages[number] in rank.milestones for rank in ranks):
+                return
+            self._marks.append(time.monotonic())
+        spent = [after - before for before, after in itertools.pairwise(self._marks)]
+        told = ", ".join(
+            f"{what} {seconds:.1f} s" for what, seconds in zip(self._STAGES.values(), spent, strict=True)
+        )
+        busiest = max(
+            rank.milestones[stages[-1]] for rank in ranks
+        )  # what an idle machine could not do without
+        told += f"; CPU time of a rank {busiest:.1f} s"
+        if not quiet:
+            print(f"training again {sum(spent):.1f} s after the loss was noticed: {told}", flush=True)
+        self._marks = None
+
+
 def _run_group(
-    job: Job, run_folder: Path, workers: int, device: str, options: FitOptions, asked: stop.StopRequest
+    job: Job,
+    run_folder: Path,
+    workers: int,
+    device: str,
+    options: FitOptions,
+    asked: stop.StopRequest,
+    hang_seconds: float,
+    recovery: _Recovery,
 ) -> Outcome:
     orders = {
         "launcher": os.getpid(),
@@ -160,7 +248,7 @@ def _run_group(
             rank = _start(number, workers, listener, orders, exits)
             ranks.append(rank)  # at once: `_end` must know it should the next one fail to start
         listener.close()  # rank 0 holds it now
-        failures = _watch(ranks, run_folder, options, asked)
+        failures = _watch(ranks, run_folder, options, asked, hang_seconds, recovery)
         if failures:
             raise _verdict(failures, workers)
     answer = ranks[0].answer
@@ -222,25 +310,56 @@ def loopback() -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": "lo"} if there and "GLOO_SOCKET_IFNAME" not in os.environ else {}
 
 
-def _watch(ranks: list[_Rank], run_folder: Path, options: FitOptions, asked: stop.StopRequest) -> list[_Rank]:
+def _watch(
+    ranks: list[_Rank],
+    run_folder: Path,
+    options: FitOptions,
+    asked: stop.StopRequest,
+    hang_seconds: float,
+    recovery: _Recovery,
+) -> list[_Rank]:
     """Wait for all ranks; those that failed, the first to fail first."""
     failures: list[_Rank] = []
     deadline: float | None = None
     told = False
+    looked = time.monotonic()
+
+    def failed(rank: _Rank) -> None:
+        nonlocal deadline
+        if not failures:
+            recovery.lost()
+            deadline = time.monotonic() + _GRACE_SECONDS
+        if rank not in failures:
+            failures.append(rank)
+
     with selectors.DefaultSelector() as open_pipes:
         for rank in ranks:
             open_pipes.register(rank.answers, selectors.EVENT_READ, rank)
         while open_pipes.get_map():
-            for key, _ in open_pipes.select(timeout=0.5):
+            for key, _ in open_pipes.select(timeout=_LOOK_SECONDS):
                 rank = key.data
                 part = os.read(rank.answers, 1 << 16)
-                rank.heard += part
                 if part:
+                    rank.hear(part)
                     continue
                 open_pipes.unregister(rank.answers)
                 if rank.failed:
-                    failures.append(rank)
-                    deadline = deadline or time.monotonic() + _GRACE_SECONDS
+                    failed(rank)
+            if not failures:
+                recovery.look(ranks, options.quiet)
+            # However long the last look is ago, it counts as one: this process may have been stopped itself.
+            now = time.monotonic()
+            passed, looked = min(now - looked, 2 * _LOOK_SECONDS), now
+            for key in list(open_pipes.get_map().values()) if hang_seconds else ():
+                rank = key.data
+                if rank.hung:
+                    continue
+                rank.silent += passed
+                limit = hang_seconds if "imported" in rank.milestones else max(hang_seconds, _LOADING_SECONDS)
+                if rank.silent > limit:
+                    rank.hung = True
+                    rank.process.kill()
+                    failed(rank)  # now: one that is frozen dies when it thaws, and its pipe ends no earlier
             if asked.requested and not told:
                 told = True
                 stop.ask(run_folder, options.attempt)
@@ -255,14 +374,16 @@ def _end(ranks: list[_Rank]) -> None:
     deadline = time.monotonic() + _GRACE_SECONDS
     for rank in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if rank.heard.endswith(b"\n"):
+            if rank.answer is not None:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
     for rank in ranks:
         if rank.process.poll() is None:
             rank.killed_by_us = True
             rank.process.kill()
     for rank in ranks:
-        rank.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # A frozen one is not waited for: its death is decided, it runs no more instruction of its own.
+            rank.process.wait(_GRACE_SECONDS if rank.hung else None)
 
 
 def _verdict(failures: list[_Rank], workers: int) -> Exception:
@@ -273,6 +394,11 @@ def _verdict(failures: list[_Rank], workers: int) -> Exception:
             error: Exception = kind(rank.answer["text"])
             return error
     for rank in failures:
+        if rank.hung:
+            return WorkerLost(
+                f"rank {rank.number} of {workers} did not answer for {rank.silent:.0f} s (stopped, frozen, or its "
+                "machine hung) and was killed; the same command continues from the last checkpoint"
+            )
         if rank.answer is None and not rank.killed_by_us:
             if lines := rank.last_lines():
                 print(f"vaedist: rank {rank.number} last printed:\n{lines}", file=sys.stderr)
@@ -312,23 +438,57 @@ def _early_signals(run_folder: Path, attempt: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Line:
+    """The rank's end of its pipe: lines of JSON, and an empty line as a sign of life every second."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._writing = threading.Lock()
+        self._over = threading.Event()
+        threading.Thread(target=self._beat, name="vaedist-beat", daemon=True).start()
+
+    def reached(self, milestone: str) -> None:
+        self._say({"reached": milestone, "cpu": time.process_time()})
+
+    def end(self, answer: dict[str, Any]) -> None:
+        """The last word."""
+        self._over.set()
+        self._say(answer)
+        with self._writing:  # a beat may have been on its way
+            os.close(self._descriptor)
+
+    def _say(self, message: dict[str, Any]) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        with self._writing:  # a long answer is more than one write to a pipe
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+
+    def _beat(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            with self._writing:
+                if not self._over.is_set():
+                    os.write(self._descriptor, b"\n")
+
+
 def _rank_main() -> int:
     orders = json.load(sys.stdin)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die when the launcher does
     if os.getppid() != orders["launcher"]:
         return 1  # it died before that was set
     os.set_inheritable(orders["answers"], False)
+    line = _Line(orders["answers"])
+    line.reached("started")
     folder, options = Path(orders["run_folder"]), FitOptions(**orders["options"])
     with _early_signals(folder, options.attempt):
         try:
-            outcome = _fit(Job.model_validate(orders["job"]), folder, orders["device"], options)
+            job = Job.model_validate(orders["job"])
+            outcome = _fit(job, folder, orders["device"], options, line.reached)
             answer: dict[str, Any] = {"outcome": asdict(outcome)}
         except UserError as error:
             answer = {"error": type(error).__name__, "text": str(error)}
         except Exception:  # noqa: BLE001 - whatever it is, the launcher prints it
             answer = {"traceback": traceback.format_exc()}
-    with os.fdopen(orders["answers"], "w") as pipe:
-        pipe.write(json.dumps(answer) + "\n")
+    line.end(answer)
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vaedist.pictures import GREY, Pixels, channels_last, framed, grid, png_bytes
+from vaedist.pictures import GREY, Pixels, channels_last, figure, framed, grid, png_bytes
 
 TITLES = {"ssim": "SSIM", "ssim_default": "SSIM", "psnr": "PSNR"}
 
@@ -28,22 +28,18 @@ def pair_figure(
         titles: n lines, one over each column.
         heading: A line over the whole figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     assert len(originals) == len(others) == len(titles) >= 1
     differences = np.abs(originals.astype(np.float64) - others).mean(axis=1) / 255
     largest = float(differences.max()) or 1 / 255
     rows = (channels_last(originals), channels_last(others), differences)
     count, (height, width) = len(titles), originals.shape[2:]
     side = min(2.6, max(1.5, width / dots_per_inch))
-    figure = Figure(
+    sheet = figure(
         figsize=(count * side + 0.9, 3 * side * height / width + 0.75),
         dpi=dots_per_inch,
         layout="constrained",
     )
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(3, count, squeeze=False)
+    axes = sheet.subplots(3, count, squeeze=False)
     for i, (title, *pictures) in enumerate(zip(titles, *rows, strict=True)):
         for axis, picture in zip(axes[:2, i], pictures[:2], strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -54,13 +50,13 @@ def pair_figure(
         axis.set_yticks([])
     for axis, name in zip(axes[:, 0], ("original", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(name, fontsize=8)
-    bar = figure.colorbar(shown, ax=list(axes[2]), fraction=0.05, pad=0.01)
+    bar = sheet.colorbar(shown, ax=list(axes[2]), fraction=0.05, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     if heading:
-        figure.suptitle(heading, fontsize=9)
+        sheet.suptitle(heading, fontsize=9)
     buffer = io.BytesIO()
     # Without a software tag the bytes are a function of the pictures and the matplotlib version.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

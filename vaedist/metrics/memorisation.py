@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from vaedist.errors import UserError
 from vaedist.metrics.features import Extractor
 from vaedist.metrics.neighbours import Distances, Numbers, nearest_two
-from vaedist.pictures import Pixels, channels_last
+from vaedist.pictures import Pixels, channels_last, figure
 
 PERCENTILE = 0.01
 MOST_PARTS = 10
@@ -391,12 +391,8 @@ def _picture(
     spaces: dict[str, Space], pairs: tuple[Pair, ...], samples: Pixels, train: Pixels, heading: str
 ) -> bytes:
     """A PNG: above, both spaces' distances; below, the closest pairs with their differences."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 * len(pairs) + 0.8, 7.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(2.3, 5))
+    sheet = figure(figsize=(1.5 * len(pairs) + 0.8, 7.4), dpi=100, layout="constrained")
+    halves: Any = sheet.subfigures(2, 1, height_ratios=(2.3, 5))
     above, below = halves
     for axis, space in zip(above.subplots(1, len(spaces)), spaces.values(), strict=True):
         edges = np.linspace(0, max(space.samples.max(), space.held_out.max(), 1e-9), 41)
@@ -420,7 +416,7 @@ def _picture(
         column[1].set_title(pair.key[:20], fontsize=6)
     for axis, name in zip(axes[:, 0], ("sample", "training image", "difference"), strict=True):
         axis.set_ylabel(name, fontsize=8)
-    figure.suptitle(heading, fontsize=9)
+    sheet.suptitle(heading, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

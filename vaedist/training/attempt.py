@@ -16,6 +16,7 @@ class FitOptions:
         attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run.
         quiet: No console output.
         engine: For the start-up summary.
+        threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
     """
 
@@ -24,6 +25,7 @@ class FitOptions:
     attempt: str = ""
     quiet: bool = False
     engine: str = "local"
+    threads: int | None = None
     command: tuple[str, ...] = ()
 
 

@@ -88,7 +88,8 @@ class Checkpoints:
         self.run_folder = Path(run_folder)
         self.folder = self.run_folder / "checkpoints"
         self.keep = keep
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        with room("checkpoints", self.run_folder):
+            self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def commit(self, state: Mapping[str, Any], step: int, *, guard: Callable[[], None]) -> Path:
         """Write `state` as the checkpoint of `step`: whole, or not at all.
@@ -102,7 +103,7 @@ class Checkpoints:
             The checkpoint's folder.
 
         Raises:
-            UserError: the disk is full, or what `guard` raises. Older checkpoints are intact.
+            UserError: there is no room, or what `guard` raises. Older checkpoints are intact.
         """
         _assert_plain(state, "state")
         target = self._free_name(step)
@@ -146,7 +147,8 @@ class Checkpoints:
             except Damaged as reason:
                 aside = temporary(path.with_name(f"damaged-{path.name}"))
                 aside = aside.with_name(aside.name.removeprefix(TEMPORARY))
-                os.rename(path, aside)
+                with room("a damaged checkpoint under another name", self.folder):
+                    os.rename(path, aside)
                 log.warning(
                     "checkpoint %s is damaged (%s): passed over for the one before, put aside as %s",
                     path,
@@ -199,7 +201,7 @@ class Checkpoints:
 class Committer:
     """Commits in one background thread, at most one at a time, so that training does not wait for the disk.
 
-    Errors of a commit are raised in the training thread, by the next `submit` or by `join`.
+    Errors of a commit are raised in the training thread, by the next `submit` or `join`.
 
     Args:
         checkpoints: Where to.
@@ -219,10 +221,10 @@ class Committer:
         self.join()
         self._pending = self._thread.submit(self._work, state, step, best)
 
-    def join(self) -> None:
-        """Wait until nothing is being written; raises what the last commit raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
+    def join(self, wait: bool = True) -> None:
+        """Wait until nothing is being written, or only look; raises what the last commit raised."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:

@@ -22,7 +22,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -43,8 +45,20 @@ from vaedist.config import Job
 from vaedist.errors import UserError
 from vaedist.files import as_json, replace_file, room
 
+log = logging.getLogger("vaedist")
+
 _TIME_IN_NAME = re.compile(r"\.\d{10}\.")
-_LIBRARIES = ("torch", "numpy", "ray", "webdataset", "pydantic", "pillow", "scikit-image", "tensorboard")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "ray",
+    "optuna",
+    "webdataset",
+    "pydantic",
+    "pillow",
+    "scikit-image",
+    "tensorboard",
+)
 
 
 class Absent:
@@ -161,7 +175,7 @@ class RunFolder:
                 "changed": [{"key": c.key, "old": _plain(c.old), "new": _plain(c.new)} for c in changed],
             }
             self.write_job(job)
-            replace_file(self.path / "provenance.json", as_json([*self.starts(), entry]))
+            replace_file(self.path / "provenance.json", as_json([*self._starts_before(), entry]))
             self.cut(step)
 
     def write_job(self, job: Job) -> None:
@@ -183,6 +197,23 @@ class RunFolder:
                 f"{self.path / 'provenance.json'} is damaged: remove it (its record is lost) and go on"
             )
         return content
+
+    def _starts_before(self) -> list[dict[str, Any]]:
+        """`starts`; a record that cannot be read is put aside and must not keep the run from going on."""
+        try:
+            return self.starts()
+        except UserError:
+            record = self.path / "provenance.json"
+            aside = next(
+                place
+                for number in itertools.count(1)
+                if not (place := self.path / f"damaged-{number}-{record.name}").exists()
+            )
+            record.rename(aside)
+            log.warning(
+                "%s cannot be read: put aside as %s, and a new record of starts begins", record, aside.name
+            )
+            return []
 
     def finish(self, step: int, reason: str, metrics: Mapping[str, float]) -> None:
         """Record that there is nothing left to do: `reason` is `length` or `early stop`."""

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from vaedist.config import Job
 from vaedist.context import Batch, Context, SampleContext
+from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream
 from vaedist.errors import UserError
 
@@ -136,6 +137,19 @@ class EvaluationInputs:
             yield self.inputs(
                 batch, SampleContext(seed=self._job.seed, samples=batch["sample"], device=device)
             )
+
+
+def whole_split(
+    index: Index, name: str, job: Job, *, device: torch.device | str = "cpu", limit: int | None = None
+) -> EvaluationInputs:
+    """Every image of a split, or its first `limit`, as a model of `job` is measured on them.
+
+    One batch size for whoever measures, so that the same model has the same digits everywhere: about a million
+    pixels, which keeps the activations of a wide network in memory.
+    """
+    rows = max(1, min(256, (1 << 20) // (index.spec.height * index.spec.width)))
+    batches = EvaluationStream(index, name, batch_size=rows, workers=1, device=device, limit=limit)
+    return EvaluationInputs(batches, job)
 
 
 # The laws ---------------------------------------------------------------------------------------------------

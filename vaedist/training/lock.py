@@ -134,8 +134,13 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Give the lock back; nothing happens if it is no longer ours."""
-        _remove(self.path, self.token)
+        """Give the lock back; nothing happens if it is no longer ours.
+
+        Where the folder has become read-only the file stays: it names a process that will have ended, which is proof
+        for the next one, and the sentence that is on its way to the user must not be lost.
+        """
+        with contextlib.suppress(OSError):
+            _remove(self.path, self.token)
 
     def __enter__(self) -> RunLock:
         return self

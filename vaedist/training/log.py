@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from vaedist.config import Job
 from vaedist.files import room, temporary
+from vaedist.pictures import figure
 from vaedist.training.folder import RunFolder
 from vaedist.training.table import Table
 
@@ -224,9 +225,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_curves(metrics: Path, target: Path) -> None:
     """Loss of training and validation, learning rate, and codebook use where there is one, over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(metrics)
     curves = {
         (kind, name): [
@@ -252,10 +250,9 @@ def draw_curves(metrics: Path, target: Path) -> None:
     drawn = {title: lines for title, lines in drawn.items() if lines}
     if not drawn:
         return
-    figure = Figure(figsize=(5 * len(drawn), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    sheet = figure(figsize=(5 * len(drawn), 3.6), layout="constrained")
     for axes, (title, lines) in zip(
-        figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True
+        sheet.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True
     ):
         for kind, name, points in lines:
             steps, values = zip(*points, strict=True)
@@ -270,7 +267,7 @@ def draw_curves(metrics: Path, target: Path) -> None:
         axes.legend(fontsize="small")
     target.parent.mkdir(exist_ok=True)
     scratch = temporary(target)
-    figure.savefig(scratch, format="png", dpi=110)
+    sheet.savefig(scratch, format="png", dpi=110)
     os.replace(scratch, target)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from vaedist.training.folder import Change, RunFolder
 from vaedist.training.inputs import Inputs
 from vaedist.training.lock import RunLock
 from vaedist.training.log import Log, Silent
+from vaedist.training.memory import enough_memory
 from vaedist.training.progress import Progress
 from vaedist.training.run import data_section, resolved, resume
 from vaedist.training.start import Beginning, begin
@@ -44,6 +45,7 @@ from vaedist.training.validate import check_monitor, validate
 from vaedist.training.watch import Watch
 
 Report = Callable[[dict[str, float]], None]
+Reached = Callable[[str], None]
 
 
 def fit(
@@ -53,6 +55,7 @@ def fit(
     group: Group | None = None,
     report: Report | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 - frozen
+    reached: Reached = lambda _: None,
 ) -> Outcome:
     """Train `job` in `run_folder`, from its newest checkpoint or from the start.
 
@@ -62,15 +65,17 @@ def fit(
         group: The processes; default: `Group.join()`, closed at the end.
         report: Called on every rank with the same numbers at every log and validation step.
         options: Of this attempt.
+        reached: Called on every rank at `resumed` (all is read, the first step is next) and at `stepped` (it is done).
 
     Raises:
-        UserError: anything the user can mend; on every rank.
+        UserError: anything the user can mend; on every rank, but for a lack of memory, which one rank may meet alone.
     """
     with contextlib.ExitStack() as exits:
         if group is None:
             group = Group.join()
             exits.callback(group.close)
-        return _fit(job, run_folder, group, report, options, exits)
+        with enough_memory(group):
+            return _fit(job, run_folder, group, report, options, reached, exits)
 
 
 def _fit(
@@ -79,10 +84,12 @@ def _fit(
     group: Group,
     report: Report | None,
     options: FitOptions,
+    reached: Reached,
     exits: contextlib.ExitStack,
 ) -> Outcome:
     # Settle the process: threads decide the order of sums on a CPU, so the loop fixes them, not the launcher.
-    torch.set_num_threads(job.train.threads or max(1, len(os.sched_getaffinity(0)) // group.local_world))
+    share = options.threads or max(1, len(os.sched_getaffinity(0)) // group.local_world)
+    torch.set_num_threads(job.train.threads or share)
     stop = exits.enter_context(StopRequest(folder / "stop" if group.leads else None, options.attempt))
 
     def tell(text: str) -> None:
@@ -200,7 +207,7 @@ def _fit(
         log.summary(_summary(job, index, stream, model, group, options, beginning, start, total))
         if beginning.report:
             log.message("\n".join(beginning.report))
-    exits.callback(log.close)
+    exits.enter_context(_closed(log))
     watch = Watch(run, log, job, index.classes, found.state if found else None)
 
     def save(step: int, best: Best | None) -> None:
@@ -227,6 +234,7 @@ def _fit(
     # The loop. `done` counts finished steps; global batch `done` is the next one to take.
     batches = stream.batches(start)
     done, finished = start, False
+    reached("resumed")
     while not finished:
         model.train()
         batch = next(batches)
@@ -234,6 +242,10 @@ def _fit(
             stepper.warm_up(batch, done)
         result = stepper.take(batch, done, total, stop.requested)
         done += 1
+        if done == start + 1:
+            reached("stepped")
+        if committer is not None:
+            committer.join(wait=False)  # a full disk is told now, not when the next checkpoint is due
         images = done * batch_size
 
         # A refused step moves nothing but the count; too many in a row end the run.
@@ -312,6 +324,18 @@ def _fit(
         run.finish(done, "length" if done >= total else "early stop", progress.validation)
     log.message(_farewell(status, done, total))
     return Outcome(status, done, progress.validation)
+
+
+@contextlib.contextmanager
+def _closed(log: Log | Silent) -> Iterator[None]:
+    """Close the log at the end; where that fails after something else has, the first error is the one to tell."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(UserError):
+            log.close()
+        raise
+    log.close()
 
 
 # The small parts --------------------------------------------------------------------------------------------
