@@ -9,10 +9,11 @@ Axes: models speak (N, C, H, W); pictures are (H, W) or (H, W, 3). `channels_las
 
 from __future__ import annotations
 
+import contextlib
 import io
-import logging
 import os
-import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,31 @@ Pixels = NDArray[np.uint8]
 
 def figure(**options: Any) -> Any:
     """A `matplotlib.figure.Figure` (with these options) whose canvas needs no screen and no pyplot."""
-    # Where the home folder takes no files, matplotlib makes a temporary one for its cache when it is loaded, says so in
-    # five lines, and removes it at an orderly end, which a worker may not have: it goes as soon as all is in memory.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    given = os.environ.get("MPLCONFIGDIR")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with contextlib.ExitStack() as exits:
+        if "matplotlib" not in sys.modules and "MPLCONFIGDIR" not in os.environ and not _home_takes_files():
+            # Matplotlib would make a temporary folder for its cache, say so in five lines, and leave it behind where a
+            # worker is killed. This one goes as soon as all is in memory.
+            os.environ["MPLCONFIGDIR"] = exits.enter_context(tempfile.TemporaryDirectory())
+            exits.callback(os.environ.pop, "MPLCONFIGDIR")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    if given is None and (temporary := os.environ.pop("MPLCONFIGDIR", None)):
-        shutil.rmtree(temporary, ignore_errors=True)
     made = Figure(**options)
     FigureCanvasAgg(made)
     return made
+
+
+def _home_takes_files() -> bool:
+    """Whether matplotlib can keep its settings and its cache where it wants to."""
+    for variable, default in (("XDG_CONFIG_HOME", ".config"), ("XDG_CACHE_HOME", ".cache")):
+        folder = Path(os.environ.get(variable) or Path.home() / default) / "matplotlib"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        if not os.access(folder, os.W_OK):
+            return False
+    return True
 
 
 def as_numpy(images: Any) -> NDArray[Any]:
