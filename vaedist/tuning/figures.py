@@ -105,7 +105,7 @@ def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], cho
                 else:
                     middle = (dimension.low + dimension.high) / 2
                 ticks = [dimension.low, middle, dimension.high]
-                axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+                axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
                 axis.minorticks_off()
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.25)
