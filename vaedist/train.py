@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--cpus-per-worker",
         metavar="C",
-        type=_count,
+        type=count,
         help="CPUs that a worker reserves, and its threads, ray only (default: 1, and the workers share their node's)",
     )
     place.add_argument(
@@ -70,13 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--max-failures",
         metavar="N",
-        type=_count_or_none,
+        type=count_or_none,
         help="how often workers start again from the last checkpoint after one of them died (default: 3)",
     )
     place.add_argument(
         "--hang-timeout",
         metavar="SECONDS",
-        type=_count_or_none,
+        type=count_or_none,
         help="a worker without a sign of life for so long (stopped, frozen) is killed, and the workers start again; "
         "0: never (default: 45)",
     )
@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """The type of an option that is a number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
@@ -200,9 +201,9 @@ def _count(text: str) -> int:
 def _workers(text: str) -> int | tuple[int, int]:
     least, colon, most = text.partition(":")
     if not colon:
-        return _count(text)
+        return count(text)
     try:
-        span = _count(least), _count(most)
+        span = count(least), count(most)
     except argparse.ArgumentTypeError:
         span = (1, 0)
     if span[0] > span[1]:
@@ -210,7 +211,8 @@ def _workers(text: str) -> int | tuple[int, int]:
     return span[0] if span[0] == span[1] else span
 
 
-def _count_or_none(text: str) -> int:
+def count_or_none(text: str) -> int:
+    """The type of an option that is a number of 0 or more."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return int(text)

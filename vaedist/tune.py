@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.train import count, count_or_none
 
 if TYPE_CHECKING:
     from vaedist.data.index import Index
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "$VAEDIST_DATA, else the data that the space names)",
     )
     what.add_argument(
-        "--trials", metavar="N", type=_count, help="how many trials (default: what the space says)"
+        "--trials", metavar="N", type=count, help="how many trials (default: what the space says)"
     )
     place = parser.add_argument_group("where")
     place.add_argument(
@@ -60,14 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--workers-per-trial",
         metavar="N",
-        type=_count,
+        type=count,
         default=1,
         help="processes that train each trial together, through Ray Train (default: 1)",
     )
     place.add_argument(
         "--concurrent",
         metavar="N",
-        type=_count,
+        type=count,
         help="trials at a time (default: as many as fit in the allocation with all their workers)",
     )
     place.add_argument(
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument(
         "--max-failures",
         metavar="N",
-        type=_count_or_none,
+        type=count_or_none,
         default=3,
         help="how often a trial starts again from its checkpoint after its process died (default: 3)",
     )
@@ -183,18 +184,6 @@ def _phantom(place: Path, size: int) -> Index:
 
 def _tell(text: str) -> None:
     print(text, flush=True)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
-def _count_or_none(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return int(text)
 
 
 if __name__ == "__main__":
