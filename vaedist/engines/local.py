@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import secrets
@@ -44,12 +43,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import vaedist
 from vaedist import errors
 from vaedist.config import Job
 from vaedist.engines.allocation import allocation
+from vaedist.engines.recovery import Recovery
 from vaedist.errors import UserError, WorkerLost
 from vaedist.training import stop
 from vaedist.training.attempt import FitOptions, Outcome
@@ -108,7 +108,7 @@ def run(
     with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token)
         failures = 0
-        recovery = _Recovery()
+        recovery = Recovery()
         while True:
             try:
                 return _run_group(job, run_folder, workers, device, options, asked, hang_seconds, recovery)
@@ -181,46 +181,15 @@ class _Rank:
         return "\n".join(text.splitlines()[-20:])
 
 
-class _Recovery:
-    """Where the time goes between the loss of a rank and the first step of the group that replaces it."""
-
-    _STAGES: ClassVar[dict[str, str]] = {
-        "started": "restart",
-        "imported": "imports",
-        "joined": "rendezvous",
-        "resumed": "reload",
-        "stepped": "first step",
-    }
-    """By milestone: what the time before it was spent on."""
-
-    def __init__(self) -> None:
-        self._marks: list[float] | None = (
-            None  # of the loss, then of each milestone that all ranks have reached
-        )
-
-    def lost(self) -> None:
-        self._marks = [time.monotonic()]
-
-    def look(self, ranks: list[_Rank], quiet: bool) -> None:
-        """Note what all ranks have reached by now; after their first step say where the time went."""
-        if self._marks is None:
-            return
-        stages = list(self._STAGES)
-        while (number := len(self._marks) - 1) < len(stages):
-            if not all(stages[number] in rank.milestones for rank in ranks):
-                return
-            self._marks.append(time.monotonic())
-        spent = [after - before for before, after in itertools.pairwise(self._marks)]
-        told = ", ".join(
-            f"{what} {seconds:.1f} s" for what, seconds in zip(self._STAGES.values(), spent, strict=True)
-        )
-        busiest = max(
-            rank.milestones[stages[-1]] for rank in ranks
-        )  # what an idle machine could not do without
-        told += f"; CPU time of a rank {busiest:.1f} s"
-        if not quiet:
-            print(f"training again {sum(spent):.1f} s after the loss was noticed: {told}", flush=True)
-        self._marks = None
+def _look(recovery: Recovery, ranks: list[_Rank], quiet: bool) -> None:
+    """Note what all ranks have reached by now; after their first step say where the time went."""
+    while (stage := recovery.awaited) and all(stage in rank.milestones for rank in ranks):
+        told = recovery.reached(stage, time.monotonic())
+        if told and not quiet:
+            busiest = max(
+                rank.milestones[stage] for rank in ranks
+            )  # what an idle machine could not do without
+            print(f"{told}; CPU time of a rank {busiest:.1f} s", flush=True)
 
 
 def _run_group(
@@ -231,7 +200,7 @@ def _run_group(
     options: FitOptions,
     asked: stop.StopRequest,
     hang_seconds: float,
-    recovery: _Recovery,
+    recovery: Recovery,
 ) -> Outcome:
     orders = {
         "launcher": os.getpid(),
@@ -316,7 +285,7 @@ def _watch(
     options: FitOptions,
     asked: stop.StopRequest,
     hang_seconds: float,
-    recovery: _Recovery,
+    recovery: Recovery,
 ) -> list[_Rank]:
     """Wait for all ranks; those that failed, the first to fail first."""
     failures: list[_Rank] = []
@@ -327,7 +296,7 @@ def _watch(
     def failed(rank: _Rank) -> None:
         nonlocal deadline
         if not failures:
-            recovery.lost()
+            recovery.lost(time.monotonic())
             deadline = time.monotonic() + _GRACE_SECONDS
         if rank not in failures:
             failures.append(rank)
@@ -346,7 +315,7 @@ def _watch(
                 if rank.failed:
                     failed(rank)
             if not failures:
-                recovery.look(ranks, options.quiet)
+                _look(recovery, ranks, options.quiet)
             # However long the last look is ago, it counts as one: this process may have been stopped itself.
             now = time.monotonic()
             passed, looked = min(now - looked, 2 * _LOOK_SECONDS), now

@@ -7,7 +7,6 @@ driver looks at them a few times a second.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vaedist.engines.raycluster import Want, free_cpus, nodes
+from vaedist.engines.recovery import Recovery
 from vaedist.errors import UserError, WorkerLost
 
 _GONE_SECONDS = 60.0
@@ -43,10 +43,6 @@ class Tail:
 class Watch:
     """Tells the user what happens in the workers: rank 0's console, losses, resizes, recoveries, and a long queue."""
 
-    _STAGES = ("started", "imported", "joined", "resumed", "stepped")
-    _SPENT = ("Ray's restart", "imports", "rendezvous", "reload", "first step")
-    """What the time before each stage of rank 0 was spent on."""
-
     def __init__(
         self, work: Path, want: Want, max_failures: int, hang_seconds: float, *, private: bool, quiet: bool
     ) -> None:
@@ -55,7 +51,7 @@ class Watch:
         self._want, self._max_failures, self._hang_seconds = want, max_failures, hang_seconds
         self._private, self._quiet = private, quiet
         self._failures = 0
-        self._marks: list[float] = []  # of the loss, then of each stage since
+        self._recovery = Recovery("Ray's restart")
         self._waiting_since: float | None = time.monotonic()
         self._too_small_since: float | None = None
         self._checked, self._told_queue = time.monotonic(), False
@@ -86,7 +82,7 @@ class Watch:
             return  # an error with a name: `run` is about to tell it
         rank, how = told
         self._failures += 1
-        self._marks = [now]
+        self._recovery.lost(now)
         if self._failures <= self._max_failures:
             print(
                 f"vaedist: rank {rank} of {self.world} {how}; starting again from the last checkpoint "
@@ -106,15 +102,9 @@ class Watch:
                 )
             self.world = world
             self._waiting_since = self._too_small_since = None
-            self._marks = self._marks[:1]
-        if self._marks and stage == self._STAGES[len(self._marks) - 1]:
-            self._marks.append(now)
-        if stage == self._STAGES[-1] and len(self._marks) > len(self._STAGES):
-            spent = [after - before for before, after in itertools.pairwise(self._marks)]
-            told = ", ".join(f"{what} {took:.1f} s" for what, took in zip(self._SPENT, spent, strict=True))
-            self._marks = []
-            if not self._quiet:
-                print(f"training again {sum(spent):.1f} s after the loss was noticed: {told}", flush=True)
+        told = self._recovery.reached(stage, now)
+        if told and not self._quiet:
+            print(told, flush=True)
 
     def _waits(self, seconds: float, now: float) -> None:
         """No group is running: say what is missing, and give up where it can never come."""
