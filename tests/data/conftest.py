@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from tests.data.node_local import SPLITS
 from vaedist.data.index import Index, Shard, identity, pixel_digest, write_columns, write_index
 
 Pack = Callable[..., Index]
@@ -110,3 +112,34 @@ def pack() -> Pack:
 def expected() -> Callable[..., np.ndarray]:
     """`expected(split, numbers, shape)`: the (B, C, H, W) images that `pack` wrote."""
     return lambda split, numbers, shape=(1, 8, 8): np.stack([picture(split, n, shape) for n in numbers])
+
+
+# A node's own disk ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def index(pack: Pack, tmp_path: Path) -> Index:
+    return pack(tmp_path / "shared", SPLITS)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The node's own disk."""
+    folder = tmp_path / "local"
+    folder.mkdir(mode=0o755)
+    monkeypatch.setenv("VAEDIST_NODE_LOCAL", str(folder))
+    monkeypatch.delenv("VAEDIST_GROUP", raising=False)
+    return folder
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was warned of since the last look."""
+    caplog.set_level(logging.WARNING, "vaedist")
+
+    def take() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return lines
+
+    return take

@@ -29,8 +29,11 @@ it does not change with the codec, the shard size or the order of packing, and i
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,6 +53,8 @@ from vaedist.files import replace_file
 from vaedist.settings import Strict, parse
 
 __all__ = ["Columns", "Index", "Shard", "Split", "identity", "pixel_digest", "write_columns", "write_index"]
+
+_log = logging.getLogger("vaedist")
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -159,6 +164,8 @@ class Shard:
     sha256: str
     """Of the tar."""
     columns_sha256: str
+    original: Shard | None = None
+    """What the two files are copies of, if they are (`vaedist.data.staging`)."""
 
 
 class Split:
@@ -192,7 +199,11 @@ class Split:
                 self._held.move_to_end(shard)
                 return held
         entry = self.shards[shard]
-        columns = Columns.read(entry.columns_path, entry.columns_sha256)
+        try:
+            columns = Columns.read(entry.columns_path, entry.columns_sha256)
+        except DataError as error:
+            entry = self.without(entry, entry.columns_path, error)
+            columns = Columns.read(entry.columns_path, entry.columns_sha256)
         if len(columns) != entry.count or columns.offset[-1] + columns.size[-1] > entry.bytes:
             raise DataError(
                 f"{entry.columns_path} does not fit {entry.tar.name}; pack or index the data again"
@@ -202,6 +213,29 @@ class Split:
             while len(self._held) > _COLUMNS_KEPT:
                 self._held.popitem(last=False)
         return columns
+
+    def without(self, copied: Shard, file: Path, why: DataError) -> Shard:
+        """The original of a copy that is not sound; from now on this split reads originals.
+
+        Args:
+            copied: One of our shards.
+            file: The one of its two that is damaged or gone; removed, so that the next start copies it anew.
+            why: What is wrong.
+
+        Raises:
+            DataError: `why`, as it is no copy.
+        """
+        if copied.original is None:
+            raise why
+        with self._lock:
+            told = any(shard.original for shard in self.shards)
+            self.shards = tuple(shard.original or shard for shard in self.shards)
+        if told:
+            what = str(why).partition(";")[0]
+            _log.warning("staging: %s; reading %s itself", what, copied.original.tar.parent)
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return copied.original
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, row in the shard) of a sample number."""
@@ -302,6 +336,12 @@ class Index:
                 else f"{folder} holds images, not codes: remove it, and training makes the codes anew"
             )
         return index
+
+    def reading(self, splits: Mapping[str, Split]) -> Index:
+        """The same data with other files: `splits` hold sound copies of the shards."""
+        moved = copy.copy(self)
+        moved.splits = splits
+        return moved
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ import torch
 
 from vaedist.config import Job
 from vaedist.data.index import Index
+from vaedist.data.staging import staged
 from vaedist.data.stream import EvaluationStream, TrainingStream, slice_bounds
 from vaedist.errors import Diverged, UserError, nearest
 from vaedist.models.contract import Variant, build, model_config
@@ -146,6 +147,8 @@ def _fit(
     source = index if model.reads == "images" else code_shards(model, job, index, group, stop, tell)
     if source is None:
         return _stopped_early(run, start, progress, tell)
+    read = (job.data.train_split, job.data.validation_split)
+    source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
     reading: dict[str, Any] = {"workers": job.data.workers, "rank": group.rank, "world": group.world}
     stream = TrainingStream(
         source,
