@@ -11,6 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+_LEAVE = """
+import os
+import sys
+sys.stdout.flush()
+os._exit(0)
+"""
+"""As the door ends a rank: torch's threads can abort a Python that is finalising."""
+
+
 def run_ranks(source: str, world: int, *arguments: str, timeout: float = 120.0) -> list[str]:
     """Run `source` once per rank (`sys.argv[1:]` = arguments); the ranks' outputs, after all ended well."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -33,7 +42,7 @@ def run_ranks(source: str, world: int, *arguments: str, timeout: float = 120.0) 
                 environment["VAEDIST_STORE_FD"] = str(listener.fileno())
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", source, *arguments],
+                    [sys.executable, "-c", source + _LEAVE, *arguments],
                     env=environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

@@ -32,6 +32,7 @@ HEIGHT = {
     "config": 0,
     "settings": -1,
     "pictures": 0,
+    "site": 0,
     "files": -2,
     "errors": -3,
 }
@@ -90,7 +91,7 @@ def layers(module: str, tree: ast.Module) -> Iterator[Finding]:
 
 def libraries(module: str, tree: ast.Module) -> Iterator[Finding]:
     homes = {
-        "ray": ("vaedist.engines.ray", "vaedist.engines.raycluster", "vaedist.engines.raytune"),
+        "ray": tuple(f"vaedist.engines.{name}" for name in ("ray", "raycluster", "raynodes", "raytune")),
         "submitit": ("vaedist.engines.slurm",),
         "torch.distributed": ("vaedist.training.dist",),
     }

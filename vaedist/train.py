@@ -37,9 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     place.add_argument(
         "--engine",
-        choices=("local", "ray"),
+        choices=("local", "ray", "srun"),
         default="local",
-        help="local: processes of this machine, or one rank under torchrun or srun; ray: Ray Train (default: local)",
+        help="local: processes of this machine, or one rank under torchrun; ray: Ray Train; srun: this process is a "
+        "task of a Slurm step, one rank (default: local)",
     )
     place.add_argument(
         "--workers",
@@ -123,25 +124,15 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.training.folder import RunFolder
 
     command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
-    options = FitOptions(override=arguments.override, quiet=arguments.quiet, command=command)
+    options = FitOptions(
+        override=arguments.override,
+        quiet=arguments.quiet,
+        command=command,
+        attempt=os.environ.get("VAEDIST_ATTEMPT", ""),
+    )
+    _check_engine(arguments)
     workers = arguments.workers
-    several = isinstance(workers, tuple) or (workers or 1) > 1
     failures = 3 if arguments.max_failures is None else arguments.max_failures
-    if arguments.engine == "local":
-        if arguments.gpus_per_worker is not None:
-            raise UserError("--gpus-per-worker has no effect without --engine ray: use --device cuda or cpu")
-        if arguments.cpus_per_worker is not None:
-            raise UserError(
-                "--cpus-per-worker has no effect without --engine ray: set train.threads in the job"
-            )
-        if isinstance(workers, tuple):
-            raise UserError(
-                "--workers MIN:MAX needs --engine ray: the local engine trains with a fixed number"
-            )
-        if arguments.max_failures is not None and not several:
-            raise UserError("--max-failures has no effect on a single process: give --workers 2 or more")
-        if arguments.hang_timeout is not None and not several:
-            raise UserError("--hang-timeout has no effect on a single process: give --workers 2 or more")
     run = RunFolder.make(arguments.run_dir or Path("runs") / job.name, new_run=arguments.new_run)
     folder = run.path
     try:
@@ -158,6 +149,10 @@ def main(argv: list[str] | None = None) -> int:
                 hang_seconds=hang_seconds,
                 options=options,
             )
+        elif arguments.engine == "srun":
+            from vaedist.engines import srun
+
+            outcome = srun.run(job, folder, device=arguments.device, options=options)
         else:
             from vaedist.engines import ray
 
@@ -189,6 +184,44 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _check_engine(arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect under the chosen engine.
+
+    Raises:
+        UserError: naming what to use instead.
+    """
+    engine, workers = arguments.engine, arguments.workers
+    if engine != "ray":
+        if arguments.gpus_per_worker is not None:
+            raise UserError("--gpus-per-worker has no effect without --engine ray: use --device cuda or cpu")
+        if arguments.cpus_per_worker is not None:
+            raise UserError(
+                "--cpus-per-worker has no effect without --engine ray: set train.threads in the job"
+            )
+        if isinstance(workers, tuple):
+            raise UserError(
+                "--workers MIN:MAX needs --engine ray: the others train with a fixed number of processes"
+            )
+    if engine == "srun":
+        for option in ("workers", "max_failures", "hang_timeout"):
+            if getattr(arguments, option) is not None:
+                raise UserError(
+                    f"--{option.replace('_', '-')} has no effect with --engine srun, which starts nothing: srun's own "
+                    "--ntasks says how many processes there are"
+                )
+        if arguments.new_run:
+            raise UserError(
+                "--new-run does not go with --engine srun, where every task would make its own: "
+                "name a fresh folder with --run-dir"
+            )
+    if engine == "local" and (workers or 1) == 1:
+        for option in ("max_failures", "hang_timeout"):
+            if getattr(arguments, option) is not None:
+                raise UserError(
+                    f"--{option.replace('_', '-')} has no effect on a single process: give --workers 2 or more"
+                )
 
 
 def count(text: str) -> int:

@@ -226,10 +226,10 @@ class Stage:
         return found
 
 
-def state(run: Path) -> dict[str, Any]:
+def state(run: Path, steps: int = STEPS) -> dict[str, Any]:
     """What the newest checkpoint holds, without where the data lie."""
     found = torch.load(sorted((run / "checkpoints").glob("step-*"))[-1] / "state.pt", weights_only=True)
-    assert found["step"] == STEPS
+    assert found["step"] == steps
     return {name: found[name] for name in ("model", "ema", "optim", "sched", "progress", "collapse")}
 
 

@@ -129,3 +129,30 @@ def test_half_an_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
 def test_a_missing_gpu_is_one_sentence() -> None:
     with pytest.raises(UserError, match="no CUDA GPU here"):
         Group.join("cuda")
+
+
+SECRET = """
+import os
+import sys
+from vaedist.training.dist import Group
+if sys.argv[1] == os.environ["RANK"]:
+    os.environ["VAEDIST_STORE_SECRET"] = "another"
+try:
+    group = Group.join("cpu", 60)
+    group.barrier()
+    group.close()
+    print("joined")
+except Exception as error:  # the one who finds out ends, and with rank 0 the store
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_rank_that_does_not_know_the_secret_is_found_before_the_first_collective(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VAEDIST_STORE_SECRET", "ours")
+    assert run_ranks(SECRET, 3, "nobody") == ["joined\n"] * 3
+    told = run_ranks(SECRET, 3, "2")
+    assert "joined\n" not in told
+    assert told[0].startswith("UserError what called itself rank 2 at 127.0.0.1:")
+    assert "does not know this run's secret" in told[0]

@@ -90,7 +90,7 @@ def run(
         device: `auto`, `cpu` or `cuda`; a rank takes the GPU of its number.
         max_failures: How often a group that lost a rank is started again.
         hang_seconds: How long a rank may be silent before it counts as lost; 0: for ever.
-        options: What the door asked for; token and attempt are filled in here.
+        options: What the door asked for; the token is filled in here, and the attempt where it has no name.
 
     Raises:
         UserError: what stopped the run, from whichever rank.
@@ -101,9 +101,10 @@ def run(
             f"this process is rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} of another launcher (RANK, "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set): leave --workers out, or unset these variables"
         )
-    options = replace(options or FitOptions(), attempt=secrets.token_hex(4))
+    options = options or FitOptions()
+    options = replace(options, attempt=options.attempt or secrets.token_hex(4))
     if workers is None or workers == 1:
-        return _fit(job, run_folder, device, options)
+        return fit_here(job, run_folder, device, options)
     RunFolder.make(run_folder)
     with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token)
@@ -120,13 +121,14 @@ def run(
                 print(f"vaedist: {told}", file=sys.stderr, flush=True)
 
 
-def _fit(
+def fit_here(
     job: Job,
     run_folder: Path,
     device: str,
     options: FitOptions,
     reached: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
+    """The loop in this process, as the rank that the environment says it is; alone where it says nothing."""
     from vaedist.training.dist import Group
     from vaedist.training.loop import fit
 
@@ -396,7 +398,7 @@ def _death(code: int) -> str:
 
 
 @contextlib.contextmanager
-def _early_signals(run_folder: Path, attempt: str) -> Iterator[None]:
+def early_signals(run_folder: Path, attempt: str) -> Iterator[None]:
     """Until the loop listens, a signal to this rank becomes the stop file, which outlives its start."""
     heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.signal(number, lambda *_: stop.ask(run_folder, attempt)) for number in heard]
@@ -448,10 +450,10 @@ def _rank_main() -> int:
     line = _Line(orders["answers"])
     line.reached("started")
     folder, options = Path(orders["run_folder"]), FitOptions(**orders["options"])
-    with _early_signals(folder, options.attempt):
+    with early_signals(folder, options.attempt):
         try:
             job = Job.model_validate(orders["job"])
-            outcome = _fit(job, folder, orders["device"], options, line.reached)
+            outcome = fit_here(job, folder, orders["device"], options, line.reached)
             answer: dict[str, Any] = {"outcome": asdict(outcome)}
         except UserError as error:
             answer = {"error": type(error).__name__, "text": str(error)}

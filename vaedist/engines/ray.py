@@ -21,7 +21,8 @@ What is seen of a lost worker, and what Ray does of its own accord (2.60, two wo
 
 Ray's torch trainer is not used, only the trainer below it: it would load torch in the driver and in the controller,
 which need none, and choose a port long before it is bound. Ranks meet as under the local engine (`Group.join`); rank 0
-tells its address through Ray's own broadcast and hands over a socket that listens already.
+tells its address, and the secret that ranks ask of each other, through Ray's own broadcast and hands over a socket that
+listens already.
 
 An error that a worker can name (`UserError`) is written to the work folder, raised by the driver as it is, and
 not tried again; a death is, up to `max_failures` times, from the last committed checkpoint.
@@ -92,7 +93,7 @@ def run(
         device: `auto`, `cpu` or `cuda`.
         max_failures: How often Ray starts the group again after a worker died.
         hang_seconds: How long a worker may be silent before it counts as lost; 0: for ever.
-        options: What the door asked for; token and attempt are filled in here.
+        options: What the door asked for; the token is filled in here, and the attempt where it has no name.
 
     Raises:
         UserError: what stopped the run, from whichever worker; or the cluster is too small.
@@ -112,17 +113,17 @@ def run(
     with contextlib.ExitStack() as exits:
         early = exits.enter_context(stop.StopRequest(None, ""))
         lock = exits.enter_context(RunLock.acquire(run_folder))
-        private = exits.enter_context(cluster(want))
+        found = exits.enter_context(cluster(want))
         exits.enter_context(environment(knobs))
         gpus, room = want.place(nodes())
         asked = exits.enter_context(stop.StopRequest(None, ""))
         work = exits.enter_context(work_folder(run_folder))
-        attempt = secrets.token_hex(4)
+        attempt = options.attempt or secrets.token_hex(4)
         options = replace(options, token=lock.token, attempt=attempt, engine="ray")
         if not options.quiet:
             kind = "one GPU" if gpus else "CPU" if want.cpus == 1 else f"{want.cpus} CPUs"
             count = str(least) if least == most else f"{least} to {most} ({room} now)"
-            print(f"Ray {'started on this machine' if private else 'found'}: {count} x {kind}", flush=True)
+            print(f"Ray {found.told}: {count} x {kind}", flush=True)
         orders = {
             "job": job.model_dump(mode="json"),
             "run_folder": str(run_folder),
@@ -132,8 +133,8 @@ def run(
             "cuda": gpus > 0,
             "threads": cpus_per_worker,
         }
-        driving = _Driving(_trainer(orders, want, gpus, max_failures, work, private=private))
-        watch = Watch(work, want, max_failures, hang_seconds, private=private, quiet=options.quiet)
+        driving = _Driving(_trainer(orders, want, gpus, max_failures, work, private=found.private))
+        watch = Watch(work, want, max_failures, hang_seconds, private=found.private, quiet=options.quiet)
         driving.start()
         failure = work / "failure.json"
         passed_on = False
@@ -143,7 +144,7 @@ def run(
             if not passed_on and (early.requested or asked.requested):
                 passed_on = True
                 stop.ask(run_folder, attempt)
-            if private and failure.exists():
+            if found.private and failure.exists():
                 break  # a named error: no use in waiting for Ray to try again
         watch.look()
         if failure.exists():
@@ -337,11 +338,11 @@ def _meet(rank: int, world: int) -> None:
     if rank == 0 and world > 1:
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         listener = socket.create_server((address, 0), backlog=2 * world + 8)
-        place = [address, listener.getsockname()[1]]
+        place = [address, listener.getsockname()[1], secrets.token_hex(32)]
         os.environ["VAEDIST_STORE_FD"] = str(listener.detach())
     if world > 1:
-        address, port = broadcast_from_rank_zero(place)
-        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        address, port, secret = broadcast_from_rank_zero(place)
+        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "VAEDIST_STORE_SECRET": secret}
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),

@@ -36,7 +36,7 @@ from vaedist.errors import UserError
 Resources = Mapping[str, float]
 """What a node offers, by Ray's names: CPU, GPU, memory..."""
 
-_KNOBS = {
+KNOBS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -45,12 +45,15 @@ _KNOBS = {
     "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would run it at nice 15
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-_PRIVATE = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for: this node is the loopback address; read when it loads
+WITHOUT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_memory_monitor_refresh_ms": "0",
 }
+"""What a cluster that only we use does without."""
+
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's name for: this node is the loopback address; read when Ray loads."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +127,29 @@ def _rooms(node: Resources, worker: Resources) -> int:
     return min(int(node.get(name, 0) // amount) for name, amount in worker.items() if amount)
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Which cluster this process is connected to.
+
+    Attributes:
+        private: Whether it was started for this run alone, and ends with it.
+        told: For a line on the console.
+    """
+
+    private: bool
+    told: str
+
+
 @contextlib.contextmanager
-def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[bool]:
-    """A private Ray cluster on this machine, ended on exit; or, where Ray is initialised already, that one.
+def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
+    """The Ray cluster of a run.
+
+    Where Ray is initialised already, that one; in a Slurm job over several nodes the one that the supervisor started on
+    them (VAEDIST_RAY_CLUSTER); else a private one on this machine, ended on exit.
 
     Args:
         want: What has to fit.
         cpus: Logical CPUs of a private cluster; default: the allocation's.
-
-    Yields:
-        Whether it is a private one.
 
     Raises:
         UserError: it would be too small; nothing has been started then.
@@ -144,9 +160,15 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[bo
         import ray
 
         if ray.is_initialized():
-            with environment(_KNOBS | {"PYTHONPATH": python_path()}):
-                yield False
+            with environment(KNOBS | {"PYTHONPATH": python_path()}):
+                yield Cluster(private=False, told="found")
             return
+    if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
+        from vaedist.engines.raynodes import joined
+
+        with joined(Path(folder)) as count:
+            yield Cluster(private=True, told=f"on {count} nodes of this job")
+        return
     ours = allocation()
     size = {
         "CPU": float(cpus or ours.cpus),
@@ -154,10 +176,10 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[bo
     }
     if want is not None:
         want.place([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
-    variables = _KNOBS | _PRIVATE | tokens | loopback() | {"PYTHONPATH": python_path()}
+    variables = KNOBS | WITHOUT | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
     with environment(variables), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
-        yield True
+        yield Cluster(private=True, told="started on this machine")
 
 
 def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> None:
@@ -168,7 +190,7 @@ def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> No
         1,
         0,
     ):  # a machine under heavy load can miss Ray's 30 seconds, which nothing prolongs
-        folder = exits.enter_context(_temporary())
+        folder = exits.enter_context(temporary_folder())
         exits.enter_context(_token(folder))
         exits.callback(ray.shutdown)
         try:
@@ -254,27 +276,45 @@ def _token(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A short private folder; those that killed processes left behind are swept first.
 
     Its owner holds a `flock` on it, which the kernel drops however the owner ends.
     """
-    places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - the folder in it is fresh and 0700
-    # Ray adds up to 64 bytes to the name, and 107 is the limit.
-    place = Path(next((one for one in places if len(one) <= 20 and os.access(one, os.W_OK)), places[0]))
-    prefix = f"vd-{os.getuid()}-"
-    for old in place.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), _held(old):
-            _clear(old)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    sweep_folders()
+    # It gets its name when it is held: another job that starts in the same moment sweeps what nobody holds.
+    place = _temporary_place()
+    fresh = Path(tempfile.mkdtemp(prefix=f".{_prefix()}", dir=place))
+    folder = fresh.with_name(fresh.name.removeprefix("."))
     if len(str(folder)) > 41:
-        folder.rmdir()
+        fresh.rmdir()
         raise UserError(f"{place} is too long a path for Ray's sockets: set TMPDIR to a short local folder")
     try:
-        with _held(folder):
+        with _held(fresh):
+            fresh.rename(folder)
             yield folder
     finally:
         _clear(folder)
+
+
+def sweep_folders() -> list[Path]:
+    """Remove what killed processes left of such folders, and end Ray's processes in them; the folders' names."""
+    swept = []
+    for old in _temporary_place().glob(f"{_prefix()}*"):
+        with contextlib.suppress(OSError), _held(old):
+            _clear(old)
+            swept.append(old)
+    return swept
+
+
+def _temporary_place() -> Path:
+    places = [tempfile.gettempdir(), "/tmp", "/var/tmp"]  # noqa: S108 - the folder in it is fresh and 0700
+    # Ray adds up to 64 bytes to the name, and 107 is the limit.
+    return Path(next((one for one in places if len(one) <= 20 and os.access(one, os.W_OK)), places[0]))
+
+
+def _prefix() -> str:
+    return f"vd-{os.getuid()}-"
 
 
 def _clear(folder: Path) -> None:

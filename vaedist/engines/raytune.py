@@ -94,7 +94,7 @@ def run(
             return sweep
         exits.enter_context(environment(_KNOBS))
         want = Want(workers, _ANY_NUMBER, space.resources.cpus, space.resources.gpus, device)
-        private = exits.enter_context(cluster(want))
+        found = exits.enter_context(cluster(want))
         gpus, room = want.place(nodes())
         slots = at_once(room, workers, concurrent)
         asked = exits.enter_context(stop.StopRequest(None, ""))
@@ -111,7 +111,7 @@ def run(
         }
         (work / "orders.json").write_text(json.dumps(orders))
         tell(
-            f"Ray {'started on this machine' if private else 'found'}: {slots} trial{'s' * (slots > 1)} at a time, "
+            f"Ray {found.told}: {slots} trial{'s' * (slots > 1)} at a time, "
             f"{workers} worker{'s' * (workers > 1)} each, {'one GPU' if gpus else 'CPU'}"
         )
         _drive(sweep, _tuner(sweep, work, workers, gpus, slots, max_failures), early, asked)

@@ -13,7 +13,8 @@ class FitOptions:
     Attributes:
         override: Allow changes of `override` settings on resume.
         token: Token of the run's lock where the launcher holds it; None: rank 0 takes the lock itself.
-        attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run.
+        attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run. Who started the launcher may
+            name it ($VAEDIST_ATTEMPT), else the launcher does.
         quiet: No console output.
         engine: For the start-up summary.
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.

@@ -13,8 +13,10 @@ one process: with the loop's weighting (see `vaedist.context`) their backward pa
 
 from __future__ import annotations
 
+import hmac
 import inspect
 import os
+import secrets
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -202,6 +204,8 @@ def _device(device: str | torch.device, local_rank: int) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         count = torch.cuda.device_count()
+        if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+            local_rank = 0  # Slurm shows each task the one GPU that is its own
         if local_rank >= count:
             raise UserError(
                 f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} workers"
@@ -242,6 +246,7 @@ def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
     while True:
         missing = [other for other in range(world) if not store.check([f"here/{other}"])]
         if not missing:
+            _prove(store, rank, world)
             return store
         if time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
@@ -250,6 +255,35 @@ def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
                 f"these never came: {ranks}; look at their logs, then start again"
             )
         time.sleep(0.05)
+
+
+def _prove(store: Store, rank: int, world: int) -> None:
+    """Show the others that this process knows the secret of its launcher (`VAEDIST_STORE_SECRET`), and ask it of them.
+
+    Anybody who reaches the port may talk to a TCP store. Each rank asks a question of its own and answers all
+    questions with an HMAC (RFC 2104) of question and names, so an answer overheard is of no use to another.
+
+    Raises:
+        UserError: a process gave a wrong answer: it is none of this run.
+    """
+    secret = os.environ.get("VAEDIST_STORE_SECRET", "")
+    if not secret:
+        return
+
+    def answer(question: str, by: int, to: int) -> str:
+        return hmac.new(secret.encode(), f"{question} {by} {to}".encode(), "sha256").hexdigest()
+
+    mine = secrets.token_hex(16)
+    store.set(f"question/{rank}", mine)
+    for other in range(world):
+        question = store.get(f"question/{other}").decode(errors="replace")
+        store.set(f"answer/{rank}/{other}", answer(question, rank, other))
+    for other in range(world):
+        if not hmac.compare_digest(store.get(f"answer/{other}/{rank}"), answer(mine, other, rank).encode()):
+            raise UserError(
+                f"what called itself rank {other} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not "
+                "know this run's secret: another program talks to the port; start again, and tell the cluster's admin"
+            )
 
 
 # What a model sees of the group ---------------------------------------------------------------------------

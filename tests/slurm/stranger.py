@@ -1,0 +1,56 @@
+"""What another user of the node can try: becomes nobody, then reads and knocks. `stranger.py RUN GCS PLACE...`
+
+RUN is the run folder, GCS the address of Ray's control service or `-`, each PLACE an address and a port at which
+something listens; `rank:` before it: a rank of the training. Prints a line for each success, and one at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import encodings.idna  # noqa: F401 - Python loads it at the first connection, when this is nobody
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+
+def main(run: Path, gcs: str, places: list[str]) -> None:
+    connect = None
+    if gcs != "-":
+        # Loaded while this is still allowed.
+        from ray._raylet import GcsClient as connect
+        from ray.exceptions import AuthenticationError
+    secrets = [path for path in (*run.glob(".srun/*"), *run.glob(".cluster-*/*")) if path.is_file()]
+    assert secrets or gcs == "-", "there is something to steal"
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    for path in (*secrets, run / "job.yaml", run / "metrics.jsonl"):
+        with contextlib.suppress(OSError):
+            path.read_bytes()
+            print("read", path)
+    for place in places:
+        address, _, port = place.removeprefix("rank:").rpartition(":")
+        address = "127.0.0.1" if address in ("*", "0.0.0.0") else address
+        for words in (b"GET / HTTP/1.0\r\n\r\n", os.urandom(64)):
+            with contextlib.suppress(OSError), socket.create_connection((address, int(port)), 2) as peer:
+                peer.settimeout(0.5)
+                peer.sendall(words)
+                peer.recv(4096)
+        if place.startswith("rank:"):
+            with contextlib.suppress(RuntimeError):
+                store = TCPStore(
+                    address, int(port), is_master=False, timeout=timedelta(seconds=1), wait_for_workers=False
+                )
+                store.set("vaedist/0/here/7", "1")
+    if connect is not None:
+        with contextlib.suppress(AuthenticationError):
+            connect(address=gcs)
+            print("joined", gcs)
+    print("tried", len(places))
+
+
+main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

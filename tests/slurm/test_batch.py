@@ -1,0 +1,262 @@
+"""Jobs on a real Slurm: the same curve on any nodes, every way of being stopped, and nothing left behind.
+
+Each test hands a batch script to sbatch that ends as those of `jobs/` do, in the supervisor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.stage import difference, state
+from tests.runs import ROOT, curve, last_step, small_job, train, write_job
+from tests.slurm.cluster import ENDED, KILL_WAIT, Slurm, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS, SAVE = 1000, 200
+Note = Callable[[str, object], None]
+
+
+class Work:
+    """A folder to submit from, with a job file and a batch script."""
+
+    def __init__(self, slurm: Slurm, folder: Path, data: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.run = folder / "run"
+        job = small_job(data, steps=STEPS, save_every=SAVE, validate_every=500)
+        write_job(folder / "job.yaml", job)
+        self.script = folder / "batch.sh"
+        self.script.write_text(
+            "#!/usr/bin/env bash\n"
+            "#SBATCH --open-mode=append --signal=B:USR1@180 --requeue --time=01:00:00\n"
+            f'exec {sys.executable} -m vaedist.engines.batch "$@"\n'
+        )
+
+    def submit(
+        self, *options: str, engine: str | None = None, run: Path | None = None, **variables: str
+    ) -> str:
+        """Hand in the training; the job's number."""
+        chosen = [f"--engine={engine}"] if engine else []
+        arguments = ["train", "job.yaml", "--run-dir", str(run or self.run), "--device=cpu"]
+        return self.slurm.sbatch(
+            *options,
+            f"--output={self.folder}/%j.out",
+            self.script,
+            *chosen,
+            *arguments,
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+            cwd=self.folder,
+        )
+
+    def wait_for_step(self, step: int, job: str) -> None:
+        def there() -> bool:
+            assert self.slurm.state(job) not in ENDED, self.slurm.output(job)
+            return last_step(self.run) >= step
+
+        until(f"step {step}", there, 240)
+
+    def steps_redone(self, job: str) -> int:
+        """Steps that the log tells of more than once."""
+        told = re.findall(rf" step (\d+)/{STEPS} ", self.slurm.output(job))
+        assert {int(step) for step in told} == set(range(1, STEPS + 1))
+        return len(told) - STEPS
+
+    def equals(self, whole: Path) -> None:
+        assert curve(self.run) == curve(whole)
+        assert difference(state(self.run, STEPS), state(whole, STEPS)) == []
+
+
+def left(slurm: Slurm, node: str) -> list[str]:
+    """What jobs left there, but for an empty folder that torch makes for each user and for good."""
+    return [one for one in slurm.left(node) if "torchinductor" not in one]
+
+
+@pytest.fixture
+def work(slurm: Slurm, tmp_path: Path, phantom: Path) -> Iterator[Work]:
+    made = Work(slurm, tmp_path, phantom)
+    yield made
+    slurm.quiet()
+    until(
+        "nothing is left on any node",
+        lambda: not any(left(slurm, node) for node in slurm.nodes),
+        KILL_WAIT + 5,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The same training without Slurm, by number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = write_job(folder / "job.yaml", small_job(phantom, steps=STEPS, save_every=SAVE, validate_every=500))
+
+    def of(workers: int) -> Path:
+        run = folder / str(workers)
+        if not run.exists():
+            code, _, err = train(job, run, "--workers", str(workers), "--device=cpu")
+            assert (code, err) == (0, "")
+        return run
+
+    return of
+
+
+@pytest.mark.parametrize("engine", ["srun", pytest.param("ray", marks=pytest.mark.ray)])
+def test_two_nodes_with_two_ranks_give_the_curve_of_four_local_processes(
+    work: Work, whole: Callable[[int], Path], engine: str
+) -> None:
+    job = work.submit("--nodes=2", "--ntasks-per-node=2", engine=engine)
+    work.slurm.wait(job, "COMPLETED", seconds=400)
+    told = work.slurm.output(job)
+    assert f"train 2 nodes x 2 ranks, engine {engine}" in told
+    assert told.count(f" step 1/{STEPS} ") == 1, "only rank 0 talks"
+    work.equals(whole(4))
+
+
+ONE, TWO = ("--nodes=1", "--ntasks-per-node=2"), ("--nodes=2", "--ntasks-per-node=1")
+
+
+def _preempted(slurm: Slurm, job: str) -> None:
+    slurm.preempt(job)
+
+
+def _requeued(slurm: Slurm, job: str) -> None:
+    slurm.run("scontrol", "requeue", job)
+
+
+WAYS = {
+    # row: partition, whether the site sends the user's signal, what happens, most steps redone
+    "F5a": ("low", False, _preempted, SAVE),
+    "F5b": ("lowgrace", False, _preempted, 0),
+    "F5c": ("lowgrace", True, _preempted, 0),
+    "F24a": ("debug", False, _requeued, SAVE),
+}
+FAULTS = {
+    "F5a": "preempted without grace",
+    "F5b": "preempted, 8 s of grace, TERM to the steps alone",
+    "F5c": "preempted, 8 s of grace, the site sends USR1",
+    "F24a": "scontrol requeue",
+}
+
+
+def _ways() -> Iterator[object]:
+    for row, fault in FAULTS.items():
+        for layout, (name, options) in enumerate({"1 node, 2 ranks": ONE, "2 nodes under srun": TWO}.items()):
+            marks = [pytest.mark.faults(row=f"{row}{'ls'[layout]}", fault=f"{fault}: {name}", ray="")]
+            marks += [pytest.mark.ci] * (row in ("F5c", "F24a") and options is TWO)
+            yield pytest.param(row, options, marks=marks, id=f"{row}-{name.replace(' ', '_')}")
+
+
+@pytest.mark.parametrize(("row", "options"), [*_ways()])
+def test_a_job_that_is_taken_off_its_nodes_goes_on_as_if_nothing_had_been(
+    work: Work, whole: Callable[[int], Path], row: str, options: tuple[str, ...], record_property: Note
+) -> None:
+    partition, user_signal, happen, most = WAYS[row]
+    slurm = work.slurm
+    with slurm.user_signal() if user_signal else contextlib.nullcontext():
+        job = work.submit(f"--partition={partition}", *options)
+        work.wait_for_step(SAVE + 10, job)
+        happen(slurm, job)
+    slurm.release(job)
+    since = time.monotonic()
+    slurm.wait(job, "RUNNING", seconds=60)
+    until("training again", lambda: "from step" in _last_start(slurm.output(job)), 120)
+    record_property("recovery", time.monotonic() - since)
+    slurm.wait(job, "COMPLETED", seconds=300)
+    work.equals(whole(2))
+    redone = work.steps_redone(job)
+    record_property("told", f"{redone} steps done again (a checkpoint every {SAVE})")
+    assert redone <= most
+    assert slurm.restarts(job) == 1
+    assert "restart 1" in slurm.output(job)
+
+
+def _last_start(log: str) -> str:
+    return log.rpartition("vaedist: Slurm job")[2]
+
+
+@pytest.mark.faults(row="F6", fault="the wall time ends", ray="")
+def test_the_end_of_the_wall_time_is_not_the_end(
+    work: Work, whole: Callable[[int], Path], record_property: Note
+) -> None:
+    # Slurm warns up to a minute early and counts in minutes: of a limit of 4, training gets the first one.
+    job = work.submit("--nodes=2", "--ntasks-per-node=1", "--time=00:04:00", "--begin=now")
+    work.wait_for_step(SAVE + 10, job)
+    work.slurm.run(
+        "scancel", "--batch", "--signal=USR1", job
+    )  # what B:USR1@180 sends, without the wait for it
+    work.slurm.release(job)
+    work.slurm.wait(job, "COMPLETED", seconds=300)
+    work.equals(whole(2))
+    assert work.steps_redone(job) == 0
+    record_property("told", re.findall(r"vaedist: (requeued.*)", work.slurm.output(job))[0])
+
+
+def test_scancel_leaves_nothing_and_harms_no_other_job(work: Work) -> None:
+    slurm = work.slurm
+    job = work.submit("--nodes=2", "--ntasks-per-node=1", "--exclusive=user")
+    other = slurm.sbatch("--nodelist=n1", "--output=/dev/null", "--wrap=exec sleep 300")
+    slurm.wait(other, "RUNNING")
+    work.wait_for_step(10, job)
+    slurm.run("scancel", job)
+    slurm.wait(job, "CANCELLED", seconds=KILL_WAIT + 5)
+    until(
+        "nothing is left",
+        lambda: (
+            not [
+                one
+                for n in slurm.nodes
+                for one in left(slurm, n)
+                if "sleep 300" not in one and "slurmstepd" not in one
+            ]
+        ),
+        KILL_WAIT + 5,
+    )
+    assert slurm.state(other) == "RUNNING"
+    assert "requeued" not in slurm.output(job), "a job that its user ended stays ended"
+
+
+def test_jobs_that_start_in_the_same_second_do_not_meet(work: Work) -> None:
+    runs = [work.folder / f"run{number}" for number in (1, 2)]
+    jobs = [work.submit(*TWO, engine="srun", run=run) for run in runs]
+    for job in jobs:
+        work.slurm.wait(job, "COMPLETED", seconds=300)
+    assert curve(runs[0]) == curve(runs[1])
+
+
+@pytest.mark.faults(row="F9s", fault="two jobs on one run folder", ray="both run and overwrite each other")
+def test_the_second_job_on_a_run_folder_is_refused_by_name(work: Work, record_property: Note) -> None:
+    first = work.submit(*TWO)
+    work.wait_for_step(5, first)
+    second = work.submit(*TWO)
+    work.slurm.wait(second, "FAILED", seconds=120)
+    told = re.findall(r"error: (.*)", work.slurm.output(second))[0]
+    assert f"is being trained by Slurm job {first}" in told
+    record_property("told", told)
+    work.slurm.wait(first, "COMPLETED", seconds=300)
+
+
+@pytest.mark.faults(row="F24", fault="five requeues in a row, of which the cap allows four", ray="")
+def test_restarts_are_capped_and_the_log_is_kept(
+    work: Work, whole: Callable[[int], Path], record_property: Note
+) -> None:
+    (work.folder / "site.yaml").write_text("max_restarts: 4\n")
+    job = work.submit(*TWO, VAEDIST_SITE=str(work.folder / "site.yaml"))
+    for number in range(1, 6):
+        work.wait_for_step(150 * number, job)
+        work.slurm.run("scancel", "--batch", "--signal=USR1", job)
+        if number < 5:
+            work.slurm.release(job)
+    work.slurm.wait(job, "FAILED", seconds=60)
+    told = re.findall(r"vaedist: (not handed in again.*)", work.slurm.output(job))[0]
+    assert "4 restarts" in told
+    record_property("told", told)
+    assert work.slurm.output(job).count("vaedist: Slurm job") == 5
+    again = work.submit(*TWO)
+    work.slurm.wait(again, "COMPLETED", seconds=300)
+    work.equals(whole(2))

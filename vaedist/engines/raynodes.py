@@ -1,0 +1,223 @@
+"""A Ray cluster over the nodes of one Slurm job, in a step of that job.
+
+The supervisor (`vaedist.engines.batch`) starts `srun python -m vaedist.engines.raynodes FOLDER`, a process per node;
+the one with `SLURM_NODEID` 0 is the head. FOLDER (0700, seen by all nodes) is all they know of each other:
+
+| file | written by | holds |
+|---|---|---|
+| `nodes` | supervisor | the names of the nodes |
+| `token` (0600) | head | the cluster's token; never in an argument, an environment or a log |
+| `head` | head | where its GCS listens |
+| `at-NAME` | each node | its address |
+| `end` | supervisor | nothing: the cluster is no longer needed |
+
+All ports are 0: each of Ray's processes binds one that the kernel gives it and tells the others, so two jobs that start
+on one node in the same second cannot collide; the head reads its own from the file that Ray writes. Addresses are the
+node's own on the job's network. There is no dashboard, no Ray client port and no autoscaler.
+
+`ray start --block` runs as a child in a short private folder, and the process ends with it, when `end` appears, or on
+TERM, with everything that was started in that folder: no `ray stop`, which would also end the user's other jobs on the
+node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vaedist.engines.allocation import allocation
+from vaedist.engines.local import python_path
+from vaedist.engines.network import gloo_interface, node_address
+from vaedist.engines.raycluster import KNOBS, WITHOUT, environment, temporary_folder
+from vaedist.engines.sweep import sweep_here
+from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.files import temporary
+
+GATHER_SECONDS = 180.0
+"""How long nodes have to come: a cold Python on a network disk takes a minute before Ray even starts."""
+
+END = "end"
+
+_TRIES = 3
+
+
+@door
+def main(argv: list[str] | None = None) -> int:
+    """One node of the cluster; returns when Ray ends here (1), is no longer needed (0), or on TERM (75)."""
+    (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
+    ended = False
+
+    def end(*_: object) -> None:
+        nonlocal ended
+        ended = True
+
+    signal.signal(signal.SIGTERM, end)
+    if os.environ.get("SLURM_NODEID", "0") != "0":
+        sweep_here()  # the supervisor has done so on the first
+    head = os.environ.get("SLURM_NODEID", "0") == "0"
+    address = node_address()
+    _write_private(folder / f"at-{os.environ.get('SLURMD_NODENAME', address)}", address)
+    if head:
+        _write_private(folder / "token", secrets.token_hex(32))
+    gcs = None if head else _wait_for(folder / "head", "the head of the Ray cluster")
+    variables = (
+        KNOBS
+        | WITHOUT
+        | gloo_interface(address)
+        | {
+            "PYTHONPATH": python_path(),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_START_HOOK": f"{__spec__.name}.{without_client.__name__}",
+        }
+    )
+    for left in reversed(range(_TRIES)):
+        with temporary_folder() as place, environment(variables):
+            os.environ.pop("RAY_AUTH_TOKEN", None)
+            with subprocess.Popen(
+                _command(place / "r", address, gcs),
+                stdin=subprocess.DEVNULL,
+                stdout=(place / "out").open("wb"),
+                stderr=subprocess.STDOUT,
+            ) as ray:
+                started = done = False
+                while ray.poll() is None and not ended:
+                    where = place / "r" / "ray_current_cluster"  # written when this node is up
+                    if not started and where.exists():
+                        started = True
+                        if head:
+                            _write_private(folder / "head", where.read_text().strip())
+                    time.sleep(0.5)
+                    if done := _listed(folder / END):
+                        break
+                if ended or done:
+                    ray.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        ray.wait(3)
+                    ray.kill()
+                    return EXIT_FINISHED if done else EXIT_STOPPED
+            said = (place / "out").read_text(errors="replace").strip().splitlines()[-10:]
+            if started or not left:
+                print(f"vaedist: Ray ended on {address}:\n" + "\n".join(said), file=sys.stderr, flush=True)
+                return 1
+    raise AssertionError
+
+
+def without_client(parameters: Any, head: bool) -> None:  # noqa: ARG001 - so Ray calls it
+    """What Ray calls before it starts (RAY_START_HOOK): no server for Ray clients, whose port must be a fixed one."""
+    parameters.ray_client_server_port = None
+
+
+def _command(place: Path, address: str, gcs: str | None) -> list[str]:
+    ours = allocation()
+    role = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]
+    return [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--include-log-monitor=false",
+        f"--node-ip-address={address}",
+        f"--num-cpus={ours.cpus}",
+        f"--num-gpus={ours.gpus}",
+        f"--object-store-memory={ours.object_store}",
+        f"--memory={max(ours.memory - ours.object_store, ours.memory // 2)}",
+        f"--temp-dir={place}",
+        *(f"--{name}-port=0" for name in ("min-worker", "max-worker", "node-manager", "object-manager")),
+        *(f"--{name}=0" for name in ("dashboard-agent-listen-port", "metrics-export-port")),
+        *(role if gcs is None else [f"--address={gcs}"]),
+    ]
+
+
+@contextlib.contextmanager
+def joined(folder: Path) -> Iterator[int]:
+    """Connect to the cluster of this job, when all its nodes are there; how many they are.
+
+    Args:
+        folder: What the supervisor named in VAEDIST_RAY_CLUSTER.
+
+    Raises:
+        UserError: nodes are missing after the deadline: their names.
+    """
+    import logging
+
+    deadline = time.monotonic() + GATHER_SECONDS
+    gcs = _wait_for(folder / "head", "the head of this job's Ray cluster")
+    names = (folder / "nodes").read_text().split("\n")
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    with environment(KNOBS | variables | {"PYTHONPATH": python_path()}):
+        import ray  # now: it reads whether to use a token when it is loaded
+
+        try:
+            ray.init(
+                address=gcs, _node_ip_address=node_address(), log_to_driver=False, logging_level=logging.ERROR
+            )
+        except ConnectionError as error:
+            raise UserError(
+                f"this job's Ray cluster at {gcs} does not answer ({error}): look at what its nodes say in the log, "
+                "and start again"
+            ) from None
+        try:
+            while len(there := _alive()) < len(names):
+                if time.monotonic() > deadline:
+                    missing = [name for name in names if _address_of(folder, name) not in there]
+                    raise UserError(
+                        f"of the {len(names)} nodes of this job, {', '.join(missing)} did not join the Ray cluster "
+                        f"within {GATHER_SECONDS:.0f} s: look at what they say in the log, and start again"
+                    )
+                time.sleep(0.5)
+            yield len(names)
+        finally:
+            ray.shutdown()
+
+
+def _address_of(folder: Path, name: str) -> str:
+    with contextlib.suppress(OSError):
+        return (folder / f"at-{name}").read_text()
+    return "nowhere"
+
+
+def _alive() -> set[str]:
+    import ray
+
+    return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
+def _listed(file: Path) -> bool:
+    """Whether a file is there; NFS looks again only when the folder is opened."""
+    with contextlib.suppress(OSError):
+        return file.name in os.listdir(file.parent)
+    return True  # the whole folder has gone
+
+
+def _wait_for(file: Path, what: str) -> str:
+    deadline = time.monotonic() + GATHER_SECONDS
+    while True:
+        if _listed(file):
+            return file.read_text()
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{what} did not start within {GATHER_SECONDS:.0f} s: look at what it says in the log"
+            )
+        time.sleep(0.2)
+
+
+def _write_private(file: Path, text: str) -> None:
+    scratch = temporary(file)
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        opened.write(text)
+    scratch.replace(file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
