@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
 # PixelCNN over the codes of vqvae_phantom: `bash jobs/pixelcnn_phantom.sh`, or on a cluster
-# `sbatch jobs/pixelcnn_phantom.sh` with its partition, account and GPU line on the command line. Arguments go to
-# vaedist-train: train.steps=100 --workers 2. The same command continues a run that was stopped; 3 minutes before the
-# time limit it is asked to save and stop.
+# `sbatch [--nodes=2] jobs/pixelcnn_phantom.sh`, after
+#     eval "$(vaedist-launch --site FILE --print-env)" # partition, account and GPUs of your site
+# Arguments go to vaedist-train: train.steps=100 --run-dir runs/short. The same command continues a run. Three minutes
+# before the time limit, and when preempted, it saves, and the job goes on by itself.
 #SBATCH --job-name=pixelcnn_phantom
 #SBATCH --cpus-per-task=2
 #SBATCH --time=00:30:00
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
-set -euo pipefail
+set -eo pipefail
+trap '' USR1 # nothing to save yet: this must not end the script
 cd "${SLURM_SUBMIT_DIR:-$PWD}" # sbatch runs a copy of this file: its own place says nothing
-[ ! -d .venv ] || PATH="$PWD/.venv/bin:$PATH"
-jobs=jobs
-[ -f jobs/pixelcnn_phantom.yaml ] || jobs=$(python -c 'import pathlib, vaedist; print(pathlib.Path(vaedist.__file__).parents[1] / "jobs")')
+eval "${VAEDIST_SETUP:-}" # modules and such of the site file
+# The project: here; where Slurm was given this file; where the package was installed from.
+project=$PWD
+[ -f jobs/pixelcnn_phantom.yaml ] || [ -z "${SLURM_JOB_ID:-}" ] || project=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
+    sed -n 's|.* Command=\(/.*\)/jobs/pixelcnn_phantom\.sh.* WorkDir=.*|\1|p' || true)
+[ ! -d "$project/.venv" ] || PATH="$project/.venv/bin:$PATH"
+[ -f "$project/jobs/pixelcnn_phantom.yaml" ] ||
+    project=$(python -c 'import pathlib, vaedist; print(pathlib.Path(vaedist.__file__).parents[1])' 2>/dev/null) ||
+    { echo "vaedist is not installed here: run tools/quickstart once, or activate its environment" >&2; exit 2; }
+set -u
+jobs="$project/jobs"
 source "$jobs/start" pixelcnn_phantom shards/phantom "phantom --size 64" "$@"

@@ -100,12 +100,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 # Minutes by area, printed above pytest's last line --------------------------------------------------------------
 
-_AREAS = ("set-up", "house", "variants", "Ray", "docs")
+_AREAS = ("set-up", "house", "variants", "Ray", "Slurm", "docs")
 _seconds: dict[str, float] = defaultdict(float)
 
 
 def _area(item_path: str, keywords: object) -> str:
     marks = keywords if isinstance(keywords, dict) else {}
+    if "slurm" in marks:
+        return "Slurm"
     if "ray" in marks:
         return "Ray"
     if "docs" in marks:

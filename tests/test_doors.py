@@ -82,6 +82,7 @@ MISTAKES = {
     "evaluate": ["no-such-run"],
     "sample": ["no-such-run"],
     "tune": ["--space", "no-such-space"],
+    "launch": ["--local", "no-such-job.yaml"],
 }
 
 

@@ -149,6 +149,9 @@ def test_a_script_is_one_that_sbatch_takes(path: Path) -> None:
     directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"--open-mode=append", "--signal=B:USR1@180", "--requeue"} <= set(directives)
     assert not [line for line in directives if re.match(r"--(partition|account|gpus|gres|qos)", line)]
+    assert code.index("trap '' USR1") < code.index("cd "), (
+        "the signal must not end a script that is still beginning"
+    )
     last = code.strip().splitlines()[-1]
     assert last.startswith(f'source "$jobs/start" {path.stem} ')
     assert last.endswith(' "$@"')
@@ -181,6 +184,23 @@ def test_without_shards_a_script_prints_the_command_that_makes_them(
     assert re.search(rf"^    vaedist-shard \S+ .*--out {re.escape(str(missing))}$", done.stderr, re.MULTILINE)
 
 
+def test_without_vaedist_a_script_says_so(tmp_path: Path) -> None:
+    """By absolute path from a folder that has nothing, and with a Python that has nothing."""
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", SCRIPTS[0]],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "vaedist is not installed here" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("path", SCRIPTS[:1], ids=lambda path: path.stem)
 def test_a_script_passes_settings_on_and_trains(path: Path, tiny: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "VAEDIST_DATA": str(tiny)}
@@ -196,3 +216,5 @@ def test_a_script_passes_settings_on_and_trains(path: Path, tiny: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "job.yaml").exists()
+    assert f"checkpoints  {tmp_path}/run/checkpoints\n" in done.stdout
+    assert f"tensorboard --logdir {tmp_path}/run/tensorboard --port " in done.stdout

@@ -1,0 +1,168 @@
+"""What is launched: grids, seeds and chains, and every mistake found before anything is in the queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vaedist.engines.chain import Link, Order, axis, is_setting, links, seeds
+from vaedist.errors import UserError
+
+JOB = """
+name: tiny
+data: {path: DATA}
+model: {kind: vae, latent: 4, encoder: {kind: mlp, width: 16, depth: 1}}
+train: {steps: 4, batch_size: 8}
+"""
+PRIOR = """
+name: codes
+data: {path: DATA}
+model: {kind: pixelcnn, tokenizer: runs/none}
+train: {steps: 4, batch_size: 8}
+"""
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
+    monkeypatch.chdir(tmp_path)
+    shards = tmp_path / "my shards"
+    shards.mkdir()
+    (shards / "index.json").touch()
+    Path("tiny.yaml").write_text(JOB.replace("DATA", str(shards)))
+    Path("codes.yaml").write_text(PRIOR.replace("DATA", str(shards)))
+    return Order(jobs=("tiny.yaml",), settings=(), runs=Path("runs"))
+
+
+def commands(found: list[Link]) -> dict[str, list[tuple[str, ...]]]:
+    return {link.name: [task.arguments for task in link.tasks] for link in found}
+
+
+def test_one_job(order: Order, tmp_path: Path) -> None:
+    (link,) = links(replace(order, settings=("train.steps=9",), further=("--override",)))
+    assert (link.name, link.after, link.trains) == ("train", None, True)
+    assert link.tasks[0].arguments == (
+        "train",
+        "tiny.yaml",
+        "train.steps=9",
+        f"data.path={tmp_path}/my shards",
+        "--run-dir",
+        "runs/tiny",
+        "--override",
+    )
+
+
+def test_a_grid_and_seeds_make_a_run_each(order: Order) -> None:
+    wanted = replace(order, grid=(axis("model.beta=0.5,1"), axis("train.batch_size=4,8")), seeds=seeds("0-1"))
+    (link,) = links(wanted)
+    runs = [str(task.run) for task in link.tasks]
+    assert len(set(runs)) == 8
+    assert runs[0] == "runs/tiny-beta-0.5-batch_size-4-seed-0"
+    assert "seed=1" in link.tasks[1].arguments and "model.beta=0.5" in link.tasks[1].arguments
+    assert link.tasks[1].arguments[-1] == runs[1]
+
+
+def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(order: Order) -> None:
+    found = links(
+        replace(
+            order,
+            seeds=(0, 1),
+            chain=("shard", "train", "prior", "evaluate", "sample"),
+            shard="phantom --size 32 --out 'new shards'",
+            prior="codes.yaml train.steps=2",
+            evaluate="--split test",
+        )
+    )
+    assert [(link.name, link.after, len(link.tasks)) for link in found] == [
+        ("shard", None, 1),
+        ("train", "shard", 2),
+        ("prior", "train", 2),
+        ("evaluate", "prior", 2),
+        ("sample", "prior", 2),
+    ]
+    ran = commands(found)
+    assert ran["shard"] == [("shard", "phantom", "--size", "32", "--out", "new shards")]
+    assert "data.path=new shards" in ran["train"][1]
+    prior = "runs/codes-of-tiny-seed-1"
+    assert ran["prior"][1] == (
+        "train",
+        "codes.yaml",
+        "train.steps=2",
+        "model.tokenizer=runs/tiny-seed-1",
+        "data.path=new shards",
+        "--run-dir",
+        prior,
+    )
+    assert ran["evaluate"][1] == ("evaluate", prior, "--split", "test")
+    assert ran["sample"][1] == ("sample", prior, "--output-path", f"{prior}/samples.png")
+
+
+def test_a_chain_may_begin_with_runs_that_are_there(order: Order) -> None:
+    (evaluate,) = links(replace(order, chain=("evaluate",)))
+    assert (evaluate.after, evaluate.tasks[0].arguments) == (None, ("evaluate", "runs/tiny"))
+
+
+def test_a_search(order: Order) -> None:
+    (link,) = links(
+        replace(order, jobs=(), space="infovae", settings=("train.steps=5",), further=("--trials", "4"))
+    )
+    assert link.trains
+    assert link.tasks[0].arguments == (
+        *("tune", "--space", "infovae", "train.steps=5"),
+        *("--run-dir", "runs/tune_infovae", "--trials", "4"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"jobs": ()}, "nothing to launch"),
+        ({"jobs": ("no.yaml",)}, "cannot read no.yaml"),
+        ({"settings": ("train.stepz=1",)}, "did you mean 'steps'"),
+        ({"settings": ("model.latnt=1",)}, "did you mean 'latent'"),
+        ({"grid": (("model.latent", ("4", "no")),)}, "model.latent"),
+        ({"settings": ("data.path=/nowhere",)}, "there are no shards in /nowhere"),
+        ({"settings": ("data.path=$NOT_SET_HERE",)}, "$NOT_SET_HERE is not set"),
+        ({"chain": ("train", "shard")}, "in this order"),
+        ({"chain": ("train", "train")}, "each once"),
+        ({"chain": ("trian",)}, "did you mean 'train'"),
+        ({"chain": ("shard", "train")}, "needs --shard"),
+        ({"chain": ("train", "prior")}, "needs --prior"),
+        ({"chain": ("train", "prior"), "prior": "'codes.yaml"}, "as you would in a shell"),
+        ({"evaluate": "--split test"}, "no effect without --chain evaluate"),
+        ({"jobs": ("tiny.yaml", "tiny.yaml")}, "two of these would train in one folder"),
+        ({"further": ("--run-dir=x",)}, "would put all runs in one folder"),
+        ({"seeds": tuple(range(1001))}, "a job array holds 1000"),
+        ({"space": "infovae"}, "job files has no place beside it"),
+        ({"space": "infovae", "jobs": (), "seeds": (1,)}, "--seeds has no place beside it"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_queued(
+    order: Order, changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        links(replace(order, **changes))  # type: ignore[arg-type]
+    assert told in str(error.value)
+
+
+def test_seeds() -> None:
+    assert seeds("0-4") == (0, 1, 2, 3, 4)
+    assert seeds("7, 1-2,7") == (7, 1, 2)
+    for wrong in ("", "4-0", "a", "1-", "0-5000", "-1"):
+        with pytest.raises(UserError, match="--seeds"):
+            seeds(wrong)
+
+
+def test_axis() -> None:
+    assert axis("model.beta=0.5,1, 4") == ("model.beta", ("0.5", "1", "4"))
+    assert axis("model.shape=[1,2],[3,4]") == ("model.shape", ("[1,2]", "[3,4]"))
+    for wrong in ("model.beta", "=1", "a b=1", "model.beta=", "model.beta=1,,2", "seed=1,2"):
+        with pytest.raises(UserError, match="--grid"):
+            axis(wrong)
+
+
+def test_words_are_settings_or_files() -> None:
+    assert [is_setting(word) for word in ("train.steps=1", "jobs/a=b.yaml", "a.yaml", "./x=1", "_a=")] == [
+        *(True, False, False, False, True)
+    ]
