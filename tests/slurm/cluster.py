@@ -55,9 +55,9 @@ class Slurm:
         """A command (srun, squeue, scontrol...) on the machine that jobs are submitted from."""
         return self._output(list(words), seconds, check, cwd)
 
-    def on(self, node: str, *words: str, check: bool = True) -> str:
+    def on(self, node: str, *words: str, check: bool = True, seconds: float = 60) -> str:
         """A command on a node."""
-        return self._output([str(TOOL), "exec", "--dir", str(self.folder), node, *words], 60, check)
+        return self._output([str(TOOL), "exec", "--dir", str(self.folder), node, *words], seconds, check)
 
     def _output(self, words: list[str], seconds: float, check: bool = True, cwd: Path | None = None) -> str:
         done = subprocess.run(

@@ -37,7 +37,7 @@ def main(run: Path, gcs: str, places: list[str]) -> None:
         address = "127.0.0.1" if address in ("*", "0.0.0.0") else address
         for words in (b"GET / HTTP/1.0\r\n\r\n", os.urandom(64)):
             with contextlib.suppress(OSError), socket.create_connection((address, int(port)), 2) as peer:
-                peer.settimeout(0.5)
+                peer.settimeout(0.2)
                 peer.sendall(words)
                 peer.recv(4096)
         if place.startswith("rank:"):

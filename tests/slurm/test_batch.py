@@ -197,26 +197,21 @@ def test_the_end_of_the_wall_time_is_not_the_end(
     record_property("told", re.findall(r"vaedist: (requeued.*)", work.slurm.output(job))[0])
 
 
-def test_scancel_leaves_nothing_and_harms_no_other_job(work: Work) -> None:
+@pytest.mark.parametrize("engine", ["srun", pytest.param("ray", marks=pytest.mark.ray)])
+def test_scancel_leaves_nothing_and_harms_no_other_job(work: Work, engine: str) -> None:
     slurm = work.slurm
-    job = work.submit("--nodes=2", "--ntasks-per-node=1", "--exclusive=user")
+    job = work.submit(*TWO, engine=engine)
     other = slurm.sbatch("--nodelist=n1", "--output=/dev/null", "--wrap=exec sleep 300")
     slurm.wait(other, "RUNNING")
     work.wait_for_step(10, job)
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED", seconds=KILL_WAIT + 5)
-    until(
-        "nothing is left",
-        lambda: (
-            not [
-                one
-                for n in slurm.nodes
-                for one in left(slurm, n)
-                if "sleep 300" not in one and "slurmstepd" not in one
-            ]
-        ),
-        KILL_WAIT + 5,
-    )
+
+    def there() -> list[str]:
+        found = [one for node in slurm.nodes for one in left(slurm, node)]
+        return [one for one in found if not re.search(rf"sleep 300|slurmstepd: \[{other}\.", one)]
+
+    until("nothing is left of the job", lambda: not there(), KILL_WAIT + 5)
     assert slurm.state(other) == "RUNNING"
     assert "requeued" not in slurm.output(job), "a job that its user ended stays ended"
 

@@ -18,9 +18,9 @@ import os
 import re
 import socket
 import struct
-import subprocess
 from collections.abc import Iterator, Mapping
 
+from vaedist.engines.slurmjob import ask
 from vaedist.errors import UserError
 
 _SIOCGIFADDR = 0x8915
@@ -94,14 +94,5 @@ def _resolved(name: str) -> list[str]:
 
 def _slurms(node: str) -> str:
     """The address or name that Slurm has for a node; empty where scontrol is not in reach."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        shown = subprocess.run(
-            ["scontrol", "show", "node", node, "--oneliner"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        if found := re.search(r"\bNodeAddr=(\S+)", shown.stdout):
-            return found[1]
-    return ""
+    found = re.search(r"\bNodeAddr=(\S+)", ask("scontrol", "show", "node", node, "--oneliner") or "")
+    return found[1] if found else ""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaedist.engines.record import Entry
+from vaedist.engines.slurmjob import ask
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 
 ENDED = frozenset(
@@ -85,8 +86,13 @@ class Queue:
             return
         marks = {entry.mark for entry in slurm}
         ours = {entry.array for entry in slurm}
-        listed = _ask(
-            "squeue", "--noheader", "--array", f"--user={os.geteuid()}", "--format=%i|%T|%S|%N|%j|%r|%k"
+        listed = ask(
+            "squeue",
+            "--noheader",
+            "--array",
+            f"--user={os.geteuid()}",
+            "--format=%i|%T|%S|%N|%j|%r|%k",
+            seconds=_ASK_SECONDS,
         )
         self.silent = listed is None
         for line in (listed or "").splitlines():
@@ -101,7 +107,9 @@ class Queue:
                 self._successors.setdefault((name, job.partition("_")[2]), []).append(seen)
         # A client of Slurm that finds no controller tries for a minute or more: it is not asked again and again.
         for number in () if self.silent else sorted(ours):
-            for seen in _shown(_ask("scontrol", "show", "job", "--oneliner", number) or ""):
+            for seen in _shown(
+                ask("scontrol", "show", "job", "--oneliner", number, seconds=_ASK_SECONDS) or ""
+            ):
                 self._known[seen.job] = seen
 
     @property
@@ -149,15 +157,6 @@ def _tasks(text: str) -> Iterator[int]:
         first, _, last = part.partition("-")
         if first.isdecimal():
             yield from range(int(first), int(last if last.isdecimal() else first) + 1)
-
-
-def _ask(*command: str) -> str | None:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_SECONDS, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # The view ---------------------------------------------------------------------------------------------------

@@ -72,19 +72,19 @@ class SlurmJob:
 
     def node_names(self) -> list[str]:
         """Names of all nodes, in Slurm's order; empty where scontrol is not in reach."""
-        shown = _ask("scontrol", "show", "hostnames", self.node_list)
+        shown = ask("scontrol", "show", "hostnames", self.node_list)
         return shown.split() if shown else []
 
     def state(self) -> str:
         """Such as RUNNING, CANCELLED, PENDING; empty where Slurm does not answer."""
-        shown = _ask("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.number}")
+        shown = ask("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.number}")
         return shown.split()[0] if shown and shown.split() else ""
 
     def idle_gpus(self) -> int:
         """GPUs that this node has although the job has none."""
         if self.gpus:
             return 0
-        shown = _ask("scontrol", "show", "node", self.node, "--oneliner") or ""
+        shown = ask("scontrol", "show", "node", self.node, "--oneliner") or ""
         return sum(int(count) for count in re.findall(r"\bGres=\S*?gpu:(?:[^:,(\s]+:)?(\d+)", shown))
 
     def requeue(self) -> str | None:
@@ -101,7 +101,7 @@ class SlurmJob:
             The successor's number, or nothing and what Slurm answered.
         """
         environment = os.environ
-        limit = _ask("squeue", "--noheader", "--format=%l", f"--jobs={self.number}") or ""
+        limit = ask("squeue", "--noheader", "--format=%l", f"--jobs={self.number}") or ""
         options = {
             "job-name": environment.get("SLURM_JOB_NAME"),
             "array": environment.get(
@@ -144,7 +144,7 @@ class SlurmJob:
 
     def cancel(self, number: str) -> None:
         """Take another job of this user back."""
-        _ask("scancel", number)
+        ask("scancel", number)
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -158,17 +158,18 @@ def tasks_per_node(text: str) -> list[int]:
 
 def _outside(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without this job's variables, some of which sbatch would take for options."""
-    kept = ("SLURM_CONF",)
+    ours = ("SLURM", "VAEDIST_JOB", "VAEDIST_ATTEMPT")
     return {
-        name: value for name, value in environment.items() if name in kept or not name.startswith("SLURM")
+        name: value
+        for name, value in environment.items()
+        if name == "SLURM_CONF" or not name.startswith(ours)
     }
 
 
-def _ask(*command: str) -> str | None:
+def ask(*command: str, seconds: float = _ASK_SECONDS) -> str | None:
+    """What a command of Slurm's prints; None where it is not there, refuses, or does not answer in time."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_SECONDS, check=True
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 
