@@ -1,7 +1,7 @@
 """What another user of the node can try: becomes nobody, then reads and knocks. `stranger.py RUN GCS PLACE...`
 
 RUN is the run folder, GCS the address of Ray's control service or `-`, each PLACE an address and a port at which
-something listens; `rank:` before it: a rank of the training. Prints a line for each success, and one at the end.
+something listens; `rank:` before it: a store of ranks. Prints a line for each success, and one at the end.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ import encodings.idna  # noqa: F401 - Python loads it at the first connection, w
 import os
 import socket
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import TCPStore
+
+
+def _join(address: str, port: int) -> None:
+    """As a rank would: the store of the ranks' rendezvous takes words from everybody."""
+    with contextlib.suppress(RuntimeError):
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=1), wait_for_workers=False)
+        store.set("vaedist/0/here/7", "1")
 
 
 def main(run: Path, gcs: str, places: list[str]) -> None:
@@ -41,16 +49,15 @@ def main(run: Path, gcs: str, places: list[str]) -> None:
                 peer.sendall(words)
                 peer.recv(4096)
         if place.startswith("rank:"):
-            with contextlib.suppress(RuntimeError):
-                store = TCPStore(
-                    address, int(port), is_master=False, timeout=timedelta(seconds=1), wait_for_workers=False
-                )
-                store.set("vaedist/0/here/7", "1")
+            trying = threading.Thread(target=_join, args=(address, int(port)), daemon=True)
+            trying.start()
+            trying.join(5)  # torch waits for ever for what is no store
     if connect is not None:
         with contextlib.suppress(AuthenticationError):
             connect(address=gcs)
             print("joined", gcs)
-    print("tried", len(places))
+    print("tried", len(places), flush=True)
+    os._exit(0)
 
 
 main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

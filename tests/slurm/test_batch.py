@@ -40,11 +40,16 @@ class Work:
         )
 
     def submit(
-        self, *options: str, engine: str | None = None, run: Path | None = None, **variables: str
+        self,
+        *options: str,
+        engine: str | None = None,
+        run: Path | None = None,
+        settings: tuple[str, ...] = (),
+        **variables: str,
     ) -> str:
         """Hand in the training; the job's number."""
         chosen = [f"--engine={engine}"] if engine else []
-        arguments = ["train", "job.yaml", "--run-dir", str(run or self.run), "--device=cpu"]
+        arguments = ["train", "job.yaml", *settings, "--run-dir", str(run or self.run), "--device=cpu"]
         return self.slurm.sbatch(
             *options,
             f"--output={self.folder}/%j.out",
@@ -83,11 +88,10 @@ def work(slurm: Slurm, tmp_path: Path, phantom: Path) -> Iterator[Work]:
     made = Work(slurm, tmp_path, phantom)
     yield made
     slurm.quiet()
-    until(
-        "nothing is left on any node",
-        lambda: not any(left(slurm, node) for node in slurm.nodes),
-        KILL_WAIT + 5,
-    )
+    deadline = time.monotonic() + KILL_WAIT + 5
+    while found := [f"{node}: {one}" for node in slurm.nodes for one in left(slurm, node)]:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
