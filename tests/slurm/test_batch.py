@@ -119,6 +119,7 @@ def test_two_nodes_with_two_ranks_give_the_curve_of_four_local_processes(
     told = work.slurm.output(job)
     assert f"train 2 nodes x 2 ranks, engine {engine}" in told
     assert told.count(f" step 1/{STEPS} ") == 1, "only rank 0 talks"
+    assert work.run.stat().st_mode & 0o777 == 0o700
     work.equals(whole(4))
 
 
@@ -226,6 +227,29 @@ def test_jobs_that_start_in_the_same_second_do_not_meet(work: Work) -> None:
     for job in jobs:
         work.slurm.wait(job, "COMPLETED", seconds=300)
     assert curve(runs[0]) == curve(runs[1])
+
+
+@pytest.mark.faults(row="F18", fault="a node of two loses its power", ray="")
+def test_a_lost_node_costs_no_more_than_a_checkpoint_interval(
+    work: Work, whole: Callable[[int], Path], record_property: Note
+) -> None:
+    slurm = work.slurm
+    job = work.submit(*TWO)
+    work.wait_for_step(SAVE + 10, job)
+    slurm.tool("kill-node", "n2")
+    try:
+        until("Slurm has queued the job again", lambda: slurm.state(job) == "PENDING", 120)
+    finally:
+        slurm.tool("start-node", "n2")
+    since = time.monotonic()
+    slurm.release(job)
+    until("training again", lambda: "from step" in _last_start(slurm.output(job)), 180)
+    record_property("recovery", time.monotonic() - since)
+    slurm.wait(job, "COMPLETED", seconds=300)
+    work.equals(whole(2))
+    redone = work.steps_redone(job)
+    record_property("told", f"{redone} steps done again (a checkpoint every {SAVE})")
+    assert redone <= SAVE
 
 
 @pytest.mark.faults(row="F9s", fault="two jobs on one run folder", ray="both run and overwrite each other")

@@ -223,6 +223,8 @@ class _Supervisor:
             beside: subprocess.Popen[bytes] | None = None
             place = Path()
             if self.plan.cluster is not None:
+                if self.plan.run_folder is not None:
+                    RunFolder.make(self.plan.run_folder)  # 0700, before anything is in it
                 place = self.plan.cluster.with_name(f"{self.plan.cluster.name}-{death}").absolute()
                 beside = exits.enter_context(_ray_nodes(self.job, place))
                 environment["VAEDIST_RAY_CLUSTER"] = str(place)
@@ -341,7 +343,6 @@ def _step(command: list[str]) -> Iterator[subprocess.Popen[bytes] | None]:
 @contextlib.contextmanager
 def _ray_nodes(job: SlurmJob, place: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A Ray cluster over all nodes in a step of its own; what its driver must know lies in the folder `place`."""
-    place.parent.mkdir(parents=True, exist_ok=True)
     place.mkdir(mode=0o700)
     try:
         command = [*srun(job, 1), sys.executable, "-m", raynodes.__name__, str(place)]
