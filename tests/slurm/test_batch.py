@@ -23,6 +23,13 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, SAVE = 1000, 200
 Note = Callable[[str, object], None]
 
+STRANGERS = {
+    "RAY_ADDRESS": "192.0.2.1:6379",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_TOKEN": "no",
+}
+"""Every job inherits these from the shell that it is submitted from, and must not care."""
+
 
 class Work:
     """A folder to submit from, with a job file and a batch script."""
@@ -56,7 +63,7 @@ class Work:
             self.script,
             *chosen,
             *arguments,
-            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **STRANGERS, **variables},
             cwd=self.folder,
         )
 

@@ -57,6 +57,15 @@ _DEATHS = 3
 _END_SECONDS = 20.0
 """How long what we end may take to leave."""
 
+_STRANGERS = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+    "VAEDIST_RAY_CLUSTER",
+)
+"""Of another cluster, or of one on the loopback address: sbatch hands the submitter's environment to the job."""
+
 _CANARY_SECONDS = 10.0
 _CANARY = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); signal.sigwait([15])"
 """Ends well on TERM alone. A shell would need a child to sleep in, and whichever of the two dies first decides."""
@@ -102,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _settle(job: SlurmJob, site: Site) -> None:
     """The environment of everything that is started from here."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        os.environ.pop(name, None)  # a stranger's
+    for name in _STRANGERS:
+        os.environ.pop(name, None)
     os.environ["VAEDIST_JOB"] = job.marker
     if local := site.node_local:
         os.environ.setdefault("VAEDIST_NODE_LOCAL", local)  # expanded on each node
@@ -235,13 +244,13 @@ class _Supervisor:
             while child.poll() is None:
                 self.signals.wait(5.0)
                 if canary is not None and canary.poll() == 0:
-                    self.signals.ended = True
+                    self.signals.ended = True  # Slurm ends the steps
                 if beside is not None and beside.poll() is not None:
                     # Ray's nodes are gone: the driver gets a moment to say so, and must not wait for ever.
-                    if beside.returncode == EXIT_STOPPED:
-                        self.signals.ended = True
-                    lost_since = lost_since or time.monotonic()
-                    if not (place / "head").exists():
+                    if lost_since is None:
+                        lost_since = time.monotonic()
+                        self.signals.ended |= _heard(canary)
+                    if not (place / "head").exists() and not self.signals.asked:
                         child.kill()
                         child.wait()
                         return 1  # Ray never started, and has said why
@@ -250,10 +259,9 @@ class _Supervisor:
                 if self.signals.asked and not told:
                     told = True
                     self.ask(child)
-            if child.returncode == EXIT_STOPPED and canary is not None and not self.signals.asked:
+            if child.returncode == EXIT_STOPPED and not self.signals.asked:
                 # Its ranks may have heard a TERM before the canary's end was told; or a person wrote the stop file.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.signals.ended = canary.wait(_CANARY_SECONDS) == 0
+                self.signals.ended |= _heard(canary)
             return child.returncode if lost_since is None or child.returncode >= 0 else 137
 
     def _canary(self) -> list[str]:
@@ -326,6 +334,15 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _heard(canary: subprocess.Popen[bytes] | None) -> bool:
+    """Whether the canary has heard a TERM: it may take a moment until its end is told."""
+    if canary is None:
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return canary.wait(_CANARY_SECONDS) == 0
+    return False
 
 
 @contextlib.contextmanager

@@ -204,7 +204,8 @@ def _wait_for(file: Path, what: str) -> str:
     deadline = time.monotonic() + GATHER_SECONDS
     while True:
         if _listed(file):
-            return file.read_text()
+            with contextlib.suppress(FileNotFoundError):  # the folder itself has gone
+                return file.read_text()
         if time.monotonic() > deadline:
             raise UserError(
                 f"{what} did not start within {GATHER_SECONDS:.0f} s: look at what it says in the log"
