@@ -160,7 +160,8 @@ def test_an_address_counts_only_if_this_machine_has_it() -> None:
     assert node_address({"SLURMD_NODENAME": address}) == address
     assert node_address({"SLURM_LAUNCH_NODE_IPADDR": address}) in ours.values()
     assert gloo_interface(address, {}) == {"GLOO_SOCKET_IFNAME": name}
-    assert gloo_interface(address, {"GLOO_SOCKET_IFNAME": "eth7"}) == {}
+    assert gloo_interface(address, {"GLOO_SOCKET_IFNAME": f"none0,{name}"}) == {}
+    assert gloo_interface(address, {"GLOO_SOCKET_IFNAME": "lo"}) == {"GLOO_SOCKET_IFNAME": name}
 
 
 def test_the_loopback_address_is_known_to_be_one() -> None:

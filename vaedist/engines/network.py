@@ -58,13 +58,16 @@ def interfaces() -> dict[str, str]:
 
 
 def gloo_interface(address: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What makes gloo talk over the interface that has `address`; a setting of the user's stays.
+    """What makes gloo talk over the interface that has `address`; a setting of the user's stays, if it
+    names an interface that is here and leads to other machines.
 
     gloo would resolve the host name, and between nodes 127.0.1.1 is a hang.
     """
-    if "GLOO_SOCKET_IFNAME" in environment:
+    ours = interfaces()
+    asked = [ours.get(name, "127.") for name in environment.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    if any(not one.startswith("127.") for one in asked):
         return {}
-    name = next((name for name, has in interfaces().items() if has == address), None)
+    name = next((name for name, has in ours.items() if has == address), None)
     return {"GLOO_SOCKET_IFNAME": name} if name else {}
 
 
