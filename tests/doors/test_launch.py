@@ -171,7 +171,11 @@ def test_ctrl_c_stops_a_local_chain_after_a_checkpoint(place: Path) -> None:
         "train.log_every=1",
     ]
     command += ["--local", "--chain", "train,sample"]
-    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
+    # A shell starts what it puts into the background with Ctrl-C ignored, and so it may have started these tests.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, text=True, **heard
+    ) as process:
         metrics = place / "runs" / "tiny" / "metrics.jsonl"
         for _ in range(1200):
             if metrics.exists() and metrics.stat().st_size:
