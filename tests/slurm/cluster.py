@@ -155,7 +155,9 @@ class Slurm:
         listed = self.on(node, "ps", "-e", "-o", "args=").splitlines()
         found = [f"process {words.strip()}" for words in listed if not words.startswith("ps -e")]
         for folder in (Path("/dev/shm"), Path("/tmp")):
-            found += [str(folder / name) for name in self.on(node, "ls", "-A", str(folder)).splitlines()]
+            names = self.on(node, "ls", "-A", str(folder)).splitlines()
+            # An empty folder that torch makes for each user, and for good, whenever an optimizer is made.
+            found += [str(folder / name) for name in names if not name.startswith("torchinductor_")]
         return found + [f"socket {line.split()[3]}" for line in self.on(node, "ss", "-Hltn").splitlines()]
 
     def quiet(self, seconds: float = 30) -> None:

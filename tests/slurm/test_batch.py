@@ -85,18 +85,13 @@ class Work:
         assert difference(state(self.run, STEPS), state(whole, STEPS)) == []
 
 
-def left(slurm: Slurm, node: str) -> list[str]:
-    """What jobs left there, but for an empty folder that torch makes for each user and for good."""
-    return [one for one in slurm.left(node) if "torchinductor" not in one]
-
-
 @pytest.fixture
 def work(slurm: Slurm, tmp_path: Path, phantom: Path) -> Iterator[Work]:
     made = Work(slurm, tmp_path, phantom)
     yield made
     slurm.quiet()
     deadline = time.monotonic() + KILL_WAIT + 5
-    while found := [f"{node}: {one}" for node in slurm.nodes for one in left(slurm, node)]:
+    while found := [f"{node}: {one}" for node in slurm.nodes for one in slurm.left(node)]:
         assert time.monotonic() < deadline, found
         time.sleep(0.5)
 
@@ -220,7 +215,7 @@ def test_scancel_leaves_nothing_and_harms_no_other_job(work: Work, engine: str) 
     slurm.wait(job, "CANCELLED", seconds=KILL_WAIT + 5)
 
     def there() -> list[str]:
-        found = [one for node in slurm.nodes for one in left(slurm, node)]
+        found = [one for node in slurm.nodes for one in slurm.left(node)]
         return [one for one in found if not re.search(rf"sleep 300|slurmstepd: \[{other}\.", one)]
 
     until("nothing is left of the job", lambda: not there(), KILL_WAIT + 5)
