@@ -52,6 +52,9 @@ WITHOUT = {
 }
 """What a cluster that only we use does without."""
 
+FOLDER = "VAEDIST_RAY_FOLDER"
+"""What every process of a cluster of ours carries in its environment: the cluster's own temporary folder."""
+
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's name for: this node is the loopback address; read when Ray loads."""
 
@@ -192,6 +195,7 @@ def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> No
     ):  # a machine under heavy load can miss Ray's 30 seconds, which nothing prolongs
         folder = exits.enter_context(temporary_folder())
         exits.enter_context(_token(folder))
+        exits.enter_context(environment({FOLDER: str(folder)}))
         exits.callback(ray.shutdown)
         try:
             ray.init(
@@ -320,11 +324,14 @@ def _prefix() -> str:
 def _clear(folder: Path) -> None:
     """Kill the Ray processes that were started in `folder` and still live, and remove it.
 
-    They name it on their command line. A driver that was killed leaves some, and so does a start that failed.
+    They name it on their command line, or, where they have given themselves another title, still have it in their
+    environment (`FOLDER`). A driver that was killed leaves some, a start that failed does, and Ray's agents take some
+    seconds to notice that their raylet has gone.
     """
+    marks = {"cmdline": str(folder).encode(), "environ": f"{FOLDER}={folder}\0".encode()}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if str(folder).encode() in (process / "cmdline").read_bytes() and (
+            if any(mark in (process / file).read_bytes() for file, mark in marks.items()) and (
                 process.stat().st_uid == os.getuid() and int(process.name) != os.getpid()
             ):
                 os.kill(int(process.name), signal.SIGKILL)
