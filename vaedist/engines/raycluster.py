@@ -52,9 +52,6 @@ WITHOUT = {
 }
 """What a cluster that only we use does without."""
 
-FOLDER = "VAEDIST_RAY_FOLDER"
-"""What every process of a cluster of ours carries in its environment: the cluster's own temporary folder."""
-
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's name for: this node is the loopback address; read when Ray loads."""
 
@@ -195,7 +192,6 @@ def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> No
     ):  # a machine under heavy load can miss Ray's 30 seconds, which nothing prolongs
         folder = exits.enter_context(temporary_folder())
         exits.enter_context(_token(folder))
-        exits.enter_context(environment({FOLDER: str(folder)}))
         exits.callback(ray.shutdown)
         try:
             ray.init(
@@ -324,18 +320,24 @@ def _prefix() -> str:
 def _clear(folder: Path) -> None:
     """Kill the Ray processes that were started in `folder` and still live, and remove it.
 
-    They name it on their command line, or, where they have given themselves another title, still have it in their
-    environment (`FOLDER`). A driver that was killed leaves some, a start that failed does, and Ray's agents take some
-    seconds to notice that their raylet has gone.
+    They name it on their command line, or, where they have given themselves another title (which takes their
+    environment's place, too), have their logs open in it. A driver that was killed leaves some, a start that failed
+    does, and Ray's agents take some seconds to notice that their raylet has gone.
     """
-    marks = {"cmdline": str(folder).encode(), "environ": f"{FOLDER}={folder}\0".encode()}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if any(mark in (process / file).read_bytes() for file, mark in marks.items()) and (
-                process.stat().st_uid == os.getuid() and int(process.name) != os.getpid()
-            ):
-                os.kill(int(process.name), signal.SIGKILL)
+            if process.stat().st_uid == os.getuid() and int(process.name) != os.getpid():
+                named = str(folder).encode() in (process / "cmdline").read_bytes()
+                if named or _writes_into(process, folder):
+                    os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _writes_into(process: Path, folder: Path) -> bool:
+    """Whether one of Ray's processes, by its title, has a file below `folder` open."""
+    if not (process / "cmdline").read_bytes().startswith(b"ray::"):
+        return False
+    return any(os.readlink(link).startswith(f"{folder}/") for link in (process / "fd").iterdir())
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from typing import Any
 from vaedist.engines.allocation import allocation
 from vaedist.engines.local import python_path
 from vaedist.engines.network import gloo_interface, node_address
-from vaedist.engines.raycluster import FOLDER, KNOBS, WITHOUT, environment, temporary_folder
+from vaedist.engines.raycluster import KNOBS, WITHOUT, environment, temporary_folder
 from vaedist.engines.sweep import sweep_here
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
 from vaedist.files import temporary
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         }
     )
     for left in reversed(range(_TRIES)):
-        with temporary_folder() as place, environment(variables | {FOLDER: str(place)}):
+        with temporary_folder() as place, environment(variables):
             os.environ.pop("RAY_AUTH_TOKEN", None)
             with subprocess.Popen(
                 _command(place / "r", address, gcs),
