@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,34 @@ def replace_file(path: Path, content: bytes) -> None:
         scratch.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def replace_private(path: Path, text: str) -> None:
+    """Put a secret at `path`, all or nothing, which only this user can read (0600) at every moment."""
+    scratch = temporary(path)
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    scratch.replace(path)
+
+
+def listed(path: Path) -> bool:
+    """Whether a file is there that another machine may have written: NFS looks again only when the folder is opened."""
+    try:
+        return path.name in os.listdir(path.parent)
+    except FileNotFoundError:
+        return False
+
+
+def awaited(path: Path, seconds: float) -> str | None:
+    """The text of a file that another machine is about to write; None if it is not there after so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if listed(path):
+            with contextlib.suppress(FileNotFoundError):
+                return path.read_text()
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
 
 
 def as_json(content: Any) -> bytes:

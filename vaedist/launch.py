@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaedist.engines.arguments import count
 from vaedist.errors import EXIT_FINISHED, UserError, door
-from vaedist.train import count
 
 if TYPE_CHECKING:
     from vaedist.engines.chain import Link, Order

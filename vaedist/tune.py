@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaedist.engines.arguments import count, count_or_none
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.train import count, count_or_none
 
 if TYPE_CHECKING:
     from vaedist.data.index import Index

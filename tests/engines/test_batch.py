@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 from tests.runs import ROOT, small_job, write_job
 from vaedist.engines import batch
-from vaedist.engines.layout import TrainArguments, plan
+from vaedist.engines.layout import Plan, plan, train_arguments
 from vaedist.engines.network import gloo_interface, interfaces, node_address
 from vaedist.engines.slurmjob import SlurmJob, tasks_per_node
 from vaedist.engines.srun import Task
@@ -47,12 +46,36 @@ def job_file(tmp_path: Path) -> str:
     return str(write_job(tmp_path / "job.yaml", small_job(tmp_path, steps=4)))
 
 
-def test_the_supervisor_knows_every_option_of_the_door() -> None:
-    def options(parser: argparse.ArgumentParser) -> set[str]:
-        return {text for action in parser._actions for text in action.option_strings} - {"-h", "--help"}
+def test_the_supervisor_reads_the_command_line_as_the_door_does(job_file: str) -> None:
+    """Every option of the door; those that make it answer instead of train are left to it."""
+    values = {
+        "--run-dir": "r",
+        "--engine": "ray",
+        "--workers": "2:4",
+        "--device": "cpu",
+        "--gpus-per-worker": "0",
+    }
+    for action in build_parser()._actions:
+        for option in action.option_strings:
+            value = [] if action.nargs == 0 else [values.get(option, "1")]
+            answers = option in ("-h", "--help", "--print-job", "--summary")
+            assert (train_arguments([job_file, option, *value]) is None) == answers, option
+    asked = train_arguments([job_file])
+    assert asked is not None and asked.engine is None, "the door's default is not a wish"
 
-    door = options(build_parser()) - {"--print-job", "--summary"}
-    assert options(TrainArguments.parser()) == door
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 6])
+def test_what_would_come_again_is_not_handed_in_again(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    job = SlurmJob.here(JOB)
+    assert job is not None
+    with batch._Signals() as signals:
+        signals.warned = True
+        options = batch.build_parser().parse_args(["train"])
+        supervisor = batch._Supervisor(job, Site(), options, Plan([], ""), signals)
+        assert supervisor.leave(code) == code
+        assert capsys.readouterr().err == ""
+        assert supervisor.leave(137) == 75, "killed while it saved: the last checkpoint is there"
+        assert "requeue" in capsys.readouterr().err
 
 
 def test_ranks_are_the_gpus_else_the_tasks_else_one(job_file: str) -> None:
@@ -97,7 +120,7 @@ def test_what_does_not_go_together_is_refused(job_file: str, words: list[str], t
 def test_settings_and_options_reach_the_ranks_whatever_their_order(job_file: str) -> None:
     given = ["--device", "cpu", job_file, "--override", "train.steps=7", "-q", "model.latent=3"]
     command = _command(JOB, "train", *given)
-    assert {"train.steps=7", "model.latent=3", "--override", "--quiet"} <= set(command)
+    assert {"train.steps=7", "model.latent=3", "--override", "-q"} <= set(command)
     assert command[command.index("--device") + 1] == "cpu"
 
 

@@ -80,6 +80,20 @@ class Work:
         assert {int(step) for step in told} == set(range(1, STEPS + 1))
         return len(told) - STEPS
 
+    def goes_on(self, job: str, whole: Path, note: Note) -> int:
+        """Let a job that was queued again end as if nothing had been; how many steps were done more than once."""
+        self.slurm.release(job)
+        since = time.monotonic()
+        self.slurm.wait(job, "RUNNING", seconds=60)
+        last_start = lambda: self.slurm.output(job).rpartition("vaedist: Slurm job")[2]  # noqa: E731
+        until("training again", lambda: "from step" in last_start(), 180)
+        note("recovery", time.monotonic() - since)
+        self.slurm.wait(job, "COMPLETED", seconds=300)
+        self.equals(whole)
+        redone = self.steps_redone(job)
+        note("told", f"{redone} steps done again (a checkpoint every {SAVE})")
+        return redone
+
     def equals(self, whole: Path) -> None:
         assert curve(self.run) == curve(whole)
         assert difference(state(self.run, STEPS), state(whole, STEPS)) == []
@@ -169,22 +183,9 @@ def test_a_job_that_is_taken_off_its_nodes_goes_on_as_if_nothing_had_been(
         job = work.submit(f"--partition={partition}", *options)
         work.wait_for_step(SAVE + 10, job)
         happen(slurm, job)
-    slurm.release(job)
-    since = time.monotonic()
-    slurm.wait(job, "RUNNING", seconds=60)
-    until("training again", lambda: "from step" in _last_start(slurm.output(job)), 120)
-    record_property("recovery", time.monotonic() - since)
-    slurm.wait(job, "COMPLETED", seconds=300)
-    work.equals(whole(2))
-    redone = work.steps_redone(job)
-    record_property("told", f"{redone} steps done again (a checkpoint every {SAVE})")
-    assert redone <= most
+    assert work.goes_on(job, whole(2), record_property) <= most
     assert slurm.restarts(job) == 1
     assert "restart 1" in slurm.output(job)
-
-
-def _last_start(log: str) -> str:
-    return log.rpartition("vaedist: Slurm job")[2]
 
 
 @pytest.mark.faults(row="F6", fault="the wall time ends", ray="")
@@ -243,15 +244,7 @@ def test_a_lost_node_costs_no_more_than_a_checkpoint_interval(
         until("Slurm has queued the job again", lambda: slurm.state(job) == "PENDING", 120)
     finally:
         slurm.tool("start-node", "n2")
-    since = time.monotonic()
-    slurm.release(job)
-    until("training again", lambda: "from step" in _last_start(slurm.output(job)), 180)
-    record_property("recovery", time.monotonic() - since)
-    slurm.wait(job, "COMPLETED", seconds=300)
-    work.equals(whole(2))
-    redone = work.steps_redone(job)
-    record_property("told", f"{redone} steps done again (a checkpoint every {SAVE})")
-    assert redone <= SAVE
+    assert work.goes_on(job, whole(2), record_property) <= SAVE
 
 
 @pytest.mark.faults(row="F9s", fault="two jobs on one run folder", ray="both run and overwrite each other")

@@ -39,20 +39,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from vaedist.engines import raynodes
 from vaedist.engines.layout import Plan, plan, srun
 from vaedist.engines.slurmjob import SlurmJob
 from vaedist.engines.sweep import sweep_here
-from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, CannotWrite, DataError, Diverged, UserError, door
 from vaedist.site import Site, load_site
 from vaedist.training import stop
 from vaedist.training.folder import RunFolder
 
 VERBS = ("shard", "train", "tune", "evaluate", "sample")
-MAX_RESTARTS = 20
 _DEATHS = 3
 """How often ranks that died are started again in the same allocation, as under the other engines."""
+
+_FINAL = {EXIT_FINISHED, *(kind.exit_code for kind in (UserError, DataError, Diverged, CannotWrite))}
+"""Exit codes after which going on would change nothing: finished, or a mistake that comes again."""
 
 _END_SECONDS = 20.0
 """How long what we end may take to leave."""
@@ -137,6 +140,7 @@ class _Signals:
         """USR1: time is nearly up."""
         self.ended = False
         """TERM or Ctrl-C: Slurm, or a person, ends the job; or a step of it heard so."""
+        self._before: dict[signal.Signals, Any] = {}
         self._reading, self._writing = os.pipe()
 
     def __enter__(self) -> _Signals:
@@ -144,11 +148,15 @@ class _Signals:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-            signal.signal(number, self._hear)
+            self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
+        for end in (self._reading, self._writing):
+            os.close(end)
 
     @property
     def asked(self) -> bool:
@@ -229,14 +237,13 @@ class _Supervisor:
         """Start everything, wait for its end; the exit code, negative where a signal killed it."""
         environment = os.environ | {"VAEDIST_ATTEMPT": self.plan.attempt}
         with contextlib.ExitStack() as exits:
-            beside: subprocess.Popen[bytes] | None = None
-            place = Path()
+            cluster = beside = None
             if self.plan.cluster is not None:
                 if self.plan.run_folder is not None:
                     RunFolder.make(self.plan.run_folder)  # 0700, before anything is in it
-                place = self.plan.cluster.with_name(f"{self.plan.cluster.name}-{death}").absolute()
-                beside = exits.enter_context(_ray_nodes(self.job, place))
-                environment["VAEDIST_RAY_CLUSTER"] = str(place)
+                cluster = self.plan.cluster.with_name(f"{self.plan.cluster.name}-{death}").absolute()
+                beside = exits.enter_context(_ray_nodes(self.job, cluster))
+                environment["VAEDIST_RAY_CLUSTER"] = str(cluster)
             canary = exits.enter_context(_step(self._canary()))
             child = exits.enter_context(_ended(subprocess.Popen(self.plan.command, env=environment)))
             told = False
@@ -245,12 +252,12 @@ class _Supervisor:
                 self.signals.wait(5.0)
                 if canary is not None and canary.poll() == 0:
                     self.signals.ended = True  # Slurm ends the steps
-                if beside is not None and beside.poll() is not None:
+                if cluster is not None and beside is not None and beside.poll() is not None:
                     # Ray's nodes are gone: the driver gets a moment to say so, and must not wait for ever.
                     if lost_since is None:
                         lost_since = time.monotonic()
                         self.signals.ended |= _heard(canary)
-                    if not (place / "head").exists() and not self.signals.asked:
+                    if not (cluster / "head").exists() and not self.signals.asked:
                         child.kill()
                         child.wait()
                         return 1  # Ray never started, and has said why
@@ -262,17 +269,10 @@ class _Supervisor:
             if child.returncode == EXIT_STOPPED and not self.signals.asked:
                 # Its ranks may have heard a TERM before the canary's end was told; or a person wrote the stop file.
                 self.signals.ended |= _heard(canary)
-            return child.returncode if lost_since is None or child.returncode >= 0 else 137
+            return child.returncode
 
     def _canary(self) -> list[str]:
-        return [
-            *srun(self.job, 1, nodes=1),
-            "--cpus-per-task=1",
-            sys.executable,
-            "-IS",
-            "-c",
-            _CANARY,
-        ]
+        return [*srun(self.job, 1, nodes=1), "--cpus-per-task=1", sys.executable, "-IS", "-c", _CANARY]
 
     def ask(self, child: subprocess.Popen[bytes]) -> None:
         """Ask what runs to save and leave."""
@@ -285,30 +285,20 @@ class _Supervisor:
 
     def leave(self, code: int) -> int:
         """Have the job go on later where that is wanted, and say how it ended."""
-        if code == EXIT_FINISHED:
-            if self.successor:
-                self.job.cancel(self.successor)
-            return code
-        if not self.signals.asked:
+        if not self.signals.asked or code in _FINAL:
             if code == EXIT_STOPPED:
                 _say("stopped by a stop file, not by Slurm: the same sbatch command continues")
-            if self.successor:
-                self.job.cancel(self.successor)  # an error would come again
+            self.drop_successor()
             return code
-        if self.signals.ended and not self.signals.warned:
-            state = self.job.state()
-            if state != "RUNNING":
-                # Ended by its user, or queued again by Slurm: not ours to change.
-                _say(f"left to Slurm, which calls this job {state or 'nothing that we could hear'}")
-                if self.successor and state in ("CANCELLED", "COMPLETING"):
-                    self.job.cancel(self.successor)
-                return code
+        if not self.signals.warned and (state := self.job.state()) != "RUNNING":
+            # Ended by its user, or queued again by Slurm: not ours to change.
+            _say(f"left to Slurm, which calls this job {state or 'nothing that we could hear'}")
+            if state in ("CANCELLED", "COMPLETING"):
+                self.drop_successor()
+            return code
         if not self.may_continue:
-            why = (
-                "continue_by: none"
-                if self.continue_by == "none"
-                else f"{self.restarts} restarts, max_restarts"
-            )
+            capped = f"{self.restarts} restarts, max_restarts"
+            why = "continue_by: none" if self.continue_by == "none" else capped
             _say(f"not handed in again ({why}): the same sbatch command goes on from the last checkpoint")
         elif self.continue_by == "requeue":
             refusal = self.job.requeue()
@@ -319,6 +309,11 @@ class _Supervisor:
                 "checkpoint; continue_by: resubmit in the site file avoids this"
             )
         return EXIT_STOPPED
+
+    def drop_successor(self) -> None:
+        """Nothing is left to do for it, or an error would come again."""
+        if self.successor:
+            self.job.cancel(self.successor)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@ import argparse
 import contextlib
 import os
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vaedist.config import load_job
+from vaedist.engines.arguments import train_parser
 from vaedist.engines.slurmjob import SlurmJob
 from vaedist.errors import UserError
 from vaedist.site import Site
@@ -67,9 +67,9 @@ def plan(job: SlurmJob, site: Site, options: argparse.Namespace, command: list[s
 
 
 def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list[str]) -> Plan:
-    asked = TrainArguments.parse(options.arguments)
+    asked = train_arguments(options.arguments)
     if asked is None:
-        return Plan(command, f"on {job.node}")  # it is about to say what is wrong
+        return Plan(command, f"on {job.node}")
     if asked.new_run:
         raise UserError("--new-run would begin anew after every requeue: name a fresh folder with --run-dir")
     each = options.ranks_per_node or job.ranks_per_node()
@@ -84,16 +84,8 @@ def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list
     world = job.nodes * each
     attempt = secrets.token_hex(4)
     run_folder = asked.run_dir or Path("runs") / load_job(asked.job, asked.settings).name
-    train = [
-        sys.executable,
-        "-m",
-        "vaedist.train",
-        *asked.rest,
-        "--run-dir",
-        str(run_folder),
-        "--engine",
-        engine,
-    ]
+    # Of an option that is given twice the last one counts.
+    train = [*command, "--run-dir", str(run_folder), "--engine", engine]
     common: dict[str, Any] = {"run_folder": run_folder, "attempt": attempt}
     nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
     told = f"{nodes} x {each} ranks, engine {engine}"
@@ -104,8 +96,9 @@ def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list
         raise UserError(
             f"--engine local trains on one machine, and this job has {job.nodes} nodes: use srun or ray"
         )
-    workers = asked.workers or (str(world) if world > 1 or engine == "ray" else None)
-    train += ["--workers", workers] if workers else []
+    workers = asked.workers or (world if world > 1 or engine == "ray" else None)
+    if workers:
+        train += ["--workers", ":".join(map(str, workers)) if isinstance(workers, tuple) else str(workers)]
     if engine == "ray" and job.nodes > 1:
         return Plan(train, told, cluster=run_folder / f".cluster-{job.marker}", again=True, **common)
     return Plan(train, told, **common)
@@ -125,47 +118,17 @@ def srun(job: SlurmJob, tasks_per_node: int, nodes: int | None = None) -> list[s
     ]
 
 
-@dataclass(frozen=True)
-class TrainArguments:
-    """What the supervisor must know of vaedist-train's command line; `rest` is it without the engine's options."""
-
-    job: str
-    settings: tuple[str, ...]
-    run_dir: Path | None
-    engine: str | None
-    workers: str | None
-    new_run: bool
-    rest: tuple[str, ...]
-
-    @staticmethod
-    def parser() -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-        parser.add_argument("job")
-        parser.add_argument("settings", nargs="*")
-        for option in ("run-dir", "engine", "workers", *_PASSED_ON):
-            parser.add_argument(f"--{option}")
-        for flag in ("new-run", "override"):
-            parser.add_argument(f"--{flag}", action="store_true")
-        parser.add_argument("-q", "--quiet", action="store_true")
-        return parser
-
-    @classmethod
-    def parse(cls, arguments: Sequence[str]) -> TrainArguments | None:
-        """None where the line is not one that trains: the door itself says why."""
-        try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                known = cls.parser().parse_intermixed_args(list(arguments))
-        except (argparse.ArgumentError, SystemExit):
-            return None
-        rest = [known.job, *known.settings]
-        for option in _PASSED_ON:
-            if (value := getattr(known, option.replace("-", "_"))) is not None:
-                rest += [f"--{option}", value]
-        rest += ["--override"] * known.override + ["--quiet"] * known.quiet
-        run_dir = Path(known.run_dir) if known.run_dir else None
-        return cls(
-            known.job, tuple(known.settings), run_dir, known.engine, known.workers, known.new_run, tuple(rest)
-        )
-
-
-_PASSED_ON = ("cpus-per-worker", "gpus-per-worker", "device", "max-failures", "hang-timeout")
+def train_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """vaedist-train's command line; None where it is not one that trains, and the door itself answers."""
+    parser = train_parser()
+    parser.set_defaults(engine=None)  # was one asked for?
+    try:
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            known = parser.parse_intermixed_args(list(arguments))
+    except SystemExit:
+        return None
+    return None if known.print_job or known.summary else known

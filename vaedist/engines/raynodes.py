@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from vaedist.engines.network import gloo_interface, node_address
 from vaedist.engines.raycluster import KNOBS, WITHOUT, environment, temporary_folder
 from vaedist.engines.sweep import sweep_here
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.files import temporary
+from vaedist.files import awaited, listed, replace_private
 
 GATHER_SECONDS = 180.0
 """How long nodes have to come: a cold Python on a network disk takes a minute before Ray even starts."""
@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         sweep_here()  # the supervisor has done so on the first
     head = os.environ.get("SLURM_NODEID", "0") == "0"
     address = node_address()
-    _write_private(folder / f"at-{os.environ.get('SLURMD_NODENAME', address)}", address)
+    replace_private(folder / f"at-{os.environ.get('SLURMD_NODENAME', address)}", address)
     if head:
-        _write_private(folder / "token", secrets.token_hex(32))
+        replace_private(folder / "token", secrets.token_hex(32))
     gcs = None if head else _wait_for(folder / "head", "the head of the Ray cluster")
     variables = (
         KNOBS
@@ -79,36 +79,53 @@ def main(argv: list[str] | None = None) -> int:
             "RAY_START_HOOK": f"{__spec__.name}.{without_client.__name__}",
         }
     )
+    os.environ.pop("RAY_AUTH_TOKEN", None)
     for left in reversed(range(_TRIES)):
         with temporary_folder() as place, environment(variables):
-            os.environ.pop("RAY_AUTH_TOKEN", None)
-            with subprocess.Popen(
-                _command(place / "r", address, gcs),
-                stdin=subprocess.DEVNULL,
-                stdout=(place / "out").open("wb"),
-                stderr=subprocess.STDOUT,
-            ) as ray:
-                started = done = False
-                while ray.poll() is None and not ended:
-                    where = place / "r" / "ray_current_cluster"  # written when this node is up
-                    if not started and where.exists():
-                        started = True
-                        if head:
-                            _write_private(folder / "head", where.read_text().strip())
-                    time.sleep(0.5)
-                    if done := _listed(folder / END):
-                        break
-                if ended or done:
-                    ray.terminate()
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        ray.wait(3)
-                    ray.kill()
-                    return EXIT_FINISHED if done else EXIT_STOPPED
+            started, code = _run(_command(place / "r", address, gcs), place, folder, head, lambda: ended)
+            if code is not None:
+                return code
             said = (place / "out").read_text(errors="replace").strip().splitlines()[-10:]
             if started or not left:
                 print(f"vaedist: Ray ended on {address}:\n" + "\n".join(said), file=sys.stderr, flush=True)
                 return 1
     raise AssertionError
+
+
+def _run(
+    command: list[str], place: Path, folder: Path, head: bool, ended: Callable[[], bool]
+) -> tuple[bool, int | None]:
+    """Ray on this node, until it ends or is no longer wanted.
+
+    Args:
+        place: Where it runs, and what it prints goes.
+        folder: The cluster's.
+
+    Returns:
+        Whether it was up, and the exit code where it was we who ended it.
+    """
+    up = place / "r" / "ray_current_cluster"  # written when this node is up
+    with (
+        (place / "out").open("wb") as out,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT) as ray,
+    ):
+        started, code = False, None
+        while ray.poll() is None and code is None:
+            time.sleep(0.5)
+            if not started and up.exists():
+                started = True
+                if head:
+                    replace_private(folder / "head", up.read_text().strip())
+            if ended():
+                code = EXIT_STOPPED
+            elif listed(folder / END) or not folder.exists():
+                code = EXIT_FINISHED
+        if code is not None:
+            ray.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ray.wait(3)
+            ray.kill()
+    return started, code
 
 
 def without_client(parameters: Any, head: bool) -> None:  # noqa: ARG001 - so Ray calls it
@@ -193,31 +210,13 @@ def _alive() -> set[str]:
     return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
-def _listed(file: Path) -> bool:
-    """Whether a file is there; NFS looks again only when the folder is opened."""
-    with contextlib.suppress(OSError):
-        return file.name in os.listdir(file.parent)
-    return True  # the whole folder has gone
-
-
 def _wait_for(file: Path, what: str) -> str:
-    deadline = time.monotonic() + GATHER_SECONDS
-    while True:
-        if _listed(file):
-            with contextlib.suppress(FileNotFoundError):  # the folder itself has gone
-                return file.read_text()
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{what} did not start within {GATHER_SECONDS:.0f} s: look at what it says in the log"
-            )
-        time.sleep(0.2)
-
-
-def _write_private(file: Path, text: str) -> None:
-    scratch = temporary(file)
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        opened.write(text)
-    scratch.replace(file)
+    text = awaited(file, GATHER_SECONDS)
+    if text is None:
+        raise UserError(
+            f"{what} did not start within {GATHER_SECONDS:.0f} s: look at what it says in the log"
+        )
+    return text
 
 
 if __name__ == "__main__":

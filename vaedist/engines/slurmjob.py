@@ -166,12 +166,17 @@ def _outside(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def ask(*command: str, seconds: float = _ASK_SECONDS) -> str | None:
+def ask(
+    *command: str, seconds: float = _ASK_SECONDS, environment: Mapping[str, str] | None = None
+) -> str | None:
     """What a command of Slurm's prints; None where it is not there, refuses, or does not answer in time."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=True, env=environment
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout
 
 
 def _order(*command: str) -> str | None:

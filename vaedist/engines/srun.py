@@ -31,7 +31,7 @@ from vaedist.engines.network import gloo_interface, node_address
 from vaedist.engines.slurmjob import tasks_per_node
 from vaedist.engines.sweep import sweep_here
 from vaedist.errors import UserError
-from vaedist.files import temporary
+from vaedist.files import awaited, replace_private
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.folder import RunFolder
 
@@ -143,10 +143,7 @@ def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
         listener = socket.create_server((address, 0), backlog=2 * task.world + 8)
         told = {"address": address, "port": listener.getsockname()[1], "secret": secrets.token_hex(32)}
         os.environ["VAEDIST_STORE_FD"] = str(listener.detach())
-        scratch = temporary(place)
-        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(told, file)
-        scratch.replace(place)
+        replace_private(place, json.dumps(told))
     else:
         told = _told(place, task)
     os.environ |= {
@@ -169,15 +166,11 @@ def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
 
 def _told(place: Path, task: Task) -> dict[str, Any]:
     """What rank 0 wrote; after the deadline a sentence that says so."""
-    deadline = time.monotonic() + MEET_SECONDS
-    while True:
-        with contextlib.suppress(OSError):
-            os.listdir(place.parent)  # NFS looks again only when the folder is opened
-            content: dict[str, Any] = json.loads(place.read_bytes())
-            return content
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"rank {task.rank} waited {MEET_SECONDS:.0f} s for rank 0 to write {place}: look at rank 0's messages, "
-                f"and see that {place.parent.parent} is on a file system that all nodes share"
-            )
-        time.sleep(0.2)
+    text = awaited(place, MEET_SECONDS)
+    if text is None:
+        raise UserError(
+            f"rank {task.rank} waited {MEET_SECONDS:.0f} s for rank 0 to write {place}: look at rank 0's messages, "
+            f"and see that {place.parent.parent} is on a file system that all nodes share"
+        )
+    content: dict[str, Any] = json.loads(text)
+    return content

@@ -27,18 +27,16 @@ import contextlib
 import os
 import signal
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaedist.engines.slurmjob import SlurmJob
+from vaedist.engines.slurmjob import SlurmJob, ask
 
 MARK = "VAEDIST_JOB"
 
-_ASK_SECONDS = 30.0
 _ROUNDS = 5
 """Of looking and killing: what is about to be killed may be starting others."""
 
@@ -175,14 +173,9 @@ def _squeue(which: str) -> str | None:
     environment = {name: text for name, text in os.environ.items() if not name.startswith("SQUEUE_")}
     environment.pop("SLURM_CLUSTERS", None)
     columns = "--Format=JobID:40,JobArrayID:40,State:20,RestartCnt:12"
-    command = ["squeue", "--noheader", "--all", f"--user={os.getuid()}", which, columns]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_SECONDS, check=True, env=environment
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+    return ask(
+        "squeue", "--noheader", "--all", f"--user={os.getuid()}", which, columns, environment=environment
+    )
 
 
 # Processes --------------------------------------------------------------------------------------------------
