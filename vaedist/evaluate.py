@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from vaedist.errors import UserError, door
 if TYPE_CHECKING:
     from vaedist.data.index import Index
     from vaedist.metrics.compare import Entry
-    from vaedist.metrics.findings import Batches, Findings, Wanted
+    from vaedist.metrics.density import Mixture
+    from vaedist.metrics.findings import Bar, Batches, Findings, Wanted
     from vaedist.training.run import Run
 
 SHOWN_PAIRS = 8
@@ -82,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
         "coverage, sliced Wasserstein distance (default: none)",
     )
     parser.add_argument(
+        "--sampler",
+        choices=("prior", "gmm"),
+        default="prior",
+        help="where the latents of --samples come from: the model's prior (default), or a Gaussian mixture fitted to "
+        "the training images' latents and kept with the run",
+    )
+    parser.add_argument(
         "--features",
         metavar="FILE",
         help="a TorchScript file as the extractor of sample metrics; it is code, and it is run (default: our own)",
@@ -148,6 +157,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {value}; give at least {least}")
     if arguments.features and not (arguments.samples or arguments.audit):
         raise UserError("--features is for sample metrics: say with --samples N how many to draw")
+    if arguments.sampler != "prior" and not (arguments.samples or arguments.audit):
+        raise UserError("--sampler is for sample metrics: say with --samples N how many to draw")
 
 
 def _wanted(arguments: argparse.Namespace, device: str) -> Wanted:
@@ -216,6 +227,8 @@ def _evaluate(
     whole = whole_split(index, train, run.job, device=device)
     training = Training(whole, index.split(train), run.spec.pixels, print)
     with _Bars() as bars:
+        if arguments.sampler == "gmm":
+            wanted = replace(wanted, mixture=lambda: _mixture(run, index, bars.begin))
         found = examine(
             run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.begin
         )
@@ -254,6 +267,22 @@ def _evaluate(
     print("\n" + "\n".join(written))
     opened.append(run)
     return Entry(run.job.name, run.job.seed, _experiment(opened), document)
+
+
+def _mixture(run: Run, index: Index, bar: Bar) -> Mixture:
+    """The density kept with the run; fitted now if there is none."""
+    from vaedist.training.density import fit_density, stored_density
+
+    mixture = stored_density(run)
+    if mixture is None and index.identity != run.data_identity:
+        raise UserError(
+            f"--sampler gmm is fitted to the data that {run.folder} was trained from, and {index.folder} holds others: "
+            f"fit it first, with `vaedist-sample {run.folder} --sampler gmm`"
+        )
+    if mixture is None:
+        count = index.split(run.job.data.train_split).count
+        mixture = fit_density(run, index, bar("latents of the training images", count))
+    return mixture
 
 
 def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:

@@ -16,10 +16,16 @@ from vaedist.context import SampleContext
 from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream
 from vaedist.evaluate import main
+from vaedist.metrics.drawing import Sampler
+from vaedist.metrics.evaluation import training_images
+from vaedist.metrics.features import default
 from vaedist.metrics.images import pair_metrics
+from vaedist.metrics.quality import compare
 from vaedist.metrics.tokens import TokenBaselines
 from vaedist.pictures import to_uint8
 from vaedist.training.attempt import FitOptions
+from vaedist.training.density import stored_density
+from vaedist.training.inputs import whole_split
 from vaedist.training.loop import fit
 from vaedist.training.run import open_run
 
@@ -182,6 +188,41 @@ def test_samples_and_the_audit(vae: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"kid[{label}]" in told
 
 
+def test_samples_from_the_density_after_training(
+    vae: Path,
+    cvae: Path,
+    vqvae: Path,
+    packed: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(shutil.copytree(vae, tmp_path / "run"))
+    command = ["--importance", "0", "--samples", "12", "--out", str(tmp_path / "out")]
+    found = {}
+    for sampler in ("prior", "gmm"):
+        assert main([str(run), *command, "--sampler", sampler]) == 0
+        found[sampler] = json.loads((tmp_path / "out/metrics.json").read_text())["samples"]
+    assert found["prior"]["latents_from"] == "the prior"
+    assert found["gmm"]["latents_from"].startswith("Gaussian mixture of 8 components")
+    assert f"12 samples from {found['gmm']['latents_from']}" in capsys.readouterr().out
+    # The same images as vaedist-sample draws, so the same numbers.
+    opened = open_run(run)
+    drawn = Sampler(opened.model, mixture=stored_density(opened)).draw(12).images
+    real = training_images(whole_split(Index.open(opened.data_path), "test", opened.job))
+    metrics = compare(real, {"this run": drawn}, default())["metrics"]["this run"]
+    assert found["gmm"]["metrics"]["this run"] == metrics != found["prior"]["metrics"]["this run"]
+    # A mixture for each class is asked for classes as the training images have them.
+    assert main([str(cvae), *command, "--sampler", "gmm"]) == 0
+    assert "for each of" in capsys.readouterr().out
+    # What has no latents of numbers says so; what has none stored wants the data that it was trained from.
+    assert main([str(vqvae), *command, "--sampler", "gmm"]) == 0
+    assert "samples" in capsys.readouterr().out
+    shutil.rmtree(run / "density")
+    other = packed(tmp_path / "other", seed=5)
+    assert main([str(run), *command, "--sampler", "gmm", "--data", str(other), "--other-data"]) == 2
+    assert "fit it first, with `vaedist-sample" in capsys.readouterr().err
+
+
 def test_a_prior_stands_beside_counts(
     vqvae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,7 +352,8 @@ def test_damaged_data_end_with_exit_code_3(
     [
         (["--limit", "0"], "--limit is 0"),
         (["--importance", "-1"], "--importance is -1"),
-        (["--features", "x.pt"], "say with --samples N"),
+        (["--features", "x.pt"], "--features is for sample metrics: say with --samples N"),
+        (["--sampler", "gmm"], "--sampler is for sample metrics: say with --samples N"),
         (["--audit", "--split", "train"], "choose another --split"),
         (["--features", "nowhere.pt", "--samples", "9"], "cannot read the feature extractor nowhere.pt"),
         (["--split", "tset"], "did you mean 'test'"),

@@ -130,3 +130,11 @@ def test_experiments_of_one_name_are_told_apart() -> None:
 
 def test_baselines_stand_below() -> None:
     assert "black" in Comparison(entries(a=[0.5], b=[0.6])).text()
+
+
+def test_samples_of_different_samplers_do_not_share_a_line() -> None:
+    def drawn(latents_from: str) -> dict[str, Any]:
+        return document(samples={"latents_from": latents_from, "metrics": {"this run": {"kid[x]": 0.1}}})
+
+    assert "kid[x]" in {number.title for number in numbers(drawn("the prior"))}
+    assert "kid[x], gmm" in {number.title for number in numbers(drawn("Gaussian mixture of 8 components"))}

@@ -51,7 +51,7 @@ def test_draws_do_not_depend_on_their_parts() -> None:
 def test_samples_that_are_not_finite_are_an_error() -> None:
     model = Sampler(SPEC).requires_grad_(False)
     model.bias.fill_(math.nan)
-    with pytest.raises(UserError, match="samples are not finite"):
+    with pytest.raises(UserError, match="images are not finite"):
         draw(model, 2)
 
 

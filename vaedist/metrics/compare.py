@@ -5,8 +5,8 @@ deviation over seeds (divided by n - 1). A column of one run has no spread: that
 training.
 
 Numbers stand in one row only where they mean the same: likelihoods by what they are the probability of,
-surrogates by their likelihood, nats per token by the tokenizer, sample metrics by their extractor. Runs measured on
-other images get a table of their own.
+surrogates by their likelihood, nats per token by the tokenizer, sample metrics by their extractor and sampler. Runs
+measured on other images get a table of their own.
 
 "A beats B" is said of two experiments with at least three seeds each, and only where every seed of A is better than
 every seed of B.
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vaedist.metrics.distribution import BETTER, plain
+from vaedist.metrics.quality import PRIOR
 from vaedist.metrics.report import NATS
 from vaedist.metrics.tables import HEADS, columns, digits, metrics_table
 
@@ -83,8 +84,9 @@ def numbers(document: Mapping[str, Any]) -> dict[Number, float]:
         _bits(found, prior)
     samples = document.get("samples")
     if samples:
+        how = "" if samples["latents_from"] == PRIOR else ", gmm"
         for name, value in samples["metrics"]["this run"].items():
-            found[Number(name, 4, BETTER.get(plain(name)))] = value
+            found[Number(f"{name}{how}", 4, BETTER.get(plain(name)))] = value
     return {number: value for number, value in found.items() if value is not None and math.isfinite(value)}
 
 

@@ -25,6 +25,7 @@ from vaedist.data.index import Split
 from vaedist.errors import NotDefined
 from vaedist.metrics import latents, likelihood, quality, tokens
 from vaedist.metrics.baselines import Baselines, latent_size
+from vaedist.metrics.density import Mixture
 from vaedist.metrics.evaluation import Evaluation, evaluate, training_images
 from vaedist.metrics.features import Extractor
 from vaedist.metrics.memorisation import audit
@@ -59,6 +60,8 @@ class Wanted:
     """The extractor of sample quality; needed where `samples` is not 0."""
     audit: bool = False
     """Compare those samples with the training images."""
+    mixture: Callable[[], Mixture] | None = None
+    """Gives what the latents of samples come from; None: the prior."""
 
 
 @dataclass
@@ -203,7 +206,13 @@ def _samples(
     if not model.samples:
         raise model.not_defined("sample")
     real = training_images(batches)
-    made = quality.draw(model, wanted.samples, progress=bar("samples", wanted.samples))
+    mixture, labels = wanted.mixture() if wanted.mixture else None, None
+    if mixture is not None and model.conditional:
+        # It has a part for each class, and none for "no class": as often as they are among the training images.
+        labels = [training.split.label(place) for place in _spread(training.split.count, wanted.samples)]
+    made = quality.draw(
+        model, wanted.samples, mixture=mixture, labels=labels, progress=bar("samples", wanted.samples)
+    )
     if wanted.audit:
         keys, subjects = training.names()
         told = audit(made, training.images, real, wanted.features, groups=subjects, keys=keys)
@@ -212,11 +221,12 @@ def _samples(
     sets = {"this run": made}
     if counts is not None:
         sets[quality.POSITIONS] = quality.draw_positions(model, counts, wanted.samples)
-    sets[quality.TRAINING] = _evenly(training.images, wanted.samples)
-    return quality.compare(real, sets, wanted.features)
+    images = training.images
+    sets[quality.TRAINING] = images[_spread(len(images), min(wanted.samples, len(images)))]
+    latents_from = quality.PRIOR if mixture is None else str(mixture)
+    return {"latents_from": latents_from, **quality.compare(real, sets, wanted.features)}
 
 
-def _evenly(images: Pixels, count: int) -> Pixels:
-    """As many, spread over the whole; all where there are fewer."""
-    places = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
-    return images[places]
+def _spread(total: int, count: int) -> list[int]:
+    """`count` places from 0 to total - 1, as even as can be."""
+    return [round(place) for place in np.linspace(0, total - 1, count).tolist()]

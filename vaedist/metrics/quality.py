@@ -8,44 +8,55 @@ codes drawn at each position on its own: what the decoder alone makes of codes t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from vaedist.errors import UserError
+from vaedist.metrics.density import Mixture
 from vaedist.metrics.distribution import Reference, sample_metrics, undefined
+from vaedist.metrics.drawing import TOGETHER, Sampler
 from vaedist.metrics.features import Extractor
 from vaedist.metrics.tokens import TokenBaselines
 from vaedist.models.contract import Variant
-from vaedist.pictures import Pixels, as_numpy, to_uint8
+from vaedist.pictures import Pixels, to_uint8
 
+PRIOR = "the prior"
 TRAINING = "training images"
 POSITIONS = "per-position draws"
-_TOGETHER = 64
 
 
-@torch.no_grad()
 def draw(
-    model: Variant, count: int, *, seed: int = 0, progress: Callable[[int], None] | None = None
+    model: Variant,
+    count: int,
+    *,
+    seed: int = 0,
+    mixture: Mixture | None = None,
+    labels: Sequence[int] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Pixels:
-    """uint8 (count, C, H, W) samples of the model; image i depends on (seed, i) alone.
+    """uint8 (count, C, H, W) samples of the model; image i depends on (seed, i, its class) alone.
+
+    Args:
+        model: In evaluation mode.
+        count: How many.
+        seed: Of the noise.
+        mixture: Where latents come from; None: the prior.
+        labels: Class of each; None: no class is told.
+        progress: Called with the number of images done.
 
     Raises:
-        NotDefined: the model does not sample.
+        NotDefined: the model does not sample so.
         UserError: a sample is not finite.
     """
+    sampler = Sampler(model, seed=seed, mixture=mixture)
     parts: list[Pixels] = []
-    for first in range(0, count, _TOGETHER):
-        images = as_numpy(model.sample(min(_TOGETHER, count - first), seed=seed, first=first))
-        if not np.isfinite(images).all():
-            raise UserError(
-                "samples are not finite: the weights are damaged or training diverged; evaluate an earlier checkpoint"
-            )
-        parts.append(to_uint8(images))
+    for first in range(0, count, TOGETHER):
+        last = min(first + TOGETHER, count)
+        parts.append(sampler.draw(last - first, first, None if labels is None else labels[first:last]).images)
         if progress is not None:
-            progress(first + len(images))
+            progress(last)
     return np.concatenate(parts)
 
 
@@ -54,8 +65,8 @@ def draw_positions(model: Variant, baselines: TokenBaselines, count: int, *, see
     """uint8 (count, C, H, W) decoded from codes drawn by position; of a model with `decode_codes`."""
     device = next(model.parameters()).device
     parts = []
-    for first in range(0, count, _TOGETHER):
-        codes = baselines.draw(min(_TOGETHER, count - first), seed=seed, first=first)
+    for first in range(0, count, TOGETHER):
+        codes = baselines.draw(min(TOGETHER, count - first), seed=seed, first=first)
         decoded = model.decode_codes(torch.from_numpy(codes).to(device))
         parts.append(to_uint8(decoded.mean))
     return np.concatenate(parts)

@@ -158,7 +158,7 @@ def _samples(document: Mapping[str, Any]) -> Iterator[str]:
         [name, *(f"{sets[title][name]:.4g}" if name in sets[title] else "-" for title in sets)]
         for name in names
     ]
-    yield f"{found['generated']} samples against {found['real']} real images of the split"
+    yield f"{found['generated']} samples from {found['latents_from']} against {found['real']} real images of the split"
     yield columns(lines)
 
 
