@@ -41,6 +41,15 @@ def figure(**options: Any) -> Any:
     return made
 
 
+def figure_png(sheet: Any) -> bytes:
+    """The PNG file of a matplotlib figure: a function of what is drawn and of matplotlib's version."""
+    buffer = io.BytesIO()
+    sheet.savefig(
+        buffer, format="png", metadata={"Software": None}
+    )  # the tag would name the version once more
+    return buffer.getvalue()
+
+
 def _home_takes_files() -> bool:
     """Whether matplotlib can keep its settings and its cache where it wants to."""
     for variable, default in (("XDG_CONFIG_HOME", ".config"), ("XDG_CACHE_HOME", ".cache")):

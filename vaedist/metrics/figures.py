@@ -5,13 +5,12 @@ Drawn with matplotlib's Agg canvas and no pyplot: nothing global is touched and 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from vaedist.pictures import GREY, Pixels, channels_last, figure, framed, grid, png_bytes
+from vaedist.pictures import GREY, Pixels, channels_last, figure, figure_png, framed, grid, png_bytes
 
 TITLES = {"ssim": "SSIM", "ssim_default": "SSIM", "psnr": "PSNR"}
 
@@ -54,10 +53,7 @@ def pair_figure(
     bar.ax.tick_params(labelsize=7)
     if heading:
         sheet.suptitle(heading, fontsize=9)
-    buffer = io.BytesIO()
-    # Without a software tag the bytes are a function of the pictures and the matplotlib version.
-    sheet.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(sheet)
 
 
 def framed_sheet(originals: Pixels, *others: Pixels, columns: int = 4, pad: int = 2) -> bytes:

@@ -30,7 +30,6 @@ Wilson: Probable inference (1927).
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from numpy.typing import NDArray
 from vaedist.errors import UserError
 from vaedist.metrics.features import Extractor
 from vaedist.metrics.neighbours import Distances, Numbers, nearest_two
-from vaedist.pictures import Pixels, channels_last, figure
+from vaedist.pictures import Pixels, channels_last, figure, figure_png
 
 PERCENTILE = 0.01
 MOST_PARTS = 10
@@ -417,6 +416,4 @@ def _picture(
     for axis, name in zip(axes[:, 0], ("sample", "training image", "difference"), strict=True):
         axis.set_ylabel(name, fontsize=8)
     sheet.suptitle(heading, fontsize=9)
-    buffer = io.BytesIO()
-    sheet.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(sheet)
