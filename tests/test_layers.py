@@ -20,6 +20,7 @@ LONGEST_FILE = 500  # lines; a file is read in one sitting
 # Height of each room; imports run downwards only. Rooms of one height: training may use metrics, and nothing else.
 HEIGHT = {
     "doors": 7,
+    "trained": 7,
     "engines": 6,
     "tuning": 5,
     "training": 4,
@@ -76,7 +77,7 @@ def _dotted(node: ast.expr) -> str:
 def layers(module: str, tree: ast.Module) -> Iterator[Finding]:
     here = room(module)
     if not here:
-        return  # vaedist/__init__.py, which imports nothing of ours (checked below)
+        return  # vaedist/__init__.py, which imports nothing of ours before it is asked to (checked below)
     for line, name in imports(module, tree):
         if not name.startswith("vaedist."):
             continue
@@ -299,7 +300,10 @@ def test_no_drawer_for_everything() -> None:
 
 
 def test_importing_the_package_imports_nothing() -> None:
-    assert list(imports("vaedist", ast.parse((PACKAGE / "__init__.py").read_text()))) == []
+    """What a function of it imports is imported when it is called."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {name.partition(".")[0] for _, name in imports("vaedist", tree)} == {"__future__", "typing"}
 
 
 def test_no_path_of_one_machine() -> None:

@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
     @property
     def runs(self) -> bool:
-        return self.language == "bash" and not self.remark.startswith("not run here, because ")
+        return self.language in ("bash", "python") and not self.remark.startswith("not run here, because ")
 
 
 BLOCKS = [
@@ -49,7 +49,7 @@ BLOCKS = [
 
 def test_every_block_is_understood() -> None:
     assert README.count("\n```") == 2 * len(BLOCKS)
-    assert {block.language for block in BLOCKS} <= {"bash", "yaml"}
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "yaml"}
     for block in BLOCKS:
         assert block.remark in ("", "shortened") or block.remark.startswith("not run here, because ")
     assert sum(block.runs for block in BLOCKS) >= 5
@@ -98,8 +98,10 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     for block in BLOCKS:
         if not block.runs:
             continue
+        python = [sys.executable, "-c", block.code]
+        bash = ["bash", "-euo", "pipefail", "-c", exported + block.code]
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", exported + block.code],
+            python if block.language == "python" else bash,
             cwd=copy,
             env={**environment, "SHORTER": SHORTER if block.remark == "shortened" else ""},
             capture_output=True,

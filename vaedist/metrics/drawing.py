@@ -94,20 +94,24 @@ class Sampler:
             first: Number of the first.
             label: Class of each, -1 for none, where the model is conditional.
         """
+        if self.codes:
+            codes = self.model.sample_codes(n, **self._asked(first, label))
+            return Drawn(finite(self.model.decode_codes(codes).mean), as_numpy(codes))
+        return Drawn(finite(self.images(n, first, label)), None)
+
+    @torch.no_grad()
+    def images(self, n: int, first: int = 0, label: Sequence[int] | None = None) -> Tensor:
+        """(n, C, H, W) in [0, 1]: what `draw` rounds."""
+        asked = self._asked(first, label)
+        if self.mixture is not None:
+            return self.model.decode(self.latents(n, first, label), asked["label"]).mean
+        return self.model.sample(n, **asked)
+
+    def _asked(self, first: int, label: Sequence[int] | None) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         told = None if label is None else torch.tensor(list(label), dtype=torch.int64, device=device)
-        common: dict[str, Any] = {
-            "seed": self.seed,
-            "first": first,
-            "label": told,
-            "temperature": self.temperature,
-        }
-        if self.mixture is not None:
-            return Drawn(decoded(self.model, self.latents(n, first, label), told), None)
-        if self.codes:
-            codes = self.model.sample_codes(n, **common, **self.options)
-            return Drawn(finite(self.model.decode_codes(codes).mean), as_numpy(codes))
-        return Drawn(finite(self.model.sample(n, **common, **self.options)), None)
+        common = {"seed": self.seed, "first": first, "label": told, "temperature": self.temperature}
+        return common | self.options
 
     @torch.no_grad()
     def latents(self, n: int, first: int = 0, label: Sequence[int] | None = None) -> Tensor:
