@@ -140,6 +140,68 @@ def cgroup(controller: str, stage: Stage) -> Iterator[Path]:
         group.rmdir()
 
 
+@pytest.mark.faults(
+    row="F3d",
+    fault="the main thread of a rank loops for ever; its process lives, and so do its other threads",
+    ray="finds it when the collective of the others gives up, after 30 minutes",
+)
+def test_a_main_thread_that_loops_is_found(stage: Stage, whole_of_two: Stage) -> None:
+    with stage.start(*TWO, "--hang-timeout", "10", hold=13) as training:
+        stage.wait_held(training, ranks=2)
+        since = time.monotonic()
+        stuck = training.rank(1)
+        (stage.witness / "holding-0").unlink()
+        recovery = stage.until_training(training, since)
+        assert not stuck.is_running()
+        code, out, err = training.end()
+    assert code == 0, err
+    told = only_line(err)
+    assert "rank 1 of 2 stood still for 1" in told and "in vaedist.models.witness, line" in told
+    assert "(_hold)" in told and "starting again from there (1 of at most 3 times)" in told
+    assert stage.starts() == [0, 10]
+    traces = (stage.run / "stuck.txt").read_text()
+    assert traces.count("rank 1 of 2 stood still") == 1
+    assert "witness.py" in traces and "in _hold" in traces
+    recovered(stage, out, recovery)
+    stage.note("told", told)
+    stage.equals(whole_of_two)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.faults(
+    row="F3e",
+    fault="a rank validates and reads from what never answers; its process lives, and so do its other threads",
+    ray="finds it when the collective of the others gives up, after 30 minutes",
+)
+def test_a_read_that_never_returns_is_found(rank: int, stage: Stage, whole_of_two: Stage) -> None:
+    os.mkfifo(stage.witness / "pipe")
+    with stage.start(*TWO, "--hang-timeout", "5", WITNESS_READS=str(rank)) as training:
+        training.wait_until((stage.witness / f"held-{rank}").exists, 600, "read")
+        stage.now()
+        since = time.monotonic()
+        recovery = stage.until_training(training, since)
+        code, out, err = training.end()
+    assert code == 0, err
+    told = only_line(err)
+    assert f"rank {rank} of 2 stood still for 2" in told and "(_validates)" in told
+    assert stage.starts() == [0, 5], "the step before the first validation has no checkpoint yet"
+    recovered(stage, out, recovery)
+    stage.note("told", told)
+    stage.equals(whole_of_two)
+
+
+@pytest.mark.faults(row="F3f", fault="rank 0 computes alone for long while the others wait for it: no fault")
+def test_a_rank_that_works_for_long_is_left_alone(stage: Stage, whole_of_two: Stage) -> None:
+    """For seven times as long as it might stand still in a step, and nearly twice as long as it might without work."""
+    with stage.start(*TWO, "--hang-timeout", "4", WITNESS_WORKS="28") as training:
+        code, _, err = training.end(600)
+    assert (code, err) == (0, "")
+    assert (stage.witness / "worked").exists() and stage.starts() == [0]
+    assert not (stage.run / "stuck.txt").exists()
+    stage.note("told", "nothing: the run goes on")
+    stage.equals(whole_of_two)
+
+
 @pytest.mark.faults(row="F3b", fault="SIGSTOP of the launcher for longer than its ranks may be silent")
 def test_a_stopped_launcher_blames_nobody(stage: Stage, whole_of_two: Stage) -> None:
     with stage.start(*TWO, "--hang-timeout", "10", hold=13) as training:

@@ -147,6 +147,52 @@ def test_a_stopped_worker_is_found_within_a_minute(paced: Paced, whole_of_two: S
     stage.equals(whole_of_two)
 
 
+@pytest.mark.faults(
+    row="F3d Ray",
+    fault="the training thread of a Ray worker loops for ever; its process answers Ray",
+    ray="finds it when the collective of the others gives up, after 30 minutes",
+)
+def test_a_training_thread_that_loops_is_found(paced: Paced, whole_of_two: Stage) -> None:
+    stage = paced.stage
+    paced.allow(13)
+    with stage.start(*TWO, "--hang-timeout", "15", PACED_STAYS="1") as training:
+        _, stuck = paced.wait(training, 2, 13)
+        since = time.monotonic()
+        paced.allow()
+        recovery = stage.until_training(training, since)
+        assert not stuck.is_running()
+        code, out, err = training.end(600 * BUSY)
+    assert code == 0, err
+    told = only_line(err)
+    assert "rank 1 of 2 stood still for 1" in told and "in vaedist.models.paced, line" in told
+    assert "starting again from the last checkpoint (1 of at most 3 times)" in told
+    assert "in _hold" in (stage.run / "stuck.txt").read_text()
+    assert stage.starts() == [0, 10]
+    noted(stage, out, recovery, told)
+    stage.equals(whole_of_two)
+
+
+@pytest.mark.faults(
+    row="F3e Ray",
+    fault="a Ray worker validates and reads from what never answers; its process answers Ray",
+    ray="finds it when the collective of the others gives up, after 30 minutes",
+)
+def test_a_read_that_never_returns_is_found(stage: Stage, whole_of_two: Stage) -> None:
+    """Ray's own threads in the worker are busy with little things all the time: they are no sign of work."""
+    os.mkfifo(stage.witness / "pipe")
+    with stage.start(*TWO, "--hang-timeout", "5", WITNESS_READS="1") as training:
+        training.wait_until((stage.witness / "held-1").exists, 300 * BUSY, "read")
+        stage.now()
+        since = time.monotonic()
+        recovery = stage.until_training(training, since)
+        code, out, err = training.end(600 * BUSY)
+    assert code == 0, err
+    told = only_line(err)
+    assert "rank 1 of 2 stood still for 2" in told and "(_validates)" in told
+    noted(stage, out, recovery, told)
+    stage.equals(whole_of_two)
+
+
 # Elastic ----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,9 @@ they are killed. Should this process die itself, the kernel kills the ranks (`PR
 A rank that lives but does not run (SIGSTOP, a frozen cgroup, a machine that swaps itself to a standstill) closes no
 pipe, and the others would wait for it in a collective for half an hour. So a thread of each rank says a byte every
 second, and one that has said nothing for `hang_seconds` is killed. Silence is counted in this process's own looks
-at the pipes: a launcher that was itself stopped (Ctrl-Z, a closed laptop) blames nobody for the time it slept.
+at the pipes: a launcher that was itself stopped (Ctrl-Z, a closed laptop) blames nobody for the time it slept. A rank
+that still says its bytes while its main thread stands still finds that out itself (`vaedist.training.pulse`), says so,
+and ends.
 
 A lost rank costs what was trained since the last checkpoint: all ranks start again from there, at most
 `max_failures` times, and where the time of such a recovery went is printed. An error that a rank could name is
@@ -89,7 +91,8 @@ def run(
         workers: Processes; None: one, or the rank that another launcher made of this process.
         device: `auto`, `cpu` or `cuda`; a rank takes the GPU of its number.
         max_failures: How often a group that lost a rank is started again.
-        hang_seconds: How long a rank may be silent before it counts as lost; 0: for ever.
+        hang_seconds: How long a rank may be silent, or keep others waiting while its main thread stands still, before
+            it counts as lost; 0: for ever.
         options: What the door asked for; the token is filled in here, and the attempt where it has no name.
 
     Raises:
@@ -107,7 +110,7 @@ def run(
         return fit_here(job, run_folder, device, options)
     RunFolder.make(run_folder)
     with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
-        options = replace(options, token=lock.token)
+        options = replace(options, token=lock.token, hang_seconds=hang_seconds)
         failures = 0
         recovery = Recovery()
         while True:
@@ -127,17 +130,20 @@ def fit_here(
     device: str,
     options: FitOptions,
     reached: Callable[[str], None] = lambda _: None,
+    stuck: Callable[[str], None] | None = None,
 ) -> Outcome:
     """The loop in this process, as the rank that the environment says it is; alone where it says nothing."""
     from vaedist.training.dist import Group
     from vaedist.training.loop import fit
+    from vaedist.training.pulse import on_stderr
 
     reached("imported")
     group = Group.join(device)
     reached("joined")
     try:
         options = replace(options, threads=max(1, allocation().cpus // group.local_world))
-        return fit(job, run_folder, group=group, options=options, reached=reached)
+        told = stuck or on_stderr
+        return fit(job, run_folder, group=group, options=options, reached=reached, stuck=told)
     finally:
         group.close()
 
@@ -157,6 +163,7 @@ class _Rank:
     answer: dict[str, Any] | None = None  # its outcome or its error; None if it died without a word
     silent: float = 0.0  # seconds
     hung: bool = False
+    stuck: str = ""  # what it said of its main thread, which stands still
     killed_by_us: bool = False
     _line: bytearray = field(default_factory=bytearray)  # one that has not ended yet
 
@@ -165,13 +172,15 @@ class _Rank:
         return self.answer is None or "outcome" not in self.answer
 
     def hear(self, part: bytes) -> None:
-        """Take in what came through the pipe: a line is a beat (empty), a milestone, or the answer."""
+        """Take in what came through the pipe: a line is a beat (empty), a milestone, an end, or the answer."""
         self.silent = 0.0
         *lines, rest = (bytes(self._line) + part).split(b"\n")
         self._line = bytearray(rest)
         for message in (json.loads(line) for line in lines if line):
             if "reached" in message:
                 self.milestones[message["reached"]] = message["cpu"]
+            elif "stuck" in message:
+                self.stuck = message["stuck"]
             else:
                 self.answer = message
 
@@ -312,6 +321,8 @@ def _watch(
                 part = os.read(rank.answers, 1 << 16)
                 if part:
                     rank.hear(part)
+                    if rank.stuck:
+                        failed(rank)  # it is about to end; where the kernel holds its thread, it cannot
                     continue
                 open_pipes.unregister(rank.answers)
                 if rank.failed:
@@ -354,11 +365,14 @@ def _end(ranks: list[_Rank]) -> None:
     for rank in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
             # A frozen one is not waited for: its death is decided, it runs no more instruction of its own.
-            rank.process.wait(_GRACE_SECONDS if rank.hung else None)
+            rank.process.wait(_GRACE_SECONDS if rank.hung or rank.stuck else None)
 
 
 def _verdict(failures: list[_Rank], workers: int) -> Exception:
     """What the user is told: a named error before a death, a death before the errors it caused in others."""
+    for rank in failures:
+        if rank.stuck:
+            return WorkerLost(f"{rank.stuck}; the same command continues from the last checkpoint")
     for rank in failures:
         if rank.answer is not None and "error" in rank.answer:
             kind = getattr(errors, rank.answer["error"], UserError)
@@ -421,6 +435,10 @@ class _Line:
     def reached(self, milestone: str) -> None:
         self._say({"reached": milestone, "cpu": time.process_time()})
 
+    def stuck(self, sentence: str) -> None:
+        """This rank is about to end, because its main thread stands still."""
+        self._say({"stuck": sentence})
+
     def end(self, answer: dict[str, Any]) -> None:
         """The last word."""
         self._over.set()
@@ -453,7 +471,7 @@ def _rank_main() -> int:
     with early_signals(folder, options.attempt):
         try:
             job = Job.model_validate(orders["job"])
-            outcome = fit_here(job, folder, orders["device"], options, line.reached)
+            outcome = fit_here(job, folder, orders["device"], options, line.reached, line.stuck)
             answer: dict[str, Any] = {"outcome": asdict(outcome)}
         except UserError as error:
             answer = {"error": type(error).__name__, "text": str(error)}

@@ -18,6 +18,7 @@ What is seen of a lost worker, and what Ray does of its own accord (2.60, two wo
 | one killed just after a checkpoint | Ray loses that checkpoint: it is registered at the next poll | nothing is lost |
 | newest checkpoint truncated | Ray takes it, for it only asks whether it is there | passed over for the one before |
 | a worker stopped (SIGSTOP) | found after 600 s | after `hang_seconds` |
+| its training thread stuck | found by the others' collective, after 30 minutes | as `vaedist.training.pulse` says |
 
 Ray's torch trainer is not used, only the trainer below it: it would load torch in the driver and in the controller,
 which need none, and choose a port long before it is bound. Ranks meet as under the local engine (`Group.join`); rank 0
@@ -48,7 +49,7 @@ from vaedist import errors
 from vaedist.config import Job
 from vaedist.engines.local import HANG_SECONDS
 from vaedist.engines.raycluster import Want, cluster, environment, nodes
-from vaedist.engines.raywatch import Watch, named
+from vaedist.engines.raywatch import STUCK, Watch, named
 from vaedist.errors import UserError
 from vaedist.files import replace_file
 from vaedist.settings import expand
@@ -92,7 +93,8 @@ def run(
         gpus_per_worker: 0 or 1; None: 1 unless `device` is `cpu` or there are no GPUs.
         device: `auto`, `cpu` or `cuda`.
         max_failures: How often Ray starts the group again after a worker died.
-        hang_seconds: How long a worker may be silent before it counts as lost; 0: for ever.
+        hang_seconds: How long a worker may be silent, or keep others waiting while its training thread stands still,
+            before it counts as lost; 0: for ever.
         options: What the door asked for; the token is filled in here, and the attempt where it has no name.
 
     Raises:
@@ -119,7 +121,7 @@ def run(
         asked = exits.enter_context(stop.StopRequest(None, ""))
         work = exits.enter_context(work_folder(run_folder))
         attempt = options.attempt or secrets.token_hex(4)
-        options = replace(options, token=lock.token, attempt=attempt, engine="ray")
+        options = replace(options, token=lock.token, attempt=attempt, engine="ray", hang_seconds=hang_seconds)
         if not options.quiet:
             kind = "one GPU" if gpus else "CPU" if want.cpus == 1 else f"{want.cpus} CPUs"
             count = str(least) if least == most else f"{least} to {most} ({room} now)"
@@ -151,7 +153,7 @@ def run(
             told = json.loads(failure.read_bytes())
             raise getattr(errors, told["error"], UserError)(told["text"])
         if driving.error is not None:
-            raise named(driving.error, watch.world)
+            raise named(driving.error, watch.world, watch.stuck)
         return Outcome(**driving.answer)
 
 
@@ -288,6 +290,10 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
         if any(name.startswith("validation/") for name in numbers):
             ray.train.report(numbers)
 
+    def stuck(sentence: str) -> None:
+        with (work / STUCK).open("a") as file:
+            file.write(json.dumps({"rank": rank, "told": sentence}) + "\n")
+
     reached("started")
     threads = orders["threads"] or _threads(context.get_local_world_size())
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -319,6 +325,7 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
                 report=report,
                 options=replace(FitOptions(**orders["options"]), threads=threads),
                 reached=reached,
+                stuck=stuck,
             )
         except UserError as error:
             if not failure.exists():

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from vaedist.errors import UserError, WorkerLost
 
 _GONE_SECONDS = 60.0
 """How long a cluster may be too small for a run before the run gives up: a node that is restarted comes back."""
+
+
+STUCK = "stuck.jsonl"
+"""File in the work folder: the last sentence of a worker that ended because its training thread stood still."""
 
 
 class Tail:
@@ -47,7 +52,9 @@ class Watch:
         self, work: Path, want: Want, max_failures: int, hang_seconds: float, *, private: bool, quiet: bool
     ) -> None:
         self._console, self._losses = Tail(work / "console.txt"), Tail(work / "losses.jsonl")
-        self._stages = Tail(work / "stages.jsonl")
+        self._stages, self._stuck = Tail(work / "stages.jsonl"), Tail(work / STUCK)
+        self.stuck: dict[int, str] = {}
+        """By rank: why it ended, in the group that was last started."""
         self._want, self._max_failures, self._hang_seconds = want, max_failures, hang_seconds
         self._private, self._quiet = private, quiet
         self._failures = 0
@@ -67,6 +74,8 @@ class Watch:
         sys.stdout.write(self._console.text().decode(errors="replace"))
         sys.stdout.flush()
         now = time.monotonic()
+        for message in self._stuck.messages():
+            self.stuck[message["rank"]] = message["told"]
         for message in self._losses.messages():
             self._lost(message["lost"], now)
         for message in self._stages.messages():
@@ -81,11 +90,14 @@ class Watch:
         if told is None:
             return  # an error with a name: `run` is about to tell it
         rank, how = told
+        who = f"rank {rank} of {self.world} {how}"
+        if self.stuck:
+            who = next(iter(self.stuck.values()))
         self._failures += 1
         self._recovery.lost(now)
         if self._failures <= self._max_failures:
             print(
-                f"vaedist: rank {rank} of {self.world} {how}; starting again from the last checkpoint "
+                f"vaedist: {who}; starting again from the last checkpoint "
                 f"({self._failures} of at most {self._max_failures} times)",
                 file=sys.stderr,
                 flush=True,
@@ -101,6 +113,7 @@ class Watch:
                     flush=True,
                 )
             self.world = world
+            self.stuck.clear()
             self._waiting_since = self._too_small_since = None
         told = self._recovery.reached(stage, now)
         if told and not self._quiet:
@@ -141,8 +154,13 @@ def blame(lost: dict[str, list[str]], hang_seconds: float) -> tuple[int, str] | 
     return int(rank), f"failed ({lost[rank][0]})"
 
 
-def named(error: Exception, world: int) -> Exception:
+def named(error: Exception, world: int, stuck: Mapping[int, str]) -> Exception:
     """Ray's error as ours: a dead worker is the user's to know, anything else is a bug with its traceback."""
+    if stuck:
+        return WorkerLost(
+            f"{next(iter(stuck.values()))}, and the allowed failures are used up; the same command continues from the "
+            "last checkpoint"
+        )
     failures = {str(rank): failure for rank, failure in getattr(error, "worker_failures", {}).items()}
     for rank, failure in failures.items():
         wrapped = getattr(failure, "health_check_failure", failure)

@@ -19,6 +19,7 @@ class FitOptions:
         engine: For the start-up summary.
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
+        hang_seconds: After how long a rank that stands still is ended (`vaedist.training.pulse`); 0: never.
     """
 
     override: bool = False
@@ -28,6 +29,7 @@ class FitOptions:
     engine: str = "local"
     threads: int | None = None
     command: tuple[str, ...] = ()
+    hang_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ one process: with the loop's weighting (see `vaedist.context`) their backward pa
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import inspect
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +32,10 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from vaedist import errors
 from vaedist.context import LaneContext, SampleContext
 from vaedist.errors import UserError
+from vaedist.training.pulse import Pulse, Tell
 
 _PART = 256 << 20
+_STORE_SECONDS = 10.0
 _COLLECTIVE_SECONDS = 1800.0
 """Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -44,6 +48,7 @@ class Group:
         rank, world: This process's number and how many there are.
         local_rank, local_world: The same on this node.
         device: Where this process computes.
+        pulse: How far its training thread has come.
     """
 
     def __init__(
@@ -54,19 +59,24 @@ class Group:
         local_rank: int = 0,
         local_world: int = 1,
         ours: bool = False,
+        pulse: Pulse | None = None,
     ) -> None:
         self.device = device
+        self.pulse = pulse or Pulse()
         self.rank, self.world = rank, world
         self.local_rank, self.local_world = local_rank, local_world
         self._ours = ours
 
     @classmethod
-    def join(cls, device: str | torch.device = "auto", timeout_s: float = 120.0) -> Group:
+    def join(
+        cls, device: str | torch.device = "auto", timeout_s: float = 120.0, pulse: Pulse | None = None
+    ) -> Group:
         """The group that a launcher made for this process, or one process alone.
 
         Args:
             device: `auto` takes CUDA where there is one, else the CPU; a `torch.device` is used as it is.
             timeout_s: How long to wait for the other ranks to appear.
+            pulse: Of a process that is watched already.
 
         Raises:
             UserError: the device is not there, the environment is half set, or ranks did not appear in time.
@@ -75,17 +85,17 @@ class Group:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
-            return cls(_device(device, local_rank), rank, world, local_rank, local_world)
+            return cls(_device(device, local_rank), rank, world, local_rank, local_world, pulse=pulse)
         given = [name for name in _ENVIRONMENT if name in os.environ]
         if len(given) < len(_ENVIRONMENT):
             if "RANK" in given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
                 missing = ", ".join(name for name in _ENVIRONMENT if name not in given)
                 raise UserError(f"RANK and WORLD_SIZE are set but {missing} is not: set it, or unset RANK")
-            return cls(_device(device, 0))
+            return cls(_device(device, 0), pulse=pulse)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         chosen = _device(device, local_rank)
         if world == 1:
-            return cls(chosen)
+            return cls(chosen, pulse=pulse)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         store = _rendezvous(rank, world, timeout_s)
@@ -96,7 +106,23 @@ class Group:
             world_size=world,
             timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
         )
-        return cls(chosen, rank, world, local_rank, local_world, ours=True)
+        return cls(chosen, rank, world, local_rank, local_world, ours=True, pulse=pulse)
+
+    def watched(
+        self, hang_seconds: float, folder: Path, tell: Tell
+    ) -> contextlib.AbstractContextManager[None]:
+        """Watch over the calling thread: see `vaedist.training.pulse`.
+
+        Args:
+            hang_seconds: How long it may stand still; 0: for ever, and so where the ranks met elsewhere.
+            folder: Of the run.
+            tell: Takes one sentence.
+        """
+        if self.world > 1 and not self._ours:
+            return contextlib.nullcontext()
+        who = f"rank {self.rank} of {self.world}" if self.world > 1 else "the one process"
+        peers = _Counts(self.rank, self.world) if self.world > 1 else None
+        return self.pulse.watched(hang_seconds, folder, tell, who=who, peers=peers)
 
     @property
     def leads(self) -> bool:
@@ -144,12 +170,14 @@ class Group:
     def _broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes on every rank, in tensors of at most 256 MiB."""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, 0)
-        held = bytearray(data) if self.leads else bytearray(int(size))
+        with self.pulse.meeting():
+            dist.broadcast(size, 0)
+            held = bytearray(data) if self.leads else bytearray(int(size))
         for start in range(0, len(held), _PART):
             part = memoryview(held)[start : start + _PART]
             tensor = torch.frombuffer(part, dtype=torch.uint8).to(self.device)
-            dist.broadcast(tensor, 0)
+            with self.pulse.meeting():
+                dist.broadcast(tensor, 0)
             if not self.leads:
                 part[:] = tensor.cpu().numpy().data
         return bytes(held)
@@ -157,7 +185,7 @@ class Group:
     def synchronise(self, module: nn.Module) -> None:
         """Give every rank rank 0's parameters and buffers."""
         if self.world > 1:
-            with torch.no_grad():
+            with torch.no_grad(), self.pulse.meeting():
                 for tensor in (*module.parameters(), *module.buffers()):
                     dist.broadcast(tensor.data, 0)
 
@@ -172,12 +200,23 @@ class Group:
         parallel = nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # since torch 2.13
         options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        return parallel(
+        made = parallel(
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             find_unused_parameters=phases > 1,
             **options,
         )
+        made.register_forward_hook(self._forward_done)
+        return made
+
+    def _forward_done(self, parallel: Any, given: Any, made: Tensor | dict[str, Tensor]) -> None:
+        """Leave a mark, and another one when this rank's own part of the backward pass is done: there it waits."""
+        self.pulse.mark()
+        loss = made if isinstance(made, Tensor) else made["loss"]
+        if parallel.require_backward_grad_sync and loss.requires_grad:
+            # Callbacks run in the order in which they are queued, and DDP queues its own at the end of the pass.
+            engine = torch.autograd.Variable._execution_engine
+            loss.register_hook(lambda _: engine.queue_callback(self.pulse.meet))
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -193,8 +232,9 @@ class Group:
         """(world, ...) stack of every rank's values, where the values are."""
         held = values.detach().to(self.device).contiguous()
         blocks = [torch.empty_like(held) for _ in range(self.world)]
-        dist.all_gather(blocks, held)
-        return torch.stack(blocks).to(values.device)
+        with self.pulse.meeting():
+            dist.all_gather(blocks, held)
+            return torch.stack(blocks).to(values.device)
 
 
 def _device(device: str | torch.device, local_rank: int) -> torch.device:
@@ -286,6 +326,40 @@ def _prove(store: Store, rank: int, world: int) -> None:
             )
 
 
+class _Counts:
+    """The ranks' numbers of collectives, in the store where they met; over a connection of its own.
+
+    The main thread may wait in the store for long, and holds its connection then.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        self._mine, self._all = f"met/{rank}", [f"met/{other}" for other in range(world)]
+        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store: Store | None = None
+
+    def publish(self, met: int) -> None:
+        self._ask(lambda store: store.set(self._mine, str(met)))
+
+    def counts(self) -> Sequence[int]:
+        def read(store: Store) -> list[int]:
+            return [int(store.get(key)) for key in self._all if store.check([key])]
+
+        return self._ask(read) or ()
+
+    def _ask(self, question: Callable[[Store], Any]) -> Any:
+        """The answer; None where the store does not answer now."""
+        try:
+            if self._store is None:
+                deadline = timedelta(seconds=_STORE_SECONDS)
+                store = TCPStore(*self._place, is_master=False, timeout=deadline, wait_for_workers=False)
+                self._store = PrefixStore(f"vaedist/{self._restart}/pulse", store)
+            return question(self._store)
+        except (RuntimeError, ValueError, dist.DistError):
+            self._store = None  # its process is gone or stopped, which is for others to notice
+            return None
+
+
 # What a model sees of the group ---------------------------------------------------------------------------
 
 
@@ -293,16 +367,19 @@ class _SumOverRanks(torch.autograd.Function):
     """All-reduce whose backward is an all-reduce: every rank's objective depends on every rank's input."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:
+    def forward(context: Any, x: Tensor, pulse: Pulse) -> Tensor:
+        context.pulse = pulse
         result = x.clone()
-        dist.all_reduce(result)
+        with pulse.meeting():
+            dist.all_reduce(result)
         return result
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient
+        with context.pulse.meeting():
+            dist.all_reduce(gradient)
+        return gradient, None
 
 
 class _GatherRows(torch.autograd.Function):
@@ -312,22 +389,25 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, world: int, rank: int) -> Tensor:
-        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
-        dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
-        rows = [int(count) for count in counts]
-        context.start, context.rows = sum(rows[:rank]), x.shape[0]
+    def forward(context: Any, x: Tensor, group: Group) -> Tensor:
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(group.world)]
+        with group.pulse.meeting():
+            dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
+            rows = [int(count) for count in counts]
+        context.start, context.rows, context.pulse = sum(rows[: group.rank]), x.shape[0], group.pulse
         padded = x.new_zeros((max(rows), *x.shape[1:]))
         padded[: x.shape[0]] = x
-        blocks = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(blocks, padded)
+        blocks = [torch.empty_like(padded) for _ in range(group.world)]
+        with group.pulse.meeting():
+            dist.all_gather(blocks, padded)
         return torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[context.start : context.start + context.rows], None, None
+        with context.pulse.meeting():
+            dist.all_reduce(gradient)
+        return gradient[context.start : context.start + context.rows], None
 
 
 class _Collectives:
@@ -336,10 +416,10 @@ class _Collectives:
     group: Group
 
     def gather(self, x: Tensor) -> Tensor:
-        return x if self.group.world == 1 else _GatherRows.apply(x, self.group.world, self.group.rank)  # type: ignore[no-untyped-call]
+        return x if self.group.world == 1 else _GatherRows.apply(x, self.group)  # type: ignore[no-untyped-call]
 
     def sum(self, x: Tensor) -> Tensor:
-        return x if self.group.world == 1 else _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
+        return x if self.group.world == 1 else _SumOverRanks.apply(x, self.group.pulse)  # type: ignore[no-untyped-call]
 
 
 class GroupLaneContext(_Collectives, LaneContext):

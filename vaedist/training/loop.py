@@ -37,6 +37,7 @@ from vaedist.training.lock import RunLock
 from vaedist.training.log import Log, Silent
 from vaedist.training.memory import enough_memory
 from vaedist.training.progress import Progress
+from vaedist.training.pulse import Tell, on_stderr
 from vaedist.training.run import data_section, resolved, resume
 from vaedist.training.start import Beginning, begin
 from vaedist.training.step import Stepper
@@ -57,6 +58,7 @@ def fit(
     report: Report | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 - frozen
     reached: Reached = lambda _: None,
+    stuck: Tell = on_stderr,
 ) -> Outcome:
     """Train `job` in `run_folder`, from its newest checkpoint or from the start.
 
@@ -67,6 +69,7 @@ def fit(
         report: Called on every rank with the same numbers at every log and validation step.
         options: Of this attempt.
         reached: Called on every rank at `resumed` (all is read, the first step is next) and at `stepped` (it is done).
+        stuck: Takes the last sentence of a rank that is ended because it stands still; from another thread.
 
     Raises:
         UserError: anything the user can mend; on every rank, but for a lack of memory, which one rank may meet alone.
@@ -75,6 +78,7 @@ def fit(
         if group is None:
             group = Group.join()
             exits.callback(group.close)
+        exits.enter_context(group.watched(options.hang_seconds, run_folder, stuck))
         with enough_memory(group):
             return _fit(job, run_folder, group, report, options, reached, exits)
 
@@ -243,7 +247,9 @@ def _fit(
         batch = next(batches)
         if done == start:
             stepper.warm_up(batch, done)
-        result = stepper.take(batch, done, total, stop.requested)
+        # A compiled body may be compiled anew at any step, which takes minutes.
+        with group.pulse.strict(done > start and not job.train.compile):
+            result = stepper.take(batch, done, total, stop.requested)
         done += 1
         if done == start + 1:
             reached("stepped")

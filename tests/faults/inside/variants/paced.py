@@ -1,6 +1,7 @@
 """The witness, in step with a test: no rank takes the step that `WITNESS/limit` names, or a later one.
 
-A rank that waits says so in `WITNESS/waits-RANK`: JSON of its step, process id and the number of ranks.
+A rank that waits says so in `WITNESS/waits-RANK`: JSON of its step, process id and the number of ranks. The rank
+`PACED_STAYS` waits for ever, the first time that it waits.
 """
 
 from __future__ import annotations
@@ -27,5 +28,7 @@ class Model(witness.Model):  # type: ignore[misc]
         world = int(os.environ.get("WORLD_SIZE", "1"))
         scratch.write_text(json.dumps({"step": step, "pid": os.getpid(), "world": world}))
         scratch.replace(waits)
-        while step >= int(limit.read_text()):
+        stays = os.environ.get("PACED_STAYS") == os.environ.get("RANK", "0") and not been.exists()
+        been.touch()
+        while stays or step >= int(limit.read_text()):
             time.sleep(0.05)

@@ -1,8 +1,9 @@
 """A VAE that writes down which samples each step saw, and waits at a chosen step for the test to do its worst.
 
 Environment: `WITNESS` is the folder to write into; `WITNESS_HOLD` the step (counted from 0) before which every rank
-waits, once, while its file `holding-RANK` is there; `WITNESS_WANTS` bytes that each later step fills and drops.
-None of it changes a number.
+waits, once, while its file `holding-RANK` is there; `WITNESS_WANTS` bytes that each later step fills and drops;
+`WITNESS_READS` a rank that reads the pipe `WITNESS/pipe`, once, when it validates; `WITNESS_WORKS` seconds that rank 0
+computes when it validates the first time, while the others wait for it. None of it changes a number.
 """
 
 from __future__ import annotations
@@ -31,9 +32,20 @@ class Model(vae.Model):
             seen = {"step": ctx.step, "start": ctx.start, "keys": list(batch["key"])}
         else:
             seen = {"samples": list(ctx.samples)}
+            self._validates(folder, rank)
         with (folder / f"seen-{rank}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")
         return super().forward(batch, ctx)
+
+    def _validates(self, folder: Path, rank: str) -> None:
+        if os.environ.get("WITNESS_READS") == rank and not (folder / f"held-{rank}").exists():
+            (folder / f"held-{rank}").touch()
+            (folder / "pipe").read_bytes()
+        if "WITNESS_WORKS" in os.environ and rank == "0" and not (folder / "worked").exists():
+            until = time.monotonic() + float(os.environ["WITNESS_WORKS"])
+            while time.monotonic() < until:
+                sum(range(10_000))
+            (folder / "worked").touch()
 
     def _hold(self, gate: Path, been: Path, step: int) -> None:
         if step != int(os.environ.get("WITNESS_HOLD", -1)):
