@@ -21,6 +21,7 @@ LONGEST_FILE = 500  # lines; a file is read in one sitting
 HEIGHT = {
     "doors": 7,
     "trained": 7,
+    "reporting": 6,
     "engines": 6,
     "tuning": 5,
     "training": 4,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vaedist.metrics.compare import Entry
     from vaedist.metrics.density import Mixture
     from vaedist.metrics.findings import Bar, Batches, Findings, Wanted
+    from vaedist.reporting.contents import Contents
     from vaedist.training.run import Run
 
 SHOWN_PAIRS = 8
@@ -113,6 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
         "comparison.json and comparison.txt",
     )
     parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="all of it as one HTML file, with curves, pictures and settings, to copy and to send",
+    )
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
     )
     return parser
@@ -132,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     folders = _folders(arguments)
     entries: list[Entry] = []
     opened: list[Run] = []
+    shown: list[Contents] = []
     for path, out in zip(arguments.runs, folders, strict=True):
-        entries.append(_evaluate(path, out, arguments, wanted, files, device, opened))
+        entries.append(_evaluate(path, out, arguments, wanted, files, device, opened, shown))
         print()
     if len(entries) > 1:
         comparison = Comparison(entries)
@@ -147,6 +154,11 @@ def main(argv: list[str] | None = None) -> int:
                 "comparison.txt": f"{text}\n".encode(),
             }
             print("\n" + "\n".join(_write(Path(arguments.out), contents)))
+    if arguments.report:
+        from vaedist.reporting.page import page
+
+        report = Path(arguments.report)
+        print("\n" + "\n".join(_write(report.parent, {report.name: page(opened, entries, shown)})))
     return 0
 
 
@@ -157,6 +169,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {value}; give at least {least}")
     if arguments.features and not (arguments.samples or arguments.audit):
         raise UserError("--features is for sample metrics: say with --samples N how many to draw")
+    if arguments.report and Path(arguments.report).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report is {arguments.report!r}; it is an HTML file: let it end in .html")
     if arguments.sampler != "prior" and not (arguments.samples or arguments.audit):
         raise UserError("--sampler is for sample metrics: say with --samples N how many to draw")
 
@@ -202,8 +216,9 @@ def _evaluate(
     files: dict[str, dict[str, str]],
     device: str,
     opened: list[Run],
+    shown: list[Contents],
 ) -> Entry:
-    """Measure, write and print one run; `opened` holds those before it and gets this one."""
+    """Measure, write and print one run; `opened`, and `shown` for the report, hold those before it and get this one."""
     import json
 
     import torch
@@ -266,6 +281,10 @@ def _evaluate(
     print(report(document))
     print("\n" + "\n".join(written))
     opened.append(run)
+    if arguments.report:
+        from vaedist.reporting.contents import gather
+
+        shown.append(gather(run, index, batches, found, document))
     return Entry(run.job.name, run.job.seed, _experiment(opened), document)
 
 

@@ -1,0 +1,85 @@
+"""The file: runs, their comparison and their making, through the template beside this module."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vaedist
+from vaedist.errors import UserError
+from vaedist.metrics.compare import Comparison, Entry
+from vaedist.reporting.contents import Contents, Table
+from vaedist.training.folder import RunFolder
+from vaedist.training.run import Run
+
+_HERE = Path(__file__).parent
+
+
+def page(runs: Sequence[Run], entries: Sequence[Entry], shown: Sequence[Contents]) -> bytes:
+    """The whole file.
+
+    Args:
+        runs: In the order in which they are shown; several are compared.
+        entries: Their evaluations.
+        shown: What is shown of each.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    names = list(dict.fromkeys(contents.name for contents in shown))
+    text = environment.get_template("page.html").render(
+        title=names[0] if len(names) == 1 else f"{len(runs)} runs: {', '.join(names)}",
+        version=vaedist.__version__,
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        runs=shown,
+        comparisons=list(_comparisons(entries)) if len(runs) > 1 else [],
+        made_by=list(_made_by(runs)),
+    )
+    return text.encode()
+
+
+def _comparisons(entries: Sequence[Entry]) -> Iterator[Table]:
+    for table in Comparison(entries).document():
+        experiments = table["experiments"]
+        titles = list(dict.fromkeys(title for one in experiments for title in one["numbers"]))
+        rows = [["", *(one["name"] for one in experiments)]]
+        rows += [[title, *(_cell(one["numbers"].get(title)) for one in experiments)] for title in titles]
+        data = table["data"]
+        verdicts = "; ".join(table["verdicts"]) or "none beats another: that takes three seeds of each"
+        yield Table(
+            rows,
+            f"{data['split']}, {data['images']:,} images, mean ± standard deviation over seeds. {verdicts}.",
+        )
+
+
+def _cell(number: Mapping[str, Any] | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number['mean']:.4g}" + ("" if number["std"] is None else f" ± {number['std']:.2g}")
+
+
+def _made_by(runs: Sequence[Run]) -> Iterator[Table]:
+    """The exact commands, and what they ran on."""
+    rows = [["run", "when", "command", "commit", "engine", "machine"]]
+    libraries: dict[str, str] = {}
+    for run in runs:
+        try:
+            starts = RunFolder(run.folder).starts()
+        except UserError:  # a damaged record of starts takes nothing from what was measured
+            starts = []
+        for start in starts:
+            libraries |= start.get("libraries", {})
+            commit = start.get("git_commit") or f"version {start.get('vaedist', 'unknown')}"
+            engine = f"{start.get('engine', '')}, {start.get('workers', '')} processes"
+            told = [start.get(name) or "" for name in ("time", "command")]
+            rows.append([run.job.name, *told, commit, engine, start.get("host") or ""])
+    rows.append(["this page", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "", "", ""])
+    yield Table(rows, "Each start of each run, oldest first.", words=True)
+    if libraries:
+        yield Table([["library", "version"], *([name, version] for name, version in libraries.items())])
