@@ -6,14 +6,38 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import numpy as np
 from PIL import Image
 
+from tests.doors.conftest import MLP, pack_phantom, trained
 from tests.runs import ROOT, small_job, write_job
 
 
-@pytest.mark.parametrize("name", ["gan_faces"])
-def test_a_figure_is_drawn_from_what_runs_leave(name: str, tmp_path: Path) -> None:
+def draw(name: str, runs: Path, picture: Path) -> Image.Image:
+    subprocess.run([sys.executable, ROOT / "tools/figures", name, runs, picture], check=True)
+    with Image.open(picture) as drawn:
+        return drawn.convert("RGB")
+
+
+def test_patients_through_every_variant(tmp_path: Path) -> None:
+    """What is right of the errors is a sample, or white where a row has none."""
+    data = pack_phantom(tmp_path / "data")
+    encoder = {"kind": "conv", "width": 16, "depth": 0, "downsample": 4}
+    codes = {"kind": "vqvae", "encoder": encoder, "codebook": {"kind": "ema", "codes": 8, "dim": 4}}
+    runs = tmp_path / "runs"
+    for name in ("vqvae_oasis", "vqvae_oasis_k512_32"):
+        trained(runs / name, data, codes)
+    net = {"width": 8, "layers": 2, "hidden": 8}
+    tokenizer = str(runs / "vqvae_oasis_k512_32")
+    trained(runs / "pixelcnn_oasis", data, {"kind": "pixelcnn", "tokenizer": tokenizer, "net": net})
+    trained(runs / "infovae_oasis", data, {"kind": "infovae", "encoder": MLP, "latent": 3})
+    drawn = np.asarray(draw("patients", runs, tmp_path / "figure.png"))
+    right = drawn[:, int(drawn.shape[1] * 0.7) :].mean(axis=(1, 2))
+    height = len(right)
+    assert right[height // 5 : height // 3].mean() > 250 > right[height // 2 :].mean()
+
+
+def test_the_gans_have_a_line_each(tmp_path: Path) -> None:
     for run in ("gan_s0", "gan_vae_s0", "gan_vae_s1"):
         (tmp_path / run).mkdir()
         write_job(tmp_path / run / "job.yaml", small_job(tmp_path, steps=4))
@@ -22,9 +46,7 @@ def test_a_figure_is_drawn_from_what_runs_leave(name: str, tmp_path: Path) -> No
             for step in (2, 4)
         ]
         (tmp_path / run / "metrics.jsonl").write_text("".join(rows))
-    picture = tmp_path / "figure.png"
-    subprocess.run([sys.executable, ROOT / "tools/figures", name, tmp_path, picture], check=True)
-    with Image.open(picture) as drawn:
-        assert drawn.width > drawn.height > 300
-        lines = {colour for _, colour in drawn.convert("RGB").getcolors(1 << 20)}
+    drawn = draw("gan_faces", tmp_path, tmp_path / "figure.png")
+    assert drawn.width > drawn.height > 300
+    lines = {colour for _, colour in drawn.getcolors(1 << 20)}
     assert {(0x7A, 0x87, 0x93), (0xB3, 0x20, 0x2A)} <= lines
