@@ -84,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=3,
         help="how often a trial starts again from its checkpoint after its process died (default: 3)",
     )
+    place.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS",
+        type=count_or_none,
+        default=45,
+        help="a trial whose process gives no sign of life for so long (stopped, frozen) is killed and starts again; so "
+        "is one whose training stands still for four times as long; 0: never (default: 45)",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(
         "--print-space", action="store_true", help="print the space with every default, and exit"
@@ -126,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             concurrent=arguments.concurrent,
             device=arguments.device,
             max_failures=arguments.max_failures,
+            hang_seconds=arguments.hang_timeout,
             tell=tell,
             command=tuple(sys.argv if argv is None else ["vaedist-tune", *argv]),
         )

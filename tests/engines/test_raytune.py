@@ -199,12 +199,14 @@ def test_as_many_trials_as_fit_with_all_their_workers(
 class Tuning:
     """`vaedist-tune` in a process of its own, with a private Ray; leaves no process behind."""
 
-    def __init__(self, space: Path, folder: Path, data: Path) -> None:
-        arguments = ["--space", str(space), "--run-dir", str(folder), "--data", str(data)]
+    def __init__(
+        self, space: Path, folder: Path, data: Path, *more: str, environment: dict[str, str] | None = None
+    ) -> None:
+        arguments = ["--space", str(space), "--run-dir", str(folder), "--data", str(data), *more]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vaedist.tune", *arguments, "--concurrent", "1", "--device", "cpu"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

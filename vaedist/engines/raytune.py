@@ -3,7 +3,9 @@
 Tune starts trials, keeps as many running as the allocation holds, starts a trial whose process died again, and
 carries numbers from trials to the driver. What must not be lost is ours, in `trials.jsonl` (`vaedist.tuning.trials`):
 Tune's own snapshot lies in a work folder that is thrown away. So a search that was killed is not restored; it is begun
-again, with the trials that have ended known and the others where their run folders have them.
+again, with the trials that have ended known and the others where their run folders have them. Ours, too, is to find
+out that a process has stopped (`vaedist.engines.heartbeat`) or that its training thread stands still
+(`vaedist.training.pulse`): it is ended, and Tune counts a death.
 
 A trial is an ordinary run (`vaedist.tuning.trial`): one worker trains inside Tune's own process, several are a Ray
 Train job of their own. Tune never kills one: a trial that is behind, or a search that is to stop, is asked through the
@@ -24,12 +26,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vaedist.config import Job
 from vaedist.data.index import Index
 from vaedist.engines import ray as trains
+from vaedist.engines.heartbeat import Hearts, beating, lost
+from vaedist.engines.local import HANG_SECONDS
 from vaedist.engines.raycluster import Want, cluster, environment, nodes
 from vaedist.errors import UserError
 from vaedist.training import stop
@@ -62,6 +67,7 @@ def run(
     concurrent: int | None = None,
     device: str = "auto",
     max_failures: int = 3,
+    hang_seconds: float = HANG_SECONDS,
     tell: Callable[[str], None] = print,
     command: tuple[str, ...] = (),
 ) -> Sweep:
@@ -75,6 +81,8 @@ def run(
         concurrent: Trials at a time; None: as many as fit.
         device: `auto`, `cpu` or `cuda`.
         max_failures: How often a trial whose process died is started again.
+        hang_seconds: How long the process of a trial may be silent; four times as long its training thread may stand
+            still. 0: for ever.
         tell: Shows one line.
         command: The command line, for the record of each run.
 
@@ -107,6 +115,7 @@ def run(
             "cpus": space.resources.cpus,
             "gpus": gpus,
             "max_failures": max_failures,
+            "hang_seconds": hang_seconds,
             "command": list(command),
         }
         (work / "orders.json").write_text(json.dumps(orders))
@@ -114,7 +123,9 @@ def run(
             f"Ray {found.told}: {slots} trial{'s' * (slots > 1)} at a time, "
             f"{workers} worker{'s' * (workers > 1)} each, {'one GPU' if gpus else 'CPU'}"
         )
-        _drive(sweep, _tuner(sweep, work, workers, gpus, slots, max_failures), early, asked)
+        hearts = Hearts(work, hang_seconds)
+        tuner = _tuner(sweep, work, workers, gpus, slots, max_failures, hearts)
+        _drive(sweep, tuner, hearts, early, asked)
         if sweep.error is not None:
             raise sweep.error
         return sweep
@@ -143,7 +154,9 @@ def at_once(room: int, workers: int, wanted: int | None) -> int:
 # The driver -------------------------------------------------------------------------------------------------
 
 
-def _tuner(sweep: Sweep, work: Path, workers: int, gpus: int, slots: int, max_failures: int) -> Any:
+def _tuner(
+    sweep: Sweep, work: Path, workers: int, gpus: int, slots: int, max_failures: int, hearts: Hearts
+) -> Any:
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
     from ray.tune.search import Searcher
@@ -194,9 +207,8 @@ def _tuner(sweep: Sweep, work: Path, workers: int, gpus: int, slots: int, max_fa
         """A line for each process that died and starts again."""
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            sweep.tell(
-                f"trial {numbers[trial.trial_id]}: its process died; it goes on from its last checkpoint"
-            )
+            number = numbers[trial.trial_id]
+            sweep.tell(f"trial {number}: {hearts.why(number)}; it goes on from its last checkpoint")
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (tune.Callback, ())
@@ -243,11 +255,14 @@ class _Driving(threading.Thread):
             self.error = error
 
 
-def _drive(sweep: Sweep, tuner: Any, early: stop.StopRequest, asked: stop.StopRequest) -> None:
+def _drive(
+    sweep: Sweep, tuner: Any, hearts: Hearts, early: stop.StopRequest, asked: stop.StopRequest
+) -> None:
     driving = _Driving(tuner)
     driving.start()
     while driving.is_alive():
         driving.join(_POLL_SECONDS)
+        hearts.look(list(sweep.running))
         if early.requested or asked.requested:
             sweep.stop()
         if sweep.stopping:
@@ -266,10 +281,13 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
     """What Tune runs: one trial, from its record to its numbers."""
     from ray import tune
 
+    from vaedist.training.pulse import Pulse
     from vaedist.tuning import trial
+    from vaedist.tuning.trials import run_folder
 
     orders = json.loads((Path(config["work"]) / "orders.json").read_text())
     os.chdir(orders["folder"])
+    work, number, pulse = Path(config["work"]), config["trial"], Pulse()
     device = "cuda" if orders["gpus"] else "cpu"
     options = FitOptions(quiet=True, engine="ray tune", command=tuple(orders["command"]))
 
@@ -286,7 +304,7 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
         from vaedist.training.dist import Group
         from vaedist.training.loop import fit
 
-        group = Group.join(device)
+        group = Group.join(device, pulse=pulse)
         try:
             return fit(job, place, group=group, report=report, options=options)
         finally:
@@ -306,6 +324,7 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
                         gpus_per_worker=orders["gpus"],
                         device=device,
                         max_failures=orders["max_failures"],
+                        hang_seconds=orders["hang_seconds"],
                         options=options,
                     )
                 )
@@ -330,13 +349,13 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
         return told[0]
 
     try:
-        answer = trial.run(
-            Path(orders["search"]),
-            config["trial"],
-            orders["data"],
-            alone if orders["workers"] == 1 else together,
-            device=device,
+        search = Path(orders["search"])
+        watched = pulse.watched(
+            orders["hang_seconds"], run_folder(search, number), partial(lost, work, number), who="its process"
         )
+        with beating(work, number), watched:
+            training = alone if orders["workers"] == 1 else together
+            answer = trial.run(search, number, orders["data"], training, device=device)
     except Exception:  # noqa: BLE001 - a bug: the driver shows it, and Tune need not try again
         answer = {"status": "error", "error": "RuntimeError", "text": traceback.format_exc()}
     return {"answer": json.dumps(answer), "at": time.time()}
