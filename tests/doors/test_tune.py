@@ -79,6 +79,18 @@ def test_a_space_that_does_not_fit_the_data_is_refused_before_ray_is_started(
     assert "the objective codes_used does not fit its base job" in refused(capsys, "--space", str(space))
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_a_try_that_is_too_short_is_warned_of_before_ray_is_started(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = write_space(tmp_path / "space.yaml", small_space(phantom))
+    assert main(["--space", str(space), "train.steps=2", "--workers-per-trial", "4000"]) == 2
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    assert line.startswith("warning: a trial of space 'small' has 2 steps, but weights of the loss move")
+    assert err.startswith("vaedist-tune: error: 4000 workers need 4000 CPUs"), "Ray was not started for this"
+
+
 def test_a_space_is_printed_with_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--space", "beta_vae", "--trials", "5", "train.steps=9", "--print-space"]) == 0
     content = yaml.safe_load(capsys.readouterr().out)

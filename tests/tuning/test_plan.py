@@ -86,6 +86,22 @@ def test_asha_has_no_rung_before_the_schedules_have_ended(index: Index) -> None:
         plan(small_space(scheduler=asha, dimensions=DIMENSIONS | late), index)
 
 
+def test_trials_that_end_before_their_schedules_are_doubted(index: Index) -> None:
+    assert plan(small_space(), index).doubt == ""
+    assert plan(small_space(train={"steps": 4}), index).doubt == "", "the ramp ends with the trial"
+    assert plan(small_space(train={"steps": 3}), index).doubt == (
+        "a trial of space 'small' has 3 steps, but weights of the loss move, or a phase begins, until step 4: its "
+        "numbers will not be those of its settings; for more than a try set train.steps to well above 4, or shorten "
+        "the schedules"
+    )
+    searched = {"model.beta.steps": {"kind": "integer", "low": 1, "high": 40}}
+    assert "until step 40:" in plan(small_space(dimensions=DIMENSIONS | searched), index).doubt
+    warm = {"optim": {"main": {"schedule": {"kind": "cosine", "warmup": 12}}}}
+    assert (
+        "but the learning rate of 'main' warms up for 12 steps:" in plan(small_space(train=warm), index).doubt
+    )
+
+
 def test_settings_that_make_no_model_are_found_without_training(index: Index) -> None:
     conv = MODEL | {"encoder": {"kind": "conv", "width": 8, "downsample": 4}}
     sizes = {"model.encoder.downsample": {"kind": "choice", "values": [4, 5]}}

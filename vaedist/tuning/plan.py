@@ -30,6 +30,8 @@ class Plan(NamedTuple):
     """Steps at which trials are compared; none without ASHA."""
     length: int
     """Steps of a trial."""
+    doubt: str = ""
+    """One sentence where trials end before their schedules do; the search may go on."""
 
 
 def plan(space: Space, index: Index) -> Plan:
@@ -43,9 +45,10 @@ def plan(space: Space, index: Index) -> Plan:
     base = space.job({}, data, space.name)
     _objectives_exist(space, base, index)
     length = steps(base, index)
-    if not isinstance(space.scheduler, Asha):
-        return Plan((), length)
     ends = schedules_end(space, index)
+    doubt = _too_short(space, base, length, ends)
+    if not isinstance(space.scheduler, Asha):
+        return Plan((), length, doubt)
     rungs = halving.rungs(space.scheduler, length, base.train.validate_every, ends)
     if not rungs:
         raise UserError(
@@ -53,7 +56,25 @@ def plan(space: Space, index: Index) -> Plan:
             f"is validated every {base.train.validate_every}: shorten the schedules, validate more often, or set "
             "scheduler.kind: none"
         )
-    return Plan(rungs, length)
+    return Plan(rungs, length, doubt)
+
+
+def _too_short(space: Space, base: Job, length: int, ends: int) -> str:
+    """What is cut off where trials are shorter than their schedules: as a rule `train.steps` of a quick try."""
+    late = {
+        f"the learning rate of {name!r} warms up for {phase.schedule.warmup} steps": phase.schedule.warmup
+        for name, phase in base.train.optim.items()
+        if phase.schedule.warmup >= length
+    }
+    if ends > length:
+        late[f"weights of the loss move, or a phase begins, until step {ends}"] = ends
+    if not late:
+        return ""
+    return (
+        f"a trial of space {space.name!r} has {length} steps, but {' and '.join(late)}: its numbers will not be those "
+        f"of its settings; for more than a try set train.steps to well above {max(late.values())}, or shorten the "
+        "schedules"
+    )
 
 
 def steps(job: Job, index: Index) -> int:

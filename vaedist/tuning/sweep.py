@@ -58,6 +58,8 @@ class Sweep:
         """
         record = Record.read(folder)
         planned = plan(space, index)
+        if planned.doubt:
+            tell(f"warning: {planned.doubt}")
         if record is None:
             return cls(Record.begin(folder, space, index.identity), index, planned, tell)
         changed = differences(record.space, space)
