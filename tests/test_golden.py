@@ -24,6 +24,7 @@ NOT_COMPARED = {"step", "kind", "epoch", "time", "images_per_second", "data_wait
 BODY = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "vae": {"kind": "vae", "latent": 4, "encoder": BODY, "beta": {"start": 0.1, "end": 1.0, "steps": 10}},
+    "infovae": {"kind": "infovae", "latent": 4, "encoder": BODY, "alpha": 0.5, "mmd_weight": 100.0},
     "vqvae": {"kind": "vqvae", "encoder": BODY, "codebook": {"kind": "ema", "codes": 16, "dim": 4}},
     "vqvae_gradient": {
         "kind": "vqvae",

@@ -192,6 +192,23 @@ def test_gradient_of_mmd(kernel: Imq | Rbf | Legacy) -> None:
     assert torch.autograd.gradcheck(lambda a, b: mmd(a, b, kernel), (x, y))
 
 
+@pytest.mark.parametrize("kernel", [Imq(), Rbf(), Legacy(), Imq(block=6)])
+def test_mmd_and_its_gradient_do_not_depend_on_the_tiles(
+    kernel: Imq | Rbf | Legacy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = normal(13, 5, name=0).requires_grad_(), normal(13, 5, name=1).requires_grad_()
+    whole = mmd(x, y, kernel)
+    gradients = torch.autograd.grad(3 * whole, (x, y))
+    monkeypatch.setattr("vaedist.nets.divergences._TILE", 29)
+    parts = mmd(x, y, kernel)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(3 * parts, (x, y)), gradients)
+    (alone,) = torch.autograd.grad(mmd(x, y.detach(), kernel), x)
+    torch.testing.assert_close(3 * alone, gradients[0])
+    with torch.no_grad():
+        torch.testing.assert_close(mmd(x, y, kernel), whole.detach())
+
+
 def test_mmd_keeps_its_digits_far_from_zero_and_in_half_precision() -> None:
     x, y = normal(64, 8), 1.3 * normal(64, 8, name=1)
     exact = float(mmd(x, y))

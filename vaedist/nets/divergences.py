@@ -35,17 +35,21 @@ test"; b = 2 is all but the linear-time estimator of Gretton et al., section 6).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vaedist.errors import NotDefined
 from vaedist.settings import Strict
 
 # exp of these stays finite and non-zero in fp32, with room for products; a trained posterior is far inside.
 _LOG_VARIANCE = (-30.0, 20.0)
+
+_TILE = 1 << 18
+"""Values of a kernel made at once: a few of these lie in a core's cache."""
 
 
 class DiagonalGaussian:
@@ -186,26 +190,74 @@ def _mmd(x: Tensor, y: Tensor, kernel: Imq | Rbf | Legacy) -> Tensor:
     """(G,) MMD^2 of G pairs of samples (G, n, D) and (G, m, D)."""
 
     def within(z: Tensor) -> Tensor:
-        values, n = _similarity(z, z, kernel), z.shape[1]
-        if isinstance(kernel, Legacy):
-            return values.mean((1, 2))
-        own = torch.eye(n, dtype=torch.bool, device=z.device)
-        return values.masked_fill(own, 0.0).sum((1, 2)) / (n * (n - 1))
+        n = z.shape[1]
+        return _total(z, None, kernel) / (n * n if isinstance(kernel, Legacy) else n * (n - 1))
 
-    return within(x) + within(y) - 2 * _similarity(x, y, kernel).mean((1, 2))
+    return within(x) + within(y) - 2 * _total(x, y, kernel) / (x.shape[1] * y.shape[1])
 
 
-def _similarity(x: Tensor, y: Tensor, kernel: Imq | Rbf | Legacy) -> Tensor:
-    """(G, n, m) values of the kernel."""
-    d = x.shape[2]
-    squares = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]
-    apart = torch.baddbmm(squares, x, y.transpose(1, 2), alpha=-2).clamp_min(0)
-    if isinstance(kernel, Legacy):
-        return (-apart / d**2).exp()
-    if isinstance(kernel, Rbf):
-        return (-apart / (2 * d * kernel.bandwidth**2)).exp()
-    widths = [2 * d * kernel.bandwidth**2 * scale for scale in kernel.scales]
-    total = torch.zeros_like(apart)
-    for width in widths:
-        total = total + width / (width + apart)
-    return total
+def _total(x: Tensor, y: Tensor | None, kernel: Imq | Rbf | Legacy) -> Tensor:
+    found: Tensor = _KernelSum.apply(x, y, kernel)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _KernelSum(torch.autograd.Function):
+    """(G,) sums of k(x_i, y_j) over all pairs; without y those of x with itself, but for i = j where unbiased.
+
+    k depends on r^2 alone, so with w = dk/dr^2 the gradient to x_i is 2 sum_j w_ij (x_i - y_j), two matrix products. It
+    is made together with the sum, some rows at a time: neither the n x m values nor what autograd would keep of each
+    scale are ever in memory as a whole.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, y: Tensor | None, kernel: Imq | Rbf | Legacy) -> Tensor:
+        other = x if y is None else y
+        to_x, to_y = context.needs_input_grad[0], y is not None and context.needs_input_grad[1]
+        gradient = torch.zeros_like(x) if to_x else None
+        gradient_y = torch.zeros_like(other) if to_y else None
+        norms, others = x.square().sum(2)[:, :, None], other.square().sum(2)[:, None, :]
+        sums = x.new_zeros(len(x), dtype=torch.float64)
+        rows = max(1, _TILE // (len(x) * other.shape[1]))
+        for start in range(0, x.shape[1], rows):
+            part = x[:, start : start + rows]
+            squares = norms[:, start : start + rows] + others
+            apart = torch.baddbmm(squares, part, other.transpose(1, 2), alpha=-2).clamp_min_(0)
+            if y is None and not isinstance(kernel, Legacy):
+                apart.diagonal(start, 1, 2).fill_(math.inf)  # where every kernel and its slope are 0
+            found, slopes = _values_and_slopes(apart, x.shape[2], kernel, slopes=to_x or to_y)
+            sums += found
+            if slopes is not None and gradient is not None:
+                step = slopes.sum(2)[:, :, None] * part - slopes @ other
+                gradient[:, start : start + rows] = 2 * step
+            if slopes is not None and gradient_y is not None:
+                gradient_y += 2 * (slopes.sum(1)[:, :, None] * other - slopes.transpose(1, 2) @ part)
+        if y is None and gradient is not None:
+            gradient *= 2  # each is x_i in one half of the pairs and x_j in the other
+        context.save_for_backward(gradient, gradient_y)
+        return sums.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_x, to_y = (None if g is None else outer[:, None, None] * g for g in context.saved_tensors)
+        return to_x, to_y, None
+
+
+def _values_and_slopes(
+    apart: Tensor, d: int, kernel: Imq | Rbf | Legacy, *, slopes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(G,) fp64 sums of the kernel over (G, n, m) squared distances, and its (G, n, m) slopes; `apart` is used up."""
+    if not isinstance(kernel, Imq):
+        width = float(d**2) if isinstance(kernel, Legacy) else 2 * d * kernel.bandwidth**2
+        values = apart.div_(-width).exp_()
+        return values.sum((1, 2)).double(), values.div(-width) if slopes else None
+    sums = apart.new_zeros(len(apart), dtype=torch.float64)
+    slope = torch.zeros_like(apart) if slopes else None
+    held = torch.empty_like(apart)
+    for scale in kernel.scales:
+        width = 2 * d * kernel.bandwidth**2 * scale
+        values = torch.add(apart, width, out=held).reciprocal_().mul_(width)
+        sums += values.sum((1, 2)).double()
+        if slope is not None:
+            slope.addcmul_(values, values, value=-1 / width)
+    return sums, slope

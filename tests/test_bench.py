@@ -1,0 +1,32 @@
+"""tools/bench asks its questions and writes its two files; what the numbers are is for people to look at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.runs import ROOT
+
+
+def test_a_question_becomes_a_table(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "tools/bench", "--only", "doors", "--repeats", "1", "--out", tmp_path]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["machine"]["cores"] >= 1
+    times = found["Start of the doors"]
+    # No door imports torch before it has read its command line.
+    assert (
+        max(times[f"vaedist-{door} --help"][0] for door in ("train", "evaluate")) < times["import torch"][0]
+    )
+    text = (tmp_path / "bench.md").read_text()
+    assert "### Start of the doors" in text and "| python -c pass |" in text and "| 1.00 |" in text
+
+
+def test_every_module_is_a_question() -> None:
+    modules = {path.stem for path in (ROOT / "tools/benchmarks").glob("*.py")} - {"__init__", "common"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/bench", "--help"], check=True, capture_output=True, text=True
+    )
+    assert all(name in done.stdout for name in modules)

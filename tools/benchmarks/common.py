@@ -1,0 +1,149 @@
+"""What all benchmarks share: the data, the jobs, and how contestants take turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BATCH = 32
+JOBS = {
+    "vae, mlp, 64x64": """
+        model: {kind: vae, latent: 32, encoder: {kind: mlp, width: 256, depth: 1}}
+        train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}
+    """,
+    "vqvae, conv, 64x64": """
+        model: {kind: vqvae, encoder: {kind: conv, width: 16, depth: 1}, codebook: {kind: ema, codes: 64, dim: 16}}
+        train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}
+    """,
+}
+Rate = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One table: contestants that take turns, each giving one number a turn."""
+
+    title: str
+    unit: str
+    contestants: Mapping[str, Rate]
+    reference: str
+    """The contestant whose median is 1 in the column of ratios."""
+    once: bool = False
+    """One turn each, where a number hardly varies and costs much."""
+
+
+def packed(folder: Path, *, size: int, train: int, codec: str = "png") -> Path:
+    """A packed phantom; made once."""
+    from vaedist.data.shards import Packing, pack
+    from vaedist.data.sources import Settings
+
+    out = folder / f"phantom-{size}-{train}-{codec}"
+    if not (out / "index.json").exists():
+        print(f"packing {train} phantom images of {size}x{size} as {codec}", file=sys.stderr)
+        settings = Settings(size=size, count={"train": train, "validate": 32, "test": 32})
+        # Several tars, so that webdataset's readers, who share out tars, all have work.
+        pack(
+            Packing(
+                input="phantom",
+                out=out,
+                size=size,
+                codec=codec,
+                per_shard=max(64, train // 12),
+                workers=2,
+                settings=settings,
+            )
+        )
+    return out
+
+
+def job_of(name: str, shards: Path, steps: int, **data: Any) -> Any:
+    import yaml
+
+    from vaedist.config import Job
+
+    content = yaml.safe_load(JOBS[name])
+    content["data"] = {"path": str(shards), **data}
+    content["train"] |= {
+        "steps": steps,
+        "log_every": 20,
+        "validate_every": steps,
+        "save_every": steps,
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    return Job.model_validate(content)
+
+
+def peak_mib(statement: str) -> float:
+    """Peak memory of a Python process that does `statement`, in MiB.
+
+    Not by getrusage: its ru_maxrss is inherited, so a small child reports what its parent was when it forked.
+    """
+    told = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    command = [sys.executable, "-c", f"{statement}\n{told}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.splitlines()[-1]) / 1024
+
+
+def take_turns(question: Question, repeats: int) -> dict[str, list[float]]:
+    """Every contestant once per round, in turn; where there are several rounds, after one that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in question.contestants}
+    for turn in range(0 if repeats > 1 else 1, repeats + 1):
+        for name, rate in question.contestants.items():
+            value = rate()
+            if turn:
+                found[name].append(value)
+            told = f"round {turn} of {repeats}" if turn else "warm-up"
+            print(f"{question.title}: {told}: {name}: {number(value)}", file=sys.stderr)
+    return found
+
+
+def number(value: float) -> str:
+    """Whole where it is large, else with enough digits to tell."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def table(question: Question, found: Mapping[str, list[float]]) -> str:
+    base = statistics.median(found[question.reference])
+    lines = [
+        f"### {question.title}",
+        "",
+        f"| | {question.unit} | least to most | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, values in found.items():
+        middle = statistics.median(values)
+        spread = f"{number(min(values))} to {number(max(values))}"
+        lines.append(f"| {name} | {number(middle)} | {spread} | {number(middle / base)} |")
+    return "\n".join([*lines, ""])
+
+
+def machine() -> dict[str, Any]:
+    import ray
+    import torch
+    import webdataset
+
+    from vaedist.training.folder import git_commit
+
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "commit": git_commit(),
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "libraries": {one.__name__: str(one.__version__) for one in (torch, ray, webdataset)},
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
