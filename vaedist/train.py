@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.engine == "srun":
             from vaedist.engines import srun
 
-            outcome = srun.run(job, folder, device=arguments.device, options=options)
+            outcome = srun.run(
+                job, folder, device=arguments.device, hang_seconds=hang_seconds, options=options
+            )
         else:
             from vaedist.engines import ray
 
@@ -121,7 +123,7 @@ def _check_engine(arguments: argparse.Namespace) -> None:
                 "--workers MIN:MAX needs --engine ray: the others train with a fixed number of processes"
             )
     if engine == "srun":
-        for option in ("workers", "max_failures", "hang_timeout"):
+        for option in ("workers", "max_failures"):
             if getattr(arguments, option) is not None:
                 raise UserError(
                     f"--{option.replace('_', '-')} has no effect with --engine srun, which starts nothing: srun's own "

@@ -45,7 +45,16 @@ from vaedist.engines import raynodes
 from vaedist.engines.layout import Plan, plan, srun
 from vaedist.engines.slurmjob import SlurmJob
 from vaedist.engines.sweep import sweep_here
-from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, CannotWrite, DataError, Diverged, UserError, door
+from vaedist.errors import (
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    CannotWrite,
+    DataError,
+    Diverged,
+    UserError,
+    WorkerLost,
+    door,
+)
 from vaedist.site import Site, load_site
 from vaedist.training import stop
 from vaedist.training.folder import RunFolder
@@ -191,12 +200,12 @@ class _Supervisor:
         self.prepare()
         for death in range(_DEATHS + 1):
             code = self.once(death)
-            killed = code < 0 or code >= 128
+            # A rank under srun that stands still ends itself with a code of its own; Ray has counted its losses then.
+            stuck = code == WorkerLost.exit_code and self.plan.cluster is None
+            killed = code < 0 or code >= 128 or stuck
             if not killed or self.signals.asked or not self.plan.again or death == _DEATHS:
                 break
-            _say(
-                f"a rank was killed; starting again from the last checkpoint ({death + 1} of {_DEATHS} times)"
-            )
+            _say(f"a rank was lost; starting again from the last checkpoint ({death + 1} of {_DEATHS} times)")
         return self.leave(code if code >= 0 else 128 - code)
 
     @property

@@ -37,7 +37,7 @@ class Plan:
         run_folder: Where the stop file belongs; None: the command is stopped by a signal.
         attempt: Name of this start, which the stop file holds.
         cluster: Folder of the Ray cluster over all nodes that it needs, or None.
-        again: Whether it is started again, here, when a rank was killed.
+        again: Whether it is started again, here, when a rank was lost.
     """
 
     command: list[str]

@@ -3,10 +3,11 @@
     srun --ntasks=4 vaedist-train jobs/vqvae_oasis.yaml --engine srun
 
 Slurm starts the processes, numbers them and kills all when one dies (`--kill-on-bad-exit`); this module only makes
-them meet. Rank 0 listens on a port that the kernel chose, on its node's address and no other, and writes the place into
-a file in the run folder (0600 in a 0700 folder, which every node sees) together with a secret. Whoever cannot read that
-file can reach the port, but cannot prove the secret, which every rank asks of every other before the first collective
-(`vaedist.training.dist`). The file is gone once all have met.
+them meet, and sees to it that one that is stopped dies (`vaedist.engines.vigil`). Rank 0 listens on a port that the
+kernel chose, on its node's address and no other, and writes the place into a file in the run folder (0600 in a 0700
+folder, which every node sees) together with a secret. Whoever cannot read that file can reach the port, but cannot
+prove the secret, which every rank asks of every other before the first collective (`vaedist.training.dist`). The file
+is gone once all have met.
 
 A job step has a number and a job a restart count, so a file that a killed attempt left behind is never taken for
 this one's. Bare `SLURM_*` variables, as `salloc` leaves them, do not make a step: only `--engine srun` looks at them.
@@ -30,6 +31,7 @@ from vaedist.engines import local
 from vaedist.engines.network import gloo_interface, node_address
 from vaedist.engines.slurmjob import tasks_per_node
 from vaedist.engines.sweep import sweep_here
+from vaedist.engines.vigil import vigil
 from vaedist.errors import UserError
 from vaedist.files import awaited, replace_private
 from vaedist.training.attempt import FitOptions, Outcome
@@ -88,13 +90,22 @@ class Task:
         )
 
 
-def run(job: Job, run_folder: Path, *, device: str = "auto", options: FitOptions | None = None) -> Outcome:
+def run(
+    job: Job,
+    run_folder: Path,
+    *,
+    device: str = "auto",
+    hang_seconds: float = local.HANG_SECONDS,
+    options: FitOptions | None = None,
+) -> Outcome:
     """Train as the rank that srun made of this process.
 
     Args:
         job: The job, the same for all ranks.
         run_folder: Made if missing (0700); every node must see it.
         device: `auto`, `cpu` or `cuda`; a rank takes the GPU of its number on the node, or the one that it sees.
+        hang_seconds: How long this process may be stopped, or keep others waiting while its main thread stands still,
+            before it is ended; 0: for ever.
         options: What the door asked for.
 
     Raises:
@@ -111,12 +122,19 @@ def run(job: Job, run_folder: Path, *, device: str = "auto", options: FitOptions
         )
     if task.local_rank == 0 and task.rank > 0:
         sweep_here()  # the supervisor has done so on the first node
-    options = replace(options, engine="srun", attempt=options.attempt or task.name)
+    attempt = options.attempt or task.name
+    options = replace(options, engine="srun", attempt=attempt, hang_seconds=hang_seconds)
     RunFolder.make(run_folder)
     try:
-        with local.early_signals(run_folder, options.attempt), _meeting(task, run_folder) as place:
+        with (
+            vigil(f"rank {task.rank} of {task.world}", hang_seconds) as loaded,
+            local.early_signals(run_folder, options.attempt),
+            _meeting(task, run_folder) as place,
+        ):
 
             def reached(stage: str) -> None:
+                if stage == "imported":
+                    loaded()
                 if stage == "joined":  # all have read it
                     os.environ.pop("VAEDIST_STORE_SECRET")
                     place.unlink(missing_ok=True)
