@@ -303,7 +303,7 @@ def _tell(links: list[Link], folder: Path) -> None:
         top = Path(os.path.commonpath([run.absolute() for run in runs]))
         port = 16006 + os.getuid() % 40000
         print(f"checkpoints: {runs[0] if len(runs) == 1 else top / '*'}/checkpoints")
-        print(f"TensorBoard, here:            tensorboard --logdir {top} --port {port}")
+        print(f"TensorBoard, here:            vaedist-board {top} --port {port}")
         print(
             f"  and on your own machine:    ssh -L {port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}"
         )
