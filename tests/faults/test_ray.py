@@ -196,13 +196,19 @@ def test_a_read_that_never_returns_is_found(stage: Stage, whole_of_two: Stage) -
 # Elastic ----------------------------------------------------------------------------------------------------
 
 
-class Shared(Training):
-    """A run on a cluster of three CPUs, of which others have reserved some (`tests.faults.others`)."""
+class On(Training):
+    """A run on the cluster that a module beside this one starts for it."""
 
-    def __init__(self, stage: Stage, *arguments: str) -> None:
+    def __init__(self, module: str, stage: Stage, *arguments: str) -> None:
         self.run, self._witness = stage.run, stage.witness
-        self.others(1)
-        command = [sys.executable, "-m", "tests.faults.others", str(stage.job), "--run-dir", str(stage.run)]
+        command = [
+            sys.executable,
+            "-m",
+            f"tests.faults.{module}",
+            str(stage.job),
+            "--run-dir",
+            str(stage.run),
+        ]
         self.process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
@@ -212,6 +218,15 @@ class Shared(Training):
             text=True,
         )
         self.family = psutil.Process(self.process.pid)
+
+
+class Shared(On):
+    """On a cluster of three CPUs, of which others have reserved some."""
+
+    def __init__(self, stage: Stage, *arguments: str) -> None:
+        self._witness = stage.witness
+        self.others(1)
+        super().__init__("others", stage, *arguments)
 
     def others(self, cpus: int) -> None:
         """Let others have so many CPUs."""
@@ -252,6 +267,48 @@ def test_an_elastic_run_follows_its_cluster(paced: Paced, whole: Stage) -> None:
         assert f"vaedist: {before} workers became {after}, for which" in err
     assert err.count("\n") == 3
     assert "1 to 3 (3 now) x CPU" in out
+    assert stage.keys() == whole.keys(), "the same samples in the same order at every step"
+    ours, theirs = curve(stage.run), curve(whole.run)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    stage.note("told", err.splitlines()[0])
+    stage.note(
+        "parts",
+        f"workers and the step they began at: {trained}; sample keys equal at all {len(stage.keys())} steps",
+    )
+
+
+@pytest.mark.faults(
+    row="F18 Ray",
+    fault="elastic run: kill -9 of the raylet of one of two nodes; then another node comes in its place",
+    ray="restarts its group without warning, from the last checkpoint that it knows of",
+)
+def test_an_elastic_run_loses_a_node_and_gets_one_back(paced: Paced, whole: Stage) -> None:
+    stage = paced.stage
+    paced.allow(8)
+    with On("nodes", stage, *RAY, "--workers", "1:2") as training:
+        ranks = paced.wait(training, 2, 8)
+        raylet = psutil.Process(int((stage.witness / "raylet").read_text()))
+        assert sum(raylet in rank.parents() for rank in ranks) == 1, "a worker on each node"
+        since = time.monotonic()
+        raylet.kill()
+        paced.wait(training, 1, 8)
+        stage.note("recovery", round(time.monotonic() - since, 2))
+        paced.allow(14)
+        paced.wait(training, 1, 14)
+        (stage.witness / "return").touch()
+        ranks = paced.wait(training, 2, 14)
+        raylet = psutil.Process(int((stage.witness / "raylet").read_text()))
+        assert sum(raylet in rank.parents() for rank in ranks) == 1, "the new node has its worker"
+        paced.allow()
+        code, _, err = training.end(600 * BUSY)
+    assert code == 0, err
+    starts = json.loads((stage.run / "provenance.json").read_bytes())
+    trained = [(start["workers"], start["start_step"]) for start in starts]
+    assert trained == [(2, 0), (1, 5), (2, 10)], "at most one checkpoint interval is done again"
+    assert re.search(r"rank [01] of 2 died \(killed, or out of memory\); starting again", err)
+    assert "vaedist: 2 workers became 1, for which" in err and "vaedist: 1 workers became 2, for which" in err
     assert stage.keys() == whole.keys(), "the same samples in the same order at every step"
     ours, theirs = curve(stage.run), curve(whole.run)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
