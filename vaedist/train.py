@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from vaedist.training.attempt import FitOptions
     from vaedist.training.folder import RunFolder
+    from vaedist.training.startup import inherited
 
     command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
     options = FitOptions(
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         quiet=arguments.quiet,
         command=command,
         attempt=os.environ.get("VAEDIST_ATTEMPT", ""),
+        phases=inherited(),
     )
     _check_engine(arguments)
     workers = arguments.workers

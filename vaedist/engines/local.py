@@ -57,6 +57,7 @@ from vaedist.training import stop
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.folder import RunFolder
 from vaedist.training.lock import RunLock
+from vaedist.training.startup import process_began
 
 _GRACE_SECONDS = 5.0
 """How long the other ranks may tell what they saw after one has failed, and how long a rank may take to leave."""
@@ -111,6 +112,8 @@ def run(
     RunFolder.make(run_folder)
     with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token, hang_seconds=hang_seconds)
+        if options.phases is not None:
+            options = replace(options, phases=(*options.phases, ("launcher", process_began())))
         failures = 0
         recovery = Recovery()
         while True:
@@ -120,6 +123,7 @@ def run(
                 failures += 1
                 if failures > max_failures or asked.requested:
                     raise
+                options = replace(options, phases=None)
                 told = f"{lost}; starting again from there ({failures} of at most {max_failures} times)"
                 print(f"vaedist: {told}", file=sys.stderr, flush=True)
 
@@ -138,6 +142,9 @@ def fit_here(
     from vaedist.training.pulse import on_stderr
 
     reached("imported")
+    if options.phases is not None:
+        here = (("imports", process_began()), ("rendezvous", time.time()))
+        options = replace(options, phases=(*options.phases, *here))
     group = Group.join(device)
     reached("joined")
     try:

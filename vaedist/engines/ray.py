@@ -57,6 +57,7 @@ from vaedist.training import stop
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.folder import RunFolder
 from vaedist.training.lock import RunLock
+from vaedist.training.startup import process_began
 
 _WORK = ".ray"
 """Folder inside the run folder for one attempt's console and errors, seen by the workers of every node."""
@@ -114,6 +115,7 @@ def run(
     # Ray installs a SIGTERM handler of its own when it starts: listen before, and again on top of it.
     with contextlib.ExitStack() as exits:
         early = exits.enter_context(stop.StopRequest(None, ""))
+        began = ("driver", process_began()), ("Ray", time.time())
         lock = exits.enter_context(RunLock.acquire(run_folder))
         found = exits.enter_context(cluster(want))
         exits.enter_context(environment(knobs))
@@ -122,6 +124,8 @@ def run(
         work = exits.enter_context(work_folder(run_folder))
         attempt = options.attempt or secrets.token_hex(4)
         options = replace(options, token=lock.token, attempt=attempt, engine="ray", hang_seconds=hang_seconds)
+        if options.phases is not None:
+            options = replace(options, phases=(*options.phases, *began, ("Ray Train", time.time())))
         if not options.quiet:
             kind = "one GPU" if gpus else "CPU" if want.cpus == 1 else f"{want.cpus} CPUs"
             count = str(least) if least == most else f"{least} to {most} ({room} now)"
@@ -279,6 +283,9 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     stages = work / "stages.jsonl"
+    options = FitOptions(**orders["options"])
+    if stages.exists():
+        options = replace(options, phases=None)  # not the first group
 
     def reached(stage: str) -> None:
         if rank == 0:
@@ -295,6 +302,7 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
             file.write(json.dumps({"rank": rank, "told": sentence}) + "\n")
 
     reached("started")
+    begun = time.time()
     threads = orders["threads"] or _threads(context.get_local_world_size())
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
@@ -304,6 +312,9 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     from vaedist.training.loop import fit
 
     reached("imported")
+    if options.phases is not None:
+        here = ("imports", begun), ("rendezvous", time.time())
+        options = replace(options, phases=(*options.phases, *here))
     with contextlib.ExitStack() as exits:
         if rank == 0:
             console: TextIO = exits.enter_context((work / "console.txt").open("a", buffering=1))
@@ -323,7 +334,7 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
                 Path(orders["run_folder"]),
                 group=group,
                 report=report,
-                options=replace(FitOptions(**orders["options"]), threads=threads),
+                options=replace(options, threads=threads),
                 reached=reached,
                 stuck=stuck,
             )

@@ -20,6 +20,7 @@ class FitOptions:
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
         hang_seconds: After how long a rank that stands still is ended (`vaedist.training.pulse`); 0: never.
+        phases: Of this start so far (`vaedist.training.startup`); None: it replaces a group that was lost.
     """
 
     override: bool = False
@@ -30,6 +31,7 @@ class FitOptions:
     threads: int | None = None
     command: tuple[str, ...] = ()
     hang_seconds: float = 0.0
+    phases: tuple[tuple[str, float], ...] | None = None
 
 
 @dataclass(frozen=True)

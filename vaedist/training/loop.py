@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from vaedist.training.progress import Progress
 from vaedist.training.pulse import Tell, on_stderr
 from vaedist.training.run import data_section, resolved, resume
 from vaedist.training.start import Beginning, begin
+from vaedist.training.startup import told as told_of_start
 from vaedist.training.step import Stepper
 from vaedist.training.stop import StopRequest
 from vaedist.training.tokens import code_shards, settled
@@ -92,6 +94,7 @@ def _fit(
     reached: Reached,
     exits: contextlib.ExitStack,
 ) -> Outcome:
+    began = time.time()
     # Settle the process: threads decide the order of sums on a CPU, so the loop fixes them, not the launcher.
     share = options.threads or max(1, len(os.sched_getaffinity(0)) // group.local_world)
     torch.set_num_threads(job.train.threads or share)
@@ -242,6 +245,7 @@ def _fit(
     batches = stream.batches(start)
     done, finished = start, False
     reached("resumed")
+    ready = time.time()
     while not finished:
         model.train()
         batch = next(batches)
@@ -253,6 +257,9 @@ def _fit(
         done += 1
         if done == start + 1:
             reached("stepped")
+            if options.phases:
+                phases = (*options.phases, ("data and model", began), ("first step", ready))
+                log.message(told_of_start(phases, time.time()))
         if committer is not None:
             committer.join(wait=False)  # a full disk is told now, not when the next checkpoint is due
         images = done * batch_size
