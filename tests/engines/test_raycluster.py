@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,25 @@ def test_anything_else_is_refused(text: str, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         build_parser().parse_args(["job", "--workers", text])
     assert repr(text) in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_cluster")
+def test_of_rays_own_errors_only_the_anonymous_death_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    """As the cluster tells them: first that a worker died, then something that nobody else would tell."""
+    import ray
+    from ray._private.utils import publish_error_to_driver
+
+    client = ray._private.worker.global_worker.gcs_client
+    for told in (
+        "A worker died or was killed while executing a task by an unexpected",
+        "2 were killed for memory",
+    ):
+        publish_error_to_driver("test", told, client)
+    shown, deadline = "", time.monotonic() + 120
+    while "2 were killed for memory" not in shown:
+        assert time.monotonic() < deadline
+        shown += "".join(capfd.readouterr())
+        time.sleep(0.1)
+    assert "A worker died" not in shown

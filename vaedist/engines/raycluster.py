@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vaedist.engines.allocation import Allocation, allocation
 from vaedist.engines.local import loopback, python_path
@@ -51,6 +52,8 @@ WITHOUT = {
     "RAY_memory_monitor_refresh_ms": "0",
 }
 """What a cluster that only we use does without."""
+
+_ANONYMOUS = "A worker died or was killed while executing a task"
 
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's name for: this node is the loopback address; read when Ray loads."""
@@ -166,7 +169,7 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cl
     if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
         from vaedist.engines.raynodes import joined
 
-        with joined(Path(folder)) as count:
+        with joined(Path(folder)) as count, _without_anonymous_deaths():
             yield Cluster(private=True, told=f"on {count} nodes of this job")
         return
     ours = allocation()
@@ -179,6 +182,7 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cl
     variables = KNOBS | WITHOUT | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
     with environment(variables), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
+        exits.enter_context(_without_anonymous_deaths())
         yield Cluster(private=True, told="started on this machine")
 
 
@@ -214,6 +218,32 @@ def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> No
                     f"Ray did not start on this machine ({reason}): look at the machine's load and memory; "
                     "vaedist-train can do without it, with --engine local"
                 ) from None
+
+
+@contextlib.contextmanager
+def _without_anonymous_deaths() -> Iterator[None]:
+    """Leave out what Ray prints of a worker that died: it does not say which one, and our own line does.
+
+    Ray has no setting for it: a thread of the driver prints every error that the cluster tells, whatever
+    `log_to_driver` says. All others still come through, such as those of memory and of lost nodes.
+    """
+    from ray._private import worker
+
+    shown: Any = getattr(worker, "print_to_stdstream", None)  # Ray's own, which another version may have renamed
+
+    def show(data: dict[str, Any], *rest: Any, **named: Any) -> None:
+        lines = [line for line in data["lines"] if not line.startswith(_ANONYMOUS)]
+        if lines:
+            shown({**data, "lines": lines}, *rest, **named)
+
+    if shown is None:
+        yield
+        return
+    worker.print_to_stdstream = show
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = shown
 
 
 def nodes() -> list[dict[str, float]]:
