@@ -229,7 +229,8 @@ def _without_anonymous_deaths() -> Iterator[None]:
     """
     from ray._private import worker
 
-    shown: Any = getattr(worker, "print_to_stdstream", None)  # Ray's own, which another version may have renamed
+    # A name of Ray's own: another version may not have it.
+    shown: Any = getattr(worker, "print_to_stdstream", None)
 
     def show(data: dict[str, Any], *rest: Any, **named: Any) -> None:
         lines = [line for line in data["lines"] if not line.startswith(_ANONYMOUS)]
