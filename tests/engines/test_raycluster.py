@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -165,3 +166,23 @@ def test_of_rays_own_errors_only_the_anonymous_death_is_left_out(capfd: pytest.C
         shown += "".join(capfd.readouterr())
         time.sleep(0.1)
     assert "A worker died" not in shown
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_process_is_killed_through_ray_only_while_it_is_the_one_that_was_meant() -> None:
+    from vaedist.engines.heartbeat import kill_here, started
+    from vaedist.engines.raycluster import on_node, this_node
+
+    with subprocess.Popen(["sleep", "600"]) as process:
+        since = started(process.pid)
+        assert since is not None
+        try:
+            assert not kill_here(process.pid, str(int(since) - 1)), "its number was another's before"
+            assert process.poll() is None
+            on_node(this_node(), kill_here, process.pid, since)
+            assert process.wait(120) == -signal.SIGKILL
+        finally:
+            process.kill()
+    assert not kill_here(process.pid, since)

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vaedist.engines.raycluster import on_node, this_node
+
 _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
 
@@ -39,13 +41,11 @@ def _last_words(work: Path, number: int) -> Path:
 @contextlib.contextmanager
 def beating(work: Path, number: int) -> Iterator[None]:
     """Give signs of life for a trial while this is open."""
-    import ray
-
     path, over = _beats(work, number), threading.Event()
     who = {
         "pid": os.getpid(),
         "started": started(os.getpid()),
-        "node": ray.get_runtime_context().get_node_id(),
+        "node": this_node(),
     }
 
     def beat() -> None:
@@ -112,7 +112,7 @@ class Hearts:
             self._silent[number] += passed
             if self._silent[number] > self._hang:
                 self._silent[number] = 0.0
-                if text and _kill(json.loads(text)):
+                if text and _killed(json.loads(text)):
                     lost(
                         self._work,
                         number,
@@ -130,18 +130,11 @@ class Hearts:
             path.unlink(missing_ok=True)
 
 
-def _kill(who: dict[str, Any]) -> bool:
-    """Whether there was such a process, on whichever node."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    if who["node"] == ray.get_runtime_context().get_node_id():
+def _killed(who: dict[str, Any]) -> bool:
+    """Whether there was such a process; of one on another node it is taken for granted."""
+    if who["node"] == this_node():
         return kill_here(who["pid"], who["started"])
-    there = NodeAffinitySchedulingStrategy(who["node"], soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(kill_here)  # type: ignore[call-overload]
-    ray.wait(
-        [task.remote(who["pid"], who["started"])], timeout=0
-    )  # a node that has gone takes its processes along
+    on_node(who["node"], kill_here, who["pid"], who["started"])
     return True
 
 

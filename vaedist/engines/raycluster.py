@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,24 @@ def nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def this_node() -> str:
+    """Ray's name of the node that this process is on."""
+    import ray
+
+    name: str = ray.get_runtime_context().get_node_id()
+    return name
+
+
+def on_node(node: str, work: Callable[..., Any], *given: Any) -> None:
+    """Have `work` done on a node; whether it was is not waited for, because the node may have gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    remote: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)  # type: ignore[call-overload]
+    remote(work).remote(*given)
 
 
 def free_cpus() -> int:
