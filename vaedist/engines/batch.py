@@ -58,7 +58,6 @@ from vaedist.errors import (
 from vaedist.site import Site, load_site
 from vaedist.training import stop
 from vaedist.training.folder import RunFolder
-from vaedist.training.startup import handed_on, process_began
 
 VERBS = ("shard", "train", "tune", "evaluate", "sample")
 _DEATHS = 3
@@ -225,7 +224,14 @@ class _Supervisor:
 
     def prepare(self) -> None:
         """Hand in the successor now: when time is up it may be too late for that."""
-        if self.continue_by != "resubmit" or not self.may_continue:
+        if self.continue_by != "resubmit":
+            return
+        if self.job.restarts:
+            # Slurm has queued this job again before its last start could take its successor back (a lost node).
+            for number in self.job.successors():
+                self.job.cancel(number)
+                _say(f"job {number}, which an earlier start of this one handed in, is taken back")
+        if not self.may_continue:
             return
         script = os.environ.get("VAEDIST_SCRIPT")
         if not script:
@@ -246,9 +252,6 @@ class _Supervisor:
     def once(self, death: int) -> int:
         """Start everything, wait for its end; the exit code, negative where a signal killed it."""
         environment = os.environ | {"VAEDIST_ATTEMPT": self.plan.attempt}
-        if death == 0:
-            what = "srun" if self.plan.command[0] == "srun" else "start"
-            environment |= handed_on((("supervisor", process_began()), (what, time.time())))
         with contextlib.ExitStack() as exits:
             cluster = beside = None
             if self.plan.cluster is not None:
@@ -306,7 +309,7 @@ class _Supervisor:
         if not self.signals.warned and (state := self.job.state()) != "RUNNING":
             # Ended by its user, or queued again by Slurm: not ours to change.
             _say(f"left to Slurm, which calls this job {state or 'nothing that we could hear'}")
-            if state in ("CANCELLED", "COMPLETING"):
+            if state in ("CANCELLED", "COMPLETING") and not self.job.preempted():
                 self.drop_successor()
             return code
         if not self.may_continue:

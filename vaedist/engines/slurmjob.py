@@ -121,6 +121,7 @@ class SlurmJob:
             "sbatch",
             "--parsable",
             f"--dependency=afterany:{self.number}",
+            f"--comment={self._after}",
             f"--export=ALL,VAEDIST_RESTARTS={restarts}",
             *(f"--{name}={value}" for name, value in options.items() if value),
             str(script),
@@ -140,6 +141,28 @@ class SlurmJob:
             return "", str(error)
         return (
             (done.stdout.strip().partition(";")[0], "") if done.returncode == 0 else ("", done.stderr.strip())
+        )
+
+    @property
+    def _after(self) -> str:
+        return f"vaedist goes on after job {self.number}"
+
+    def successors(self) -> list[str]:
+        """Numbers of the jobs that starts of this one have handed in, and that still wait for its end."""
+        columns = ("--states=PENDING", f"--user={os.getuid()}", "--format=%i|%k")
+        listed = ask("squeue", "--noheader", "--all", *columns) or ""
+        found = [line.partition("|") for line in listed.splitlines()]
+        return [number.strip() for number, _, comment in found if comment.strip() == self._after]
+
+    def preempted(self) -> bool:
+        """Whether Slurm takes this job off its nodes for another one, and does not queue it again.
+
+        Such a job, one that it does queue again and one that its user has cancelled are all called COMPLETING; only of
+        this one it says when it was preempted (22.05).
+        """
+        return (
+            re.search(r"\bPreemptTime=\d", ask("scontrol", "--oneliner", "show", "job", self.number) or "")
+            is not None
         )
 
     def cancel(self, number: str) -> None:
