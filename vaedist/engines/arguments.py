@@ -79,8 +79,8 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         type=count_or_none,
         help="a worker without a sign of life for so long (stopped, frozen), or for which others wait so long in a "
-        "step (anywhere else four times as long, without a sign of work), is killed, and the workers start again; 0: never "
-        "(default: 45)",
+        "step (anywhere else four times as long, without a sign of work), is killed, and the workers start again; 0: "
+        "never (default: 45)",
     )
     parser.add_argument(
         "--override",
