@@ -36,7 +36,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_verbs_are_those_that_exist() -> None:
     """No stub is shipped: a door stands in pyproject.toml if and only if its module is there."""
-    doors = {"shard", "train", "tune", "evaluate", "sample", "launch", "board"}
+    doors = {"shard", "train", "tune", "evaluate", "sample", "launch", "export", "board"}
     assert set(VERBS) == {path.stem for path in (ROOT / "vaedist").glob("*.py")} & doors
     assert {f"vaedist-{verb}": f"vaedist.{verb}:main" for verb in VERBS} == SCRIPTS
 
@@ -83,6 +83,7 @@ MISTAKES = {
     "sample": ["no-such-run"],
     "tune": ["--space", "no-such-space"],
     "launch": ["--local", "no-such-job.yaml"],
+    "export": ["no-such-run", "no-such-run"],
     "board": ["no-such-run"],
 }
 

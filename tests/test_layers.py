@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vaedist"
 FILES = sorted(PACKAGE.rglob("*.py"))
-DOORS = {"shard", "train", "tune", "evaluate", "sample", "launch", "board"}
+DOORS = {"shard", "train", "tune", "evaluate", "sample", "launch", "export", "board"}
 LONGEST_FILE = 500  # lines; a file is read in one sitting
 
 # Height of each room; imports run downwards only. Rooms of one height: training may use metrics, and nothing else.

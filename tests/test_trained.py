@@ -57,7 +57,9 @@ def test_samples_are_those_of_the_door(runs: dict[str, Trained], tmp_path: Path)
     assert sample([str(run.run.folder), *told, "--output-path", str(tmp_path / "s.png")]) == 0
     with np.load(tmp_path / "s.npz") as file:
         assert (to_uint8(made) == file["images"]).all()
-    torch.testing.assert_close(run.sample(2, seed=3, first=3, temperature=0.7), made[3:])  # sums of other rows
+    torch.testing.assert_close(
+        run.sample(2, seed=3, first=3, temperature=0.7), made[3:]
+    )  # sums of other rows
     assert not torch.equal(run.sample(5, seed=3, sampler="gmm"), run.sample(5, seed=3))
     assert (run.kind, run.shape, run.latent_shape) == ("vae", (1, 16, 16), (3,))
     assert repr(run).startswith("<vae of 1x16x16 images, step 4, ema weights, ")

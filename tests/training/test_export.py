@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import vaedist
+from tests.doors.conftest import MLP, pack_phantom, trained
 from tests.runs import small_job
 from vaedist import sample
 from vaedist.config import Job
@@ -17,6 +23,7 @@ from vaedist.data.index import Index
 from vaedist.data.sources import Limits
 from vaedist.data.sources.mnist import read_idx
 from vaedist.errors import UserError
+from vaedist.evaluate import main as evaluate
 from vaedist.pictures import to_uint8
 from vaedist.settings import parse
 from vaedist.training.attempt import FitOptions
@@ -25,6 +32,25 @@ from vaedist.training.export import export
 from vaedist.training.loop import fit
 from vaedist.training.run import Run, open_run
 
+KINDS: dict[str, dict[str, Any]] = {
+    "vae": {"kind": "vae", "encoder": MLP, "latent": 3},
+    "map": {
+        "kind": "vae",
+        "encoder": {"kind": "resnet", "width": 8, "depth": 1, "downsample": 4},
+        "latent": {"kind": "map", "channels": 2},
+    },
+    "cvae": {"kind": "vae", "encoder": MLP, "latent": 2, "condition": {"dropout": 0.2, "how": "concat"}},
+    "vqvae": {
+        "kind": "vqvae",
+        "encoder": {"kind": "conv", "width": 16, "depth": 0, "downsample": 4},
+        "codebook": {"kind": "ema", "codes": 8, "dim": 4},
+    },
+    "fsq": {
+        "kind": "vqvae",
+        "encoder": {"kind": "conv", "width": 16, "depth": 0, "downsample": 4},
+        "codebook": {"kind": "fsq", "levels": [5, 3]},
+    },
+}
 SHIPPED = Path(__file__).parents[2] / "jobs" / "pretrained" / "vae_mnist"
 
 
@@ -33,6 +59,11 @@ def run(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "vae"
     fit(small_job(phantom, steps=4, save_every=2, validate_every=2), folder, options=FitOptions(quiet=True))
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_phantom(tmp_path_factory.mktemp("packed") / "phantom")
 
 
 def names_in(folder: Path) -> str:
@@ -47,7 +78,7 @@ def test_an_export_is_the_run_without_its_past(run: Path, weights: str, tmp_path
     assert (now.step, now.weights, now.data_identity) == (was.step, was.weights, was.data_identity)
     assert (now.spec, now.classes, now.config) == (was.spec, was.classes, was.config)
     assert torch.equal(now.model.sample(3), was.model.sample(3))
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "manifest.json", "state.pt"]
     size = sum(4 * tensor.numel() for tensor in was.model.state_dict().values())
     assert (folder / "state.pt").stat().st_size < size + 30_000
     assert str(run.parent) not in names_in(folder) and str(Path(was.data_path).parent) not in names_in(folder)
@@ -119,3 +150,77 @@ def test_the_shipped_run_is_as_good_as_told(shipped: Run, shared_data: Path) -> 
     assert float(terms["loss"].mean()) < 110  # 105 nats over the whole test split
     made = to_uint8(shipped.model.reconstruct(batch["image"]))[:, 0] / 255
     assert float(np.square(made - images / 255).mean()) < 0.0125
+
+
+# For those who have no vaedist --------------------------------------------------------------------------------
+
+ALONE = """
+import sys
+sys.modules["vaedist"] = None
+import torch
+from safetensors.torch import load_file
+images, labels = torch.load("given.pt")
+told = {} if labels is None else {"label": labels}
+latent = torch.export.load("encoder.pt2").module()(image=images, **told)
+again = torch.export.load("decoder.pt2").module()(latent=latent, **told)
+weights = load_file("weights.safetensors")
+torch.save((latent, again, sum(tensor.numel() for tensor in weights.values())), "made.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["vae", "cvae", "map", "vqvae", "fsq"])
+def test_programs_need_torch_alone(name: str, packed: Path, tmp_path: Path) -> None:
+    """In a Python that refuses to import vaedist, for another number of images than they were made with."""
+    opened = vaedist.load(trained(tmp_path / "run", packed, KINDS[name]))
+    folder = export(tmp_path / "run", tmp_path / "new", programs=True, licence="CC0", data_licence="ours")
+    numbers_of = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (5, 1, 16, 16), generator=numbers_of, dtype=torch.uint8)
+    conditional = opened.run.model.conditional
+    labels = torch.tensor([0, 1, 0, 1, 0]) if conditional else None
+    torch.save((images, labels), folder / "given.pt")
+    subprocess.run([sys.executable, "-c", ALONE], cwd=folder, check=True)
+    latent, again, numbers = torch.load(folder / "made.pt")
+    classes = labels.tolist() if labels is not None else None
+    torch.testing.assert_close(latent, opened.encode(images, classes))
+    torch.testing.assert_close(again, opened.reconstruct(images, classes), rtol=1e-4, atol=1e-5)
+    assert numbers == sum(tensor.numel() for tensor in opened.run.model.state_dict().values())
+    for file in ("given.pt", "made.pt"):
+        (folder / file).unlink()
+    held = names_in(folder)
+    assert str(tmp_path) not in held and str(Path(vaedist.__file__).parent) not in held
+    card = (folder / "README.md").read_text()
+    assert "licence of the weights: CC0" in card and "- licence: ours" in card
+    assert opened.run.data_identity in card and "intended use: not stated" in card
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["shape"], config["model"]["kind"]) == ([1, 16, 16], opened.kind)
+    assert torch.equal(vaedist.load(folder).encode(images, classes), opened.encode(images, classes))
+
+
+def test_the_example_of_the_card_runs(packed: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "run", packed, KINDS["cvae"])
+    folder = export(tmp_path / "run", tmp_path / "new", programs=True)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
+def test_what_cannot_be_a_program_is_named_with_the_reason(packed: Path, tmp_path: Path) -> None:
+    body = {"kind": "conv", "width": 8, "depth": 0, "downsample": 4}
+    gan = {"kind": "gan", "latent": 3, "generator": body, "discriminator": body}
+    train = {"steps": 2, "batch_size": 8, "threads": 1, "monitor": {"metric": "kid"}}
+    train["optim"] = {"discriminator": {}, "generator": {}}
+    job = Job(name="gan", data={"path": str(packed)}, model=gan, train=train)
+    fit(job, tmp_path / "run", options=FitOptions(quiet=True))
+    folder = export(tmp_path / "run", tmp_path / "new", programs=True)
+    card = (folder / "README.md").read_text()
+    assert not (folder / "encoder.pt2").exists()
+    assert "`encoder.pt2` is not there: encode is not defined, because" in card
+
+
+def test_the_card_has_the_numbers_of_the_evaluation(packed: Path, tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", packed, KINDS["vae"])
+    assert "It was not evaluated" in (export(run, tmp_path / "before") / "README.md").read_text()
+    assert evaluate([str(run), "--importance", "0"]) == 0
+    card = (export(run, tmp_path / "after") / "README.md").read_text()
+    found = json.loads((run / "evaluation/test/metrics.json").read_text())
+    assert f"| this model | {found['metrics']['ssim']['mean']:.4f} |" in card
+    assert f"| PCA-3 | {found['baselines']['PCA-3']['ssim']['mean']:.4f} |" in card

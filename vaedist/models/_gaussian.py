@@ -144,7 +144,7 @@ class Autoencoder(Variant):
         features = self.encoder(x, *self._code(label, x))
         if not self.stochastic:
             return Point(features)
-        prior = None if self.class_prior is None else self.class_prior(self._known(label, len(image)))
+        prior = None if self.class_prior is None else self.class_prior(self._known(label, image.shape[0]))
         return DiagonalGaussian.from_network(features, prior, self.config.start_sigma)
 
     def decode(self, z: Tensor, label: Tensor | None = None) -> Decoded:
@@ -180,4 +180,4 @@ class Autoencoder(Variant):
 
     def _code(self, label: Tensor | None, x: Tensor) -> tuple[Tensor, ...]:
         """What the bodies take beside `x`: the labels' codes, where the model is conditional."""
-        return () if self.labels is None else (self.labels(self._known(label, len(x))),)
+        return () if self.labels is None else (self.labels(self._known(label, x.shape[0])),)

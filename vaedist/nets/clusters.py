@@ -24,9 +24,9 @@ def nearest(rows: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     embedding = embedding.detach()
     half = embedding.square().sum(1) / 2
     size = max(1, _CHUNK // len(embedding))
-    best, index = zip(
-        *(torch.addmm(half, part, embedding.T, alpha=-1).min(1) for part in rows.split(size)), strict=True
-    )
+    # An exported program is for any number of rows, which a number of chunks would fix.
+    parts = (rows,) if torch.compiler.is_compiling() else rows.split(size)
+    best, index = zip(*(torch.addmm(half, part, embedding.T, alpha=-1).min(1) for part in parts), strict=True)
     distance = rows.square().sum(1) + 2 * torch.cat(best)
     return torch.cat(index), distance.clamp_min(0)
 

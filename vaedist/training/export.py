@@ -2,8 +2,10 @@
 
 The folder is a checkpoint (`manifest.json`, `state.pt`) that `open_run`, and so every door, reads like any other,
 and that a new run can start from (`init_from`). It has no optimizer state and no path of the machine that trained it,
-and it cannot be resumed. The density that `vaedist-sample --sampler gmm` stored with the run travels along, so that
-samples by it need no training data.
+and it cannot be resumed. Beside it lie a model card (`vaedist.training.card`) and, for those who have no vaedist, the
+weights as safetensors, the settings as JSON, and programs (`vaedist.training.programs`). The
+density that `vaedist-sample --sampler gmm` stored with the run travels along, so that samples by it need no training
+data.
 """
 
 from __future__ import annotations
@@ -15,19 +17,31 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vaedist.errors import UserError
-from vaedist.files import room, temporary
+from vaedist.files import as_json, room, temporary
+from vaedist.training.card import card
 from vaedist.training.checkpoint import Checkpoints, chosen_weights, load
 from vaedist.training.density import density_path
-from vaedist.training.run import open_run
+from vaedist.training.programs import write_programs
+from vaedist.training.run import Run, open_run
 
 
-def export(run: str | Path, folder: str | Path, *, weights: str | None = None) -> Path:
+def export(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    weights: str | None = None,
+    programs: bool = False,
+    licence: str = "",
+    data_licence: str = "",
+) -> Path:
     """Write a run's chosen weights as a folder of their own.
 
     Args:
         run: A run folder (its best checkpoint), or one checkpoint in it.
         folder: A new folder.
         weights: `ema` or `raw`; default: what the job says everything downstream uses.
+        programs: Also what is of use without vaedist: safetensors, JSON, and `torch.export`'s programs.
+        licence, data_licence: Of the weights and of the training images, for the model card.
 
     Returns:
         The folder.
@@ -63,11 +77,32 @@ def export(run: str | Path, folder: str | Path, *, weights: str | None = None) -
             if density.exists():
                 (checkpoint / "density").mkdir()
                 shutil.copyfile(density, checkpoint / "density" / density.name)
+            missing = _for_others(opened, checkpoint) if programs else None
+            text = card(opened, licence=licence, data_licence=data_licence, missing=missing)
+            (checkpoint / "README.md").write_text(text, encoding="utf-8")
             checkpoint.chmod(0o755)  # made to be given away, unlike a run folder
             os.replace(checkpoint, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _for_others(run: Run, folder: Path) -> dict[str, str]:
+    """Weights, settings and programs; programs that are not defined, and why."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous().clone() for name, tensor in run.model.state_dict().items()}
+    save_file(state, folder / "weights.safetensors", {"kind": str(run.job.model["kind"])})
+    about = {
+        "model": _without_paths(run.config.model_dump(mode="json")),
+        "shape": list(run.spec[:3]),
+        "classes": list(run.classes),
+        "step": run.step,
+        "weights": run.weights,
+        "data_identity": run.data_identity,
+    }
+    (folder / "config.json").write_bytes(as_json(about))
+    return write_programs(run.model, (run.spec.channels, run.spec.height, run.spec.width), folder)
 
 
 def _without_paths(value: Any) -> Any:

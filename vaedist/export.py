@@ -1,0 +1,56 @@
+"""`vaedist-export RUN DIR`: a trained run as one folder to give away."""
+
+from __future__ import annotations
+
+import argparse
+
+from vaedist.errors import EXIT_FINISHED, door
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaedist-export",
+        description="Put a trained run's chosen weights into a new folder that others can use: with vaedist (every "
+        "door opens it like a run, and init_from starts from it), with torch alone (encoder and decoder as programs of "
+        "torch.export, checked against the run), or by name from a safetensors file. A model card says what it is; no "
+        "path of this machine is in it.",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="a run folder (its best checkpoint), or one checkpoint in it"
+    )
+    parser.add_argument("folder", metavar="DIR", help="a new folder")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="default: what the job says")
+    parser.add_argument(
+        "--no-programs",
+        action="store_true",
+        help="only what vaedist reads, and the model card: the smallest folder",
+    )
+    parser.add_argument("--licence", metavar="TEXT", default="", help="of the weights, for the model card")
+    parser.add_argument(
+        "--data-licence", metavar="TEXT", default="", help="of the training images, for the model card"
+    )
+    return parser
+
+
+@door
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+
+    from vaedist.training.export import export
+
+    folder = export(
+        arguments.run,
+        arguments.folder,
+        weights=arguments.weights,
+        programs=not arguments.no_programs,
+        licence=arguments.licence,
+        data_licence=arguments.data_licence,
+    )
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size:>12,} bytes  {path}")
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
