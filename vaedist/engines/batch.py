@@ -58,6 +58,7 @@ from vaedist.errors import (
 from vaedist.site import Site, load_site
 from vaedist.training import stop
 from vaedist.training.folder import RunFolder
+from vaedist.training.startup import handed_on, process_began
 
 VERBS = ("shard", "train", "tune", "evaluate", "sample")
 _DEATHS = 3
@@ -252,6 +253,9 @@ class _Supervisor:
     def once(self, death: int) -> int:
         """Start everything, wait for its end; the exit code, negative where a signal killed it."""
         environment = os.environ | {"VAEDIST_ATTEMPT": self.plan.attempt}
+        if death == 0:
+            what = "srun" if self.plan.command[0] == "srun" else "start"
+            environment |= handed_on((("supervisor", process_began()), (what, time.time())))
         with contextlib.ExitStack() as exits:
             cluster = beside = None
             if self.plan.cluster is not None:
