@@ -23,6 +23,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, SAVE = 1000, 200
 Note = Callable[[str, object], None]
 
+ROUNDS = 10
+SAME_SECOND = "ten times two jobs that start on two nodes in the same second"
+
 STRANGERS = {
     "RAY_ADDRESS": "192.0.2.1:6379",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -242,6 +245,41 @@ def test_jobs_that_start_in_the_same_second_do_not_meet(work: Work) -> None:
     for job in jobs:
         work.slurm.wait(job, "COMPLETED", seconds=300)
     assert curve(runs[0]) == curve(runs[1])
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("srun", marks=pytest.mark.faults(row="F8s", fault=f"{SAME_SECOND}: srun", ray="")),
+        pytest.param(
+            "ray", marks=[pytest.mark.ray, pytest.mark.faults(row="F8r", fault=f"{SAME_SECOND}: Ray", ray="")]
+        ),
+    ],
+)
+def test_ten_times_two_jobs_in_the_same_second(work: Work, engine: str, record_property: Note) -> None:
+    slurm, together, rounds = work.slurm, 0, 0
+    first: list[dict[str, object]] = []
+    while together < ROUNDS:
+        rounds += 1
+        assert rounds <= 2 * ROUNDS, "Slurm hardly ever starts them in the same second"
+        runs = [work.folder / f"{rounds}-{number}" for number in (1, 2)]
+        jobs = [
+            work.submit(*TWO, "--hold", engine=engine, run=run, settings=("train.steps=20",)) for run in runs
+        ]
+        slurm.run("scontrol", "release", ",".join(jobs))
+        for job in jobs:
+            slurm.wait(job, "COMPLETED", seconds=300)
+        together += len({slurm.show(job)["StartTime"] for job in jobs}) == 1
+        for job, run in zip(jobs, runs, strict=True):
+            told = slurm.output(job)
+            assert not re.search(r"did not start|[Aa]ddress already in use|EADDRINUSE", told), told
+            assert "device  2 x cpu" in told, "two ranks and no stranger"
+            first = first or curve(run)
+            assert curve(run) == first
+    record_property(
+        "told", f"{2 * rounds} jobs, {together} pairs in the same second: no port error, all curves equal"
+    )
 
 
 @pytest.mark.faults(row="F18", fault="a node of two loses its power", ray="")

@@ -86,8 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             if code is not None:
                 return code
             said = (place / "out").read_text(errors="replace").strip().splitlines()[-10:]
-            if started or not left:
-                print(f"vaedist: Ray ended on {address}:\n" + "\n".join(said), file=sys.stderr, flush=True)
+            over = started or not left
+            told = "Ray ended" if over else "Ray did not start, and is started once more"
+            print(f"vaedist: {told} on {address}:\n" + "\n".join(said), file=sys.stderr, flush=True)
+            if over:
                 return 1
     raise AssertionError
 
