@@ -3,7 +3,7 @@
     srun --ntasks=4 vaedist-train jobs/vqvae_oasis.yaml --engine srun
 
 Slurm starts the processes, numbers them and kills all when one dies (`--kill-on-bad-exit`); this module only makes
-them meet, and sees to it that one that is stopped dies (`vaedist.engines.vigil`). Rank 0 listens on a port that the
+them meet, and sees to it that one that is stopped dies (`vaedist.engines.watchdog`). Rank 0 listens on a port that the
 kernel chose, on its node's address and no other, and writes the place into a file in the run folder (0600 in a 0700
 folder, which every node sees) together with a secret. Whoever cannot read that file can reach the port, but cannot
 prove the secret, which every rank asks of every other before the first collective (`vaedist.training.dist`). The file
@@ -31,7 +31,7 @@ from vaedist.engines import local
 from vaedist.engines.network import gloo_interface, node_address
 from vaedist.engines.slurmjob import tasks_per_node
 from vaedist.engines.sweep import sweep_here
-from vaedist.engines.vigil import vigil
+from vaedist.engines.watchdog import watchdog
 from vaedist.errors import UserError
 from vaedist.files import awaited, replace_private
 from vaedist.training.attempt import FitOptions, Outcome
@@ -127,7 +127,7 @@ def run(
     RunFolder.make(run_folder)
     try:
         with (
-            vigil(f"rank {task.rank} of {task.world}", hang_seconds) as loaded,
+            watchdog(f"rank {task.rank} of {task.world}", hang_seconds) as loaded,
             local.early_signals(run_folder, options.attempt),
             _meeting(task, run_folder) as place,
         ):

@@ -29,7 +29,7 @@ _LOADED = b"+"
 
 
 @contextlib.contextmanager
-def vigil(who: str, hang_seconds: float) -> Iterator[Callable[[], None]]:
+def watchdog(who: str, hang_seconds: float) -> Iterator[Callable[[], None]]:
     """Have this process killed should it be silent for `hang_seconds`, while the block runs.
 
     Args:
