@@ -37,6 +37,13 @@ def test_patients_through_every_variant(tmp_path: Path) -> None:
     assert right[height // 5 : height // 3].mean() > 250 > right[height // 2 :].mean()
 
 
+def test_samples_of_three_runs_stand_in_rows(tmp_path: Path) -> None:
+    data = pack_phantom(tmp_path / "data")
+    for name in ("vae_s0", "gan_s0", "gan_vae_s0"):
+        trained(tmp_path / name, data, {"kind": "vae", "encoder": MLP, "latent": 3})
+    assert draw("gan_faces_samples", tmp_path, tmp_path / "figure.png").size == (16 * 34 + 2, 6 * 34 + 2)
+
+
 def test_the_gans_have_a_line_each(tmp_path: Path) -> None:
     for run in ("gan_s0", "gan_vae_s0", "gan_vae_s1"):
         (tmp_path / run).mkdir()
