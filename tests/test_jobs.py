@@ -217,4 +217,4 @@ def test_a_script_passes_settings_on_and_trains(path: Path, tiny: Path, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "job.yaml").exists()
     assert f"checkpoints  {tmp_path}/run/checkpoints\n" in done.stdout
-    assert f"tensorboard --logdir {tmp_path}/run/tensorboard --port " in done.stdout
+    assert f"TensorBoard  vaedist-board {tmp_path}/run --port " in done.stdout
