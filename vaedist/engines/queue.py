@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaedist.engines.record import Entry
-from vaedist.engines.slurmjob import ask
+from vaedist.engines.slurmjob import GOES_ON, ask
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 
 ENDED = frozenset(
@@ -103,7 +103,7 @@ class Queue:
             seen = Seen(job, state, reason, node=node, begins=begins)
             if job.partition("_")[0] in ours:
                 self._known[job] = seen
-            elif mark in marks:
+            elif mark.partition(GOES_ON)[0] in marks:
                 self._successors.setdefault((name, job.partition("_")[2]), []).append(seen)
         # A client of Slurm that finds no controller tries for a minute or more: it is not asked again and again.
         for number in () if self.silent else sorted(ours):

@@ -16,6 +16,9 @@ from pathlib import Path
 
 _ASK_SECONDS = 30.0
 
+GOES_ON = "; goes on after job "
+"""In a successor's comment: before it stands the comment of the job that it follows, after it that job's number."""
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -101,7 +104,9 @@ class SlurmJob:
             The successor's number, or nothing and what Slurm answered.
         """
         environment = os.environ
-        limit = ask("squeue", "--noheader", "--format=%l", f"--jobs={self.number}") or ""
+        told = ask("squeue", "--noheader", "--format=%l|%k", f"--jobs={self.number}") or ""
+        limit, _, comment = told.strip().partition("|")
+        own = comment.partition(GOES_ON)[0].replace("(null)", "") or "vaedist"
         options = {
             "job-name": environment.get("SLURM_JOB_NAME"),
             "array": environment.get(
@@ -115,13 +120,13 @@ class SlurmJob:
             "cpus-per-task": environment.get("SLURM_CPUS_PER_TASK"),
             "mem": environment.get("SLURM_MEM_PER_NODE"),
             "gpus-per-node": str(self.gpus) if self.gpus else None,
-            "time": limit.strip() or None,
+            "time": limit or None,
         }
         command = [
             "sbatch",
             "--parsable",
             f"--dependency=afterany:{self.number}",
-            f"--comment={self._after}",
+            f"--comment={own}{GOES_ON}{self.number}",
             f"--export=ALL,VAEDIST_RESTARTS={restarts}",
             *(f"--{name}={value}" for name, value in options.items() if value),
             str(script),
@@ -143,16 +148,14 @@ class SlurmJob:
             (done.stdout.strip().partition(";")[0], "") if done.returncode == 0 else ("", done.stderr.strip())
         )
 
-    @property
-    def _after(self) -> str:
-        return f"vaedist goes on after job {self.number}"
-
     def successors(self) -> list[str]:
         """Numbers of the jobs that starts of this one have handed in, and that still wait for its end."""
         columns = ("--states=PENDING", f"--user={os.getuid()}", "--format=%i|%k")
         listed = ask("squeue", "--noheader", "--all", *columns) or ""
         found = [line.partition("|") for line in listed.splitlines()]
-        return [number.strip() for number, _, comment in found if comment.strip() == self._after]
+        return [
+            number.strip() for number, _, told in found if told.strip().rpartition(GOES_ON)[2] == self.number
+        ]
 
     def preempted(self) -> bool:
         """Whether Slurm takes this job off its nodes for another one, and does not queue it again.
