@@ -154,7 +154,7 @@ class SlurmJob:
         listed = ask("squeue", "--noheader", "--all", *columns) or ""
         found = [line.partition("|") for line in listed.splitlines()]
         return [
-            number.strip() for number, _, told in found if told.strip().rpartition(GOES_ON)[2] == self.number
+            number.strip() for number, _, told in found if told.strip().endswith(f"{GOES_ON}{self.number}")
         ]
 
     def preempted(self) -> bool:
