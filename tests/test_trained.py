@@ -133,6 +133,24 @@ def test_wrong_classes_are_named(runs: dict[str, Trained]) -> None:
         vaedist.load("nowhere")
 
 
+def test_a_name_that_is_a_number_is_the_name(runs: dict[str, Trained]) -> None:
+    """Folders may be called 1 and 0: text is a name first, a number is the place."""
+    run = runs["cvae"]
+    other = Trained(run.run._replace(classes=("1", "0")))
+    assert torch.equal(other.sample(3, classes="1"), run.sample(3, classes=0))
+    assert torch.equal(other.sample(3, classes=1), run.sample(3, classes=1))
+
+
+def test_a_density_is_fitted_to_the_data_of_the_run_alone(tmp_path: Path, data: Path) -> None:
+    run = trained(tmp_path / "run", data, SMALL["vae"])
+    other = pack_phantom(tmp_path / "other", seed=5)
+    moved = vaedist.load(run)
+    moved = Trained(moved.run._replace(data_path=str(other)))
+    with pytest.raises(UserError, match="holds others"):
+        moved.sample(2, sampler="gmm")
+    assert not (run / "density").exists()
+
+
 def test_importing_the_package_loads_nothing() -> None:
     told = "import sys, vaedist; print(sorted({'torch', 'numpy', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)

@@ -13,8 +13,7 @@ from vaedist.errors import UserError, door
 if TYPE_CHECKING:
     from vaedist.data.index import Index
     from vaedist.metrics.compare import Entry
-    from vaedist.metrics.density import Mixture
-    from vaedist.metrics.findings import Bar, Batches, Findings, Wanted
+    from vaedist.metrics.findings import Batches, Findings, Wanted
     from vaedist.reporting.contents import Contents
     from vaedist.training.run import Run
 
@@ -227,6 +226,7 @@ def _evaluate(
     from vaedist.metrics.findings import Training, examine
     from vaedist.metrics.groups import grouped
     from vaedist.metrics.report import report
+    from vaedist.training.density import density
     from vaedist.training.inputs import whole_split
     from vaedist.training.run import open_run
 
@@ -243,7 +243,7 @@ def _evaluate(
     training = Training(whole, index.split(train), run.spec.pixels, print)
     with _Bars() as bars:
         if arguments.sampler == "gmm":
-            wanted = replace(wanted, mixture=lambda: _mixture(run, index, bars.begin))
+            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.begin))
         found = examine(
             run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.begin
         )
@@ -286,22 +286,6 @@ def _evaluate(
 
         shown.append(gather(run, index, batches, found, document))
     return Entry(run.job.name, run.job.seed, _experiment(opened), document)
-
-
-def _mixture(run: Run, index: Index, bar: Bar) -> Mixture:
-    """The density kept with the run; fitted now if there is none."""
-    from vaedist.training.density import fit_density, stored_density
-
-    mixture = stored_density(run)
-    if mixture is None and index.identity != run.data_identity:
-        raise UserError(
-            f"--sampler gmm is fitted to the data that {run.folder} was trained from, and {index.folder} holds others: "
-            f"fit it first, with `vaedist-sample {run.folder} --sampler gmm`"
-        )
-    if mixture is None:
-        count = index.split(run.job.data.train_split).count
-        mixture = fit_density(run, index, bar("latents of the training images", count))
-    return mixture
 
 
 def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:

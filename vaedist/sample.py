@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -298,18 +299,15 @@ def _sampler(run: Run, arguments: argparse.Namespace) -> Sampler:
 def _mixture(run: Run, data: str | None) -> Mixture:
     """The density stored with the run; fitted now if there is none."""
     from vaedist.evaluate import open_data
-    from vaedist.training.density import fit_density, stored_density
+    from vaedist.training.density import density
     from vaedist.training.show import bar
 
-    if run.model.latent not in ("vector", "map"):
-        raise run.model.not_defined("encode")
-    mixture = stored_density(run)
-    if mixture is None:
-        index = open_data(run, data, other_data=False)
-        count = index.split(run.job.data.train_split).count
-        with bar("latents of the training images", count) as advance:
-            mixture = fit_density(run, index, advance)
-    return mixture
+    with contextlib.ExitStack() as exits:
+        return density(
+            run,
+            lambda: open_data(run, data, other_data=False),
+            lambda what, total: exits.enter_context(bar(what, total)),
+        )
 
 
 def _info(run: Run) -> None:

@@ -9,7 +9,7 @@
     pictures = run.decode(z)
 
 It is what the doors use: number i of `sample(n, seed=s)` is image i of `vaedist-sample --seed s`, before it is
-rounded to a picture's 256 levels. Nothing is trained, written or changed.
+rounded to a picture's 256 levels. Nothing is trained, and nothing is written but the density of `sampler="gmm"`, once.
 
 Images are (n, C, H, W), or (n, H, W) where the model has one channel: uint8 from 0 to 255, or floating from 0 to 1.
 What comes back is floating, from 0 to 1. Of a run on binarised images every image is binarised as the evaluation does
@@ -22,23 +22,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vaedist.data.index import Index
 from vaedist.errors import UserError
-from vaedist.metrics.drawing import Sampler
+from vaedist.metrics.drawing import TOGETHER, Sampler
 from vaedist.models.contract import Variant
-from vaedist.training.density import fit_density, stored_density
-from vaedist.training.inputs import Inputs
+from vaedist.training.density import density
+from vaedist.training.inputs import Inputs, rows_at_once
 from vaedist.training.run import Run, open_run
 
 Numbers = TypeVar("Numbers", Tensor, NDArray[Any])
 """A tensor, or an array: what comes back is of the same kind as what was given."""
-
-_PIXELS = 1 << 20
-"""About as many pixel values go through the network at once."""
 
 
 class Trained:
@@ -52,6 +49,7 @@ class Trained:
         self.run = run
         self._device = next(run.model.parameters()).device
         self._inputs = Inputs(run.job)
+        self._rows = rows_at_once(run.spec)
 
     @classmethod
     def open(cls, path: str | Path, *, weights: str | None = None, device: str = "cpu") -> Trained:
@@ -115,15 +113,16 @@ class Trained:
             raise UserError(f"sampler is {sampler!r}: give 'prior' or 'gmm'")
         if n < 1:
             raise UserError(f"n is {n}: ask for at least 1 image")
-        mixture = self._mixture() if sampler == "gmm" else None
+        mixture = None
+        if sampler == "gmm":
+            mixture = density(self.run, lambda: Index.open(self.run.data_path))
         drawing = Sampler(
             self.run.model, seed=seed, temperature=temperature, options=options, mixture=mixture
         )
         labels = self._labels(classes, n)
-        together = self._together()
         parts = []
-        for start in range(0, n, together):
-            count = min(together, n - start)
+        for start in range(0, n, TOGETHER):  # as the door draws them
+            count = min(TOGETHER, n - start)
             told = None if labels is None else labels[start : start + count]
             parts.append(drawing.images(count, first + start, told))
         return torch.cat(parts).float().cpu()
@@ -175,8 +174,8 @@ class Trained:
             raise UserError(f"latents are of shape {tuple(z.shape)} and the model decodes ({expected})")
         labels = self._labels(classes, len(z))
         made = []
-        for start in range(0, len(z), self._together()):
-            part = z[start : start + self._together()].to(self._device)
+        for start in range(0, len(z), self._rows):
+            part = z[start : start + self._rows].to(self._device)
             label = self._told(labels, start, len(part))
             if model.latent == "codes":
                 made.append(model.decode_codes(part.long()).mean)
@@ -196,8 +195,8 @@ class Trained:
         pixels = self._pixels(torch.as_tensor(images))
         labels = self._labels(classes, len(pixels))
         made = []
-        for start in range(0, len(pixels), self._together()):
-            part = pixels[start : start + self._together()]
+        for start in range(0, len(pixels), self._rows):
+            part = pixels[start : start + self._rows]
             keys = [str(number) for number in range(start, start + len(part))]
             shown = self._inputs.binarised(part.to(self._device), keys)
             made.append(network(shown, self._told(labels, start, len(part))))
@@ -232,26 +231,22 @@ class Trained:
         given = [classes] * n if isinstance(classes, str | int) else list(classes)
         if len(given) != n:
             raise UserError(f"{len(given)} classes are given for {n} images: give one, or one for each")
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        numbers |= {str(number): number for number in range(len(self.classes))}
-        unknown = [one for one in given if str(one) not in numbers]
-        if unknown:
-            raise UserError(f"the model knows no class {unknown[0]!r}; it knows {', '.join(self.classes)}")
-        return [numbers[str(one)] for one in given]
+        names = {name: number for number, name in enumerate(self.classes)}
+        numbers = [one if isinstance(one, int) else names.get(one, _number(one)) for one in given]
+        wrong = [one for one, number in zip(given, numbers, strict=True) if not 0 <= number < len(names)]
+        if wrong:
+            raise UserError(f"the model knows no class {wrong[0]!r}; it knows {', '.join(self.classes)}")
+        return numbers
 
     def _told(self, labels: list[int] | None, start: int, count: int) -> Tensor | None:
         if labels is None:
             return None
         return torch.tensor(labels[start : start + count], dtype=torch.int64, device=self._device)
 
-    def _together(self) -> int:
-        return max(1, min(256, _PIXELS // int(np.prod(self.shape))))
 
-    def _mixture(self) -> Any:
-        from vaedist.data.index import Index
-
-        held = stored_density(self.run)
-        return held if held is not None else fit_density(self.run, Index.open(self.run.data_path))
+def _number(text: str) -> int:
+    """Of a class that is no name; -1 for what is no number either."""
+    return int(text) if text.isdecimal() else -1
 
 
 def _as(given: Numbers, made: Tensor) -> Numbers:

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
 from vaedist.errors import UserError
 from vaedist.metrics.density import COMPONENTS, Mixture, fit
+from vaedist.metrics.findings import Bar
 from vaedist.metrics.latents import collect
 from vaedist.pictures import write_whole
 from vaedist.training.checkpoint import weights_digest
-from vaedist.training.inputs import EvaluationInputs
+from vaedist.training.inputs import whole_split
 from vaedist.training.run import Run
 
 log = logging.getLogger("vaedist")
@@ -55,6 +55,33 @@ def stored_density(run: Run) -> Mixture | None:
     return Mixture.from_bytes(path.read_bytes(), stamp_of(run), path)
 
 
+def density(run: Run, data: Callable[[], Index], bar: Bar = lambda *_: lambda _: None) -> Mixture:
+    """The density kept with the run; fitted now if there is none.
+
+    Args:
+        run: Opened.
+        data: Opens the data that it was trained from, if they are needed.
+        bar: Begins a progress bar over the training images.
+
+    Raises:
+        NotDefined: the variant gives no posterior over numbers.
+        UserError: the stored file is damaged, or `data` are not those that the run was trained from.
+    """
+    if run.model.latent not in ("vector", "map"):
+        raise run.model.not_defined("encode")
+    held = stored_density(run)
+    if held is not None:
+        return held
+    index = data()
+    if index.identity != run.data_identity:
+        raise UserError(
+            f"--sampler gmm is fitted to the data that {run.folder} was trained from, and {index.folder} holds others: "
+            f"fit it first, with `vaedist-sample {run.folder} --sampler gmm`"
+        )
+    count = index.split(run.job.data.train_split).count
+    return fit_density(run, index, bar("latents of the training images", count))
+
+
 def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None = None) -> Mixture:
     """Fit the density to the training split's latents and store it with the run.
 
@@ -68,11 +95,10 @@ def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None =
     """
     if run.model.latent not in ("vector", "map"):
         raise run.model.not_defined("encode")
-    # A batch of about a million pixels keeps the activations of a wide network in memory.
-    rows = max(1, min(256, (1 << 20) // (run.spec.height * run.spec.width)))
-    device = next(run.model.parameters()).device
-    batches = EvaluationStream(index, run.job.data.train_split, batch_size=rows, workers=1, device=device)
-    latents = collect(run.model, EvaluationInputs(batches, run.job), seed=run.job.seed, progress=progress)
+    batches = whole_split(
+        index, run.job.data.train_split, run.job, device=next(run.model.parameters()).device
+    )
+    latents = collect(run.model, batches, seed=run.job.seed, progress=progress)
     mixture = fit(latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed)
     path = density_path(run)
     try:

@@ -35,7 +35,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vaedist.config import Job
+from vaedist.config import Job, Spec
 from vaedist.context import Batch, Context, SampleContext
 from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream
@@ -139,16 +139,21 @@ class EvaluationInputs:
             )
 
 
+def rows_at_once(spec: Spec) -> int:
+    """Images of about a million pixels, which keeps the activations of a wide network in memory; 256 at most."""
+    return max(1, min(256, (1 << 20) // (spec.height * spec.width)))
+
+
 def whole_split(
     index: Index, name: str, job: Job, *, device: torch.device | str = "cpu", limit: int | None = None
 ) -> EvaluationInputs:
     """Every image of a split, or its first `limit`, as a model of `job` is measured on them.
 
-    One batch size for whoever measures, so that the same model has the same digits everywhere: about a million
-    pixels, which keeps the activations of a wide network in memory.
+    One batch size for whoever measures (`rows_at_once`), so that the same model has the same digits everywhere.
     """
-    rows = max(1, min(256, (1 << 20) // (index.spec.height * index.spec.width)))
-    batches = EvaluationStream(index, name, batch_size=rows, workers=1, device=device, limit=limit)
+    batches = EvaluationStream(
+        index, name, batch_size=rows_at_once(index.spec), workers=1, device=device, limit=limit
+    )
     return EvaluationInputs(batches, job)
 
 
