@@ -172,8 +172,9 @@ def test_of_rays_own_errors_only_the_anonymous_death_is_left_out(capfd: pytest.C
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_is_killed_through_ray_only_while_it_is_the_one_that_was_meant() -> None:
-    from vaedist.engines.heartbeat import kill_here, started
+    from vaedist.engines.heartbeat import kill_here
     from vaedist.engines.raycluster import on_node, this_node
+    from vaedist.training.lock import started
 
     with subprocess.Popen(["sleep", "600"]) as process:
         since = started(process.pid)

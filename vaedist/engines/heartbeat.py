@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from vaedist.engines.raycluster import on_node, this_node
+from vaedist.engines.watchdog import BEAT_SECONDS
+from vaedist.training.lock import started
 
-_BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
 
 
@@ -54,7 +55,7 @@ def beating(work: Path, number: int) -> Iterator[None]:
             count += 1
             with contextlib.suppress(OSError):  # a full disk is told by those who need it
                 path.write_text(json.dumps({**who, "beat": count}))
-            if over.wait(_BEAT_SECONDS):
+            if over.wait(BEAT_SECONDS):
                 return
 
     beats = threading.Thread(target=beat, name="vaedist-beat", daemon=True)
@@ -70,14 +71,6 @@ def beating(work: Path, number: int) -> Iterator[None]:
 def lost(work: Path, number: int, sentence: str) -> None:
     """Leave the last sentence of a trial's process."""
     _last_words(work, number).write_text(sentence)
-
-
-def started(pid: int) -> str | None:
-    """When a process was started, in the kernel's ticks: a number may be given again. None: there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
 
 
 # In the driver ----------------------------------------------------------------------------------------------
@@ -138,7 +131,7 @@ def _killed(who: dict[str, Any]) -> bool:
     return True
 
 
-def kill_here(pid: int, since: str) -> bool:
+def kill_here(pid: int, since: int) -> bool:
     """Kill a process of this machine if it is still the one that was meant."""
     if started(pid) != since:
         return False

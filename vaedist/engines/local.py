@@ -52,6 +52,7 @@ from vaedist import errors
 from vaedist.config import Job
 from vaedist.engines.allocation import allocation
 from vaedist.engines.recovery import Recovery
+from vaedist.engines.watchdog import BEAT_SECONDS, LOADING_SECONDS
 from vaedist.errors import UserError, WorkerLost
 from vaedist.training import stop
 from vaedist.training.attempt import FitOptions, Outcome
@@ -64,10 +65,6 @@ _GRACE_SECONDS = 5.0
 
 HANG_SECONDS = 45.0
 """How long a rank may be silent before it counts as lost."""
-
-_BEAT_SECONDS = 1.0
-_LOADING_SECONDS = 180.0
-"""The silence allowed to a rank that is still loading: libraries from a busy network disk hold Python's lock."""
 
 _LOOK_SECONDS = 0.5
 
@@ -344,7 +341,7 @@ def _watch(
                 if rank.hung:
                     continue
                 rank.silent += passed
-                limit = hang_seconds if "imported" in rank.milestones else max(hang_seconds, _LOADING_SECONDS)
+                limit = hang_seconds if "imported" in rank.milestones else max(hang_seconds, LOADING_SECONDS)
                 if rank.silent > limit:
                     rank.hung = True
                     rank.process.kill()
@@ -460,7 +457,7 @@ class _Line:
                 line = line[os.write(self._descriptor, line) :]
 
     def _beat(self) -> None:
-        while not self._over.wait(_BEAT_SECONDS):
+        while not self._over.wait(BEAT_SECONDS):
             with self._writing:
                 if not self._over.is_set():
                     os.write(self._descriptor, b"\n")

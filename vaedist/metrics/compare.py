@@ -129,6 +129,10 @@ class Comparison:
             for images, entries in self._tables.items()
         ]
 
+    def rows(self) -> list[list[list[str]]]:
+        """The cells of each table of `document`, as printed; the first row is its head."""
+        return [_rows(_experiments(entries)) for entries in self._tables.values()]
+
     def text(self) -> str:
         """The tables and verdicts, as printed."""
         return "\n\n".join("\n".join(self._table(entries)) for entries in self._tables.values())
@@ -140,12 +144,7 @@ class Comparison:
             f"{data['split']} of {data['path']}, {entries[0].document['images']} images: mean ±spread (standard "
             "deviation over seeds)"
         )
-        shown = dict.fromkeys(number for experiment in experiments for number in experiment.values)
-        lines = [["", *(experiment.title for experiment in experiments)]]
-        for number in shown:
-            cells = (_cell(experiment.values.get(number, []), number) for experiment in experiments)
-            lines += [[number.title, *cells]]
-        yield columns(lines)
+        yield columns(_rows(experiments))
         rows = {
             name: (entry.document["images"], metrics)
             for entry in entries
@@ -212,6 +211,15 @@ def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
         return {"mean": mean, "std": None, "count": 1}
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return {"mean": mean, "std": math.sqrt(variance), "count": len(values)}
+
+
+def _rows(experiments: Sequence[_Experiment]) -> list[list[str]]:
+    shown = dict.fromkeys(number for experiment in experiments for number in experiment.values)
+    rows = [["", *(experiment.title for experiment in experiments)]]
+    for number in shown:
+        cells = (_cell(experiment.values.get(number, []), number) for experiment in experiments)
+        rows.append([number.title, *cells])
+    return rows
 
 
 def _cell(values: Sequence[float], number: Number) -> str:

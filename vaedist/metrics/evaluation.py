@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vaedist.context import Batch, SampleContext
@@ -49,6 +50,8 @@ class Evaluation:
     batch_terms: dict[str, float] = field(default_factory=dict)
     """Statistics of whole batches, averaged over batches by their rows; they depend on the batch size."""
     codes: dict[str, float | int] | None = None
+    code_counts: NDArray[np.int64] | None = None
+    """(K,) how often each code came, over the split."""
     not_defined: dict[str, str] = field(default_factory=dict)
     """Operation or metric to a sentence with the reason."""
 
@@ -162,7 +165,8 @@ def evaluate(
             progress(len(found.rows))
     if not found.rows:
         raise UserError("there is no image to evaluate: the split is empty")
-    found.codes = None if counter is None else counter.result()
+    if counter is not None:
+        found.codes, found.code_counts = counter.result(), counter.counts
     total = len(found.rows)
     found.batch_terms = {
         name: math.fsum(value * count for value, count in values) / total

@@ -74,6 +74,8 @@ class Findings:
     not_defined: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     """File name to PNG file."""
+    posteriors: latents.Latents | None = None
+    """What the numbers of `latents` were taken from."""
 
     def document(self) -> dict[str, Any]:
         """JSON values."""
@@ -168,7 +170,7 @@ def examine(
         )
     elif wanted.importance:
         part("likelihood", lambda: _likelihood(model, batches, wanted, seed, bar))
-        part("latents", lambda: _latents(model, batches, seed, bar))
+        part("latents", lambda: _latents(model, batches, seed, found, bar))
     if wanted.samples:
         part("samples", lambda: _samples(model, batches, training, counts, wanted, found, bar))
     return found
@@ -187,8 +189,10 @@ def _likelihood(model: Variant, batches: Batches, wanted: Wanted, seed: int, bar
     return found.document()
 
 
-def _latents(model: Variant, batches: Batches, seed: int, bar: Bar) -> dict[str, Any]:
-    held = latents.collect(model, batches, seed=seed, progress=bar("latents", batches.count))
+def _latents(model: Variant, batches: Batches, seed: int, found: Findings, bar: Bar) -> dict[str, Any]:
+    held = found.posteriors = latents.collect(
+        model, batches, seed=seed, progress=bar("latents", batches.count)
+    )
     return latents.describe(held, seed=seed, classes=model.conditional)
 
 

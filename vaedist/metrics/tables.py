@@ -34,8 +34,10 @@ def cell(name: str, value: Mapping[str, float | int | None], images: int, spread
     return text if value["count"] == images else f"{text} ({value['count']})"
 
 
-def metrics_table(rows: Mapping[str, tuple[int, Summaries]], first: str = "", spread: bool = True) -> str:
-    """A line per entry of `rows`: name to (number of images, metrics); metrics that no image has are left out.
+def metrics_rows(
+    rows: Mapping[str, tuple[int, Summaries]], first: str = "", spread: bool = True
+) -> list[list[str]]:
+    """A head, and cells for each entry of `rows`: name to (number of images, metrics); what no image has is left out.
 
     Args:
         first: Head of the first column.
@@ -47,7 +49,12 @@ def metrics_table(rows: Mapping[str, tuple[int, Summaries]], first: str = "", sp
     for title, (images, metrics) in rows.items():
         cells = (cell(name, metrics[name], images, spread) if name in metrics else "-" for name in names)
         lines.append([title, str(images), *cells])
-    return columns(lines)
+    return lines
+
+
+def metrics_table(rows: Mapping[str, tuple[int, Summaries]], first: str = "", spread: bool = True) -> str:
+    """`metrics_rows` as aligned text."""
+    return columns(metrics_rows(rows, first, spread))
 
 
 def terms_table(terms: Summaries, units: Mapping[str, str], images: int) -> str:

@@ -16,16 +16,17 @@ import yaml
 from vaedist.data.index import Index
 from vaedist.errors import NotDefined
 from vaedist.metrics import drawing, latents
-from vaedist.metrics.evaluation import Row, pairs, pick_evenly
+from vaedist.metrics.evaluation import Row, pairs, pick_evenly, with_codes, without_padding
 from vaedist.metrics.findings import Batches, Findings
 from vaedist.metrics.report import report
-from vaedist.metrics.tables import HEADS, cell, digits
-from vaedist.pictures import Pixels, channels_last, code_maps, grid, png_bytes
+from vaedist.metrics.tables import HEADS, digits, metrics_rows
+from vaedist.pictures import Pixels, as_numpy, channels_last, grid, png_bytes, to_uint8
 from vaedist.reporting import charts
 from vaedist.training.density import stored_density
 from vaedist.training.folder import RunFolder
 from vaedist.training.log import read_metrics
 from vaedist.training.run import Run
+from vaedist.training.show import beside
 
 PAIRS = 24
 SAMPLES = 64
@@ -127,8 +128,8 @@ def gather(
     parts = (
         _reconstructions(run, batches, found, document),
         _samples(run, document),
-        _latents(run, index, batches, document),
-        _codes(run, batches, document),
+        _latents(run, index, batches, found, document),
+        _codes(run, batches, found, document),
         _audit(found, document),
         _curves(run),
         _data_card(index),
@@ -178,7 +179,7 @@ def _reconstructions(run: Run, batches: Batches, found: Findings, document: Mapp
     held = {"this run": document["metrics"], **document["baselines"]}
     section.tables.append(
         Table(
-            _metric_rows({name: (images, metrics) for name, metrics in held.items()}),
+            metrics_rows({name: (images, metrics) for name, metrics in held.items()}),
             "Mean ± standard deviation over images; foreground: where the original is above 0.",
         )
     )
@@ -186,7 +187,7 @@ def _reconstructions(run: Run, batches: Batches, found: Findings, document: Mapp
         for name, members in document["groups"].items():
             values = {str(group): (part["images"], part["metrics"]) for group, part in members.items()}
             if len(values) > 1:
-                section.tables.append(Table(_metric_rows(values, name)))
+                section.tables.append(Table(metrics_rows(values, name)))
     return section
 
 
@@ -219,14 +220,18 @@ def _drawn(sampler: drawing.Sampler) -> Pixels:
     return np.concatenate([sampler.draw(16, first).images for first in range(0, SAMPLES, 16)])
 
 
-def _latents(run: Run, index: Index, batches: Batches, document: Mapping[str, Any]) -> Section:
+def _latents(
+    run: Run, index: Index, batches: Batches, found: Findings, document: Mapping[str, Any]
+) -> Section:
     section = Section("Latents")
     if run.model.latent not in ("vector", "map"):
         return section
-    try:
-        held = latents.collect(run.model, batches, seed=run.job.seed)
-    except NotDefined:
-        return section
+    held = found.posteriors
+    if held is None:  # not measured: --importance 0
+        try:
+            held = latents.collect(run.model, batches, seed=run.job.seed)
+        except NotDefined:
+            return section
     held = held.every(max(1, -(-len(held.keys) // MOST_POINTS)))
     flat = held.mean.double().numpy()
     if min(flat.shape) >= 2:
@@ -285,34 +290,22 @@ def _strips(run: Run, held: latents.Latents) -> Iterator[tuple[str, str]]:
     )
 
 
-def _codes(run: Run, batches: Batches, document: Mapping[str, Any]) -> Section:
+def _codes(run: Run, batches: Batches, found: Findings, document: Mapping[str, Any]) -> Section:
     section = Section("Codes")
     if run.model.latent != "codes" or not document["codes"]:
         return section
-    counts: Counter[int] = Counter()
-    shown: list[tuple[Any, Any]] = []
-    with torch.no_grad():
-        for batch in batches:
-            codes = batch["codes"] if "codes" in batch else run.model.codes(batch["image"])
-            rows = batch["mask"].bool() if "mask" in batch else torch.ones(len(codes), dtype=torch.bool)
-            counts.update(codes[rows.to(codes.device)].flatten().tolist())
-            if "image" in batch:
-                for image, code in zip(batch["image"][: MAPS - len(shown)], codes, strict=False):
-                    shown.append((image.cpu().numpy(), code.cpu().numpy()))
     told = document["codes"]
     section.note = (
         f"{told['used']} of {told['codes']} codes are used ({told['used_share']:.1%}), perplexity "
         f"{told['perplexity']:.1f}, over {told['vectors']:,} vectors."
     )
-    use = sorted((counts[code] for code in range(told["codes"])), reverse=True)
-    share = [value / told["vectors"] for value in use]
+    assert found.evaluation.code_counts is not None
+    share = (np.sort(found.evaluation.code_counts)[::-1] / told["vectors"]).tolist()
     section.charts.append(charts.bars(share, x="codes, the most used first", y="share of all positions"))
-    if shown:
-        images = channels_last(np.stack([image for image, _ in shown]))
-        maps = code_maps(np.stack([code for _, code in shown]), run.spec.height, run.spec.width)
-        colour = np.broadcast_to(images if images.ndim == 4 else images[..., None], maps.shape)
-        both = np.stack([colour, maps], axis=1).reshape(-1, *maps.shape[1:])
-        section.pictures.append(("images and their codes, a colour for each code", picture(grid(both, 8))))
+    with torch.no_grad():
+        batch = with_codes(run.model, without_padding(next(iter(batches))))
+    both = beside(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
+    section.pictures.append(("images and their codes, a colour for each code", picture(grid(both, 8))))
     return section
 
 
@@ -393,17 +386,6 @@ def _numbers(row: Row) -> str:
         if name in ("ssim", "ssim_foreground", "psnr") and math.isfinite(row.metrics.get(name, math.nan))
     ]
     return ", ".join(told)
-
-
-def _metric_rows(held: Mapping[str, tuple[int, Mapping[str, Any]]], head: str = "") -> list[list[str]]:
-    """Images and their metrics by row; the same cells as the printed table."""
-    present = {name for _, metrics in held.values() for name, value in metrics.items() if value["count"]}
-    names = [name for name in HEADS if name in present]
-    rows = [[head, "images", *(HEADS[name] for name in names)]]
-    for title, (images, metrics) in held.items():
-        cells = (cell(name, metrics[name], images, spread=True) if name in metrics else "-" for name in names)
-        rows.append([title, f"{images:,}", *cells])
-    return rows
 
 
 def _heat(values: Any) -> Pixels:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import vaedist
 from vaedist.errors import UserError
-from vaedist.metrics.compare import Comparison, Entry
+from vaedist.metrics.compare import SEEDS, Comparison, Entry
 from vaedist.reporting.contents import Contents, Table
 from vaedist.training.folder import RunFolder
 from vaedist.training.run import Run
@@ -45,23 +44,14 @@ def page(runs: Sequence[Run], entries: Sequence[Entry], shown: Sequence[Contents
 
 
 def _comparisons(entries: Sequence[Entry]) -> Iterator[Table]:
-    for table in Comparison(entries).document():
-        experiments = table["experiments"]
-        titles = list(dict.fromkeys(title for one in experiments for title in one["numbers"]))
-        rows = [["", *(one["name"] for one in experiments)]]
-        rows += [[title, *(_cell(one["numbers"].get(title)) for one in experiments)] for title in titles]
+    comparison = Comparison(entries)
+    for table, rows in zip(comparison.document(), comparison.rows(), strict=True):
         data = table["data"]
-        verdicts = "; ".join(table["verdicts"]) or "none beats another: that takes three seeds of each"
+        verdicts = "; ".join(table["verdicts"]) or f"none beats another: that takes {SEEDS} seeds of each"
         yield Table(
             rows,
             f"{data['split']}, {data['images']:,} images, mean ± standard deviation over seeds. {verdicts}.",
         )
-
-
-def _cell(number: Mapping[str, Any] | None) -> str:
-    if number is None:
-        return "-"
-    return f"{number['mean']:.4g}" + ("" if number["std"] is None else f" ± {number['std']:.2g}")
 
 
 def _made_by(runs: Sequence[Run]) -> Iterator[Table]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vaedist.metrics.tables import HEADS, digits
+from vaedist.metrics.tables import metrics_rows
 from vaedist.training.folder import RunFolder
 from vaedist.training.programs import example
 from vaedist.training.run import Run
@@ -77,26 +77,18 @@ def _numbers(folder: Path) -> str:
     for path in sorted((folder / "evaluation").glob("*/metrics.json")):
         try:
             document = json.loads(path.read_bytes())
-            rows = {"this model": document["metrics"], **document["baselines"]}
-            names = [
-                name
-                for name in HEADS
-                if any(row.get(name, {}).get("mean") is not None for row in rows.values())
-            ]
-            lines = [
-                f"Split `{document['data']['split']}`, {document['images']:,} images, step {document['step']:,}:"
-            ]
+            images = document["images"]
+            held = {"this model": document["metrics"], **document["baselines"]}
+            head, *rows = metrics_rows(
+                {name: (images, values) for name, values in held.items()}, spread=False
+            )
+            lines = [f"Split `{document['data']['split']}`, {images:,} images, step {document['step']:,}:"]
         except (OSError, ValueError, KeyError):
             continue
-        if names:
-            lines += [
-                "",
-                f"| | {' | '.join(HEADS[name] for name in names)} |",
-                "|---" + "|---:" * len(names) + "|",
-            ]
-            for title, row in rows.items():
-                cells = (f"{row[name]['mean']:.{digits(name)}f}" if name in row else "-" for name in names)
-                lines.append(f"| {title} | {' | '.join(cells)} |")
+        if len(head) > 2:
+            # How many images it is stands above the table.
+            lines += ["", f"| | {' | '.join(head[2:])} |", "|---" + "|---:" * len(head[2:]) + "|"]
+            lines += [f"| {title} | {' | '.join(cells)} |" for title, _, *cells in rows]
         samples: dict[str, Any] = document.get("samples", {}).get("metrics", {}).get("this run", {})
         if samples:
             lines += [

@@ -73,7 +73,7 @@ class Owner:
             boot=_text("/proc/sys/kernel/random/boot_id"),
             namespaces=_namespaces(),
             pid=os.getpid(),
-            started=_started(os.getpid()) or 0,
+            started=started(os.getpid()) or 0,
             user=os.getuid(),
             since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             slurm_cluster=environment.get("SLURM_CLUSTER_NAME", ""),
@@ -260,9 +260,9 @@ def _refusal(path: Path, owner: Owner) -> Held:
 
 
 def _ended(owner: Owner) -> str | None:
-    started = _started(owner.pid)
-    if started is not None:
-        return None if started == owner.started else f"process {owner.pid} is another one now"
+    begun = started(owner.pid)
+    if begun is not None:
+        return None if begun == owner.started else f"process {owner.pid} is another one now"
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
@@ -270,10 +270,10 @@ def _ended(owner: Owner) -> str | None:
     except PermissionError:
         return None  # /proc hides other users' processes here
     # Between the two looks it appeared, or it is our own zombie: dead, only not yet waited for.
-    return f"process {owner.pid} has ended" if _started(owner.pid) is None else None
+    return f"process {owner.pid} has ended" if started(owner.pid) is None else None
 
 
-def _started(pid: int) -> int | None:
+def started(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot; None if it has ended or is hidden from us."""
     try:
         # The command's name stands in brackets and may hold spaces and brackets itself.

@@ -59,41 +59,32 @@ def write_programs(model: Variant, shape: tuple[int, int, int], folder: Path) ->
     Raises:
         UserError: a program does not compute what the model does.
     """
-    missing: dict[str, str] = {}
     numbers = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (max(_ROWS), *shape), generator=numbers, dtype=torch.uint8)
-    # With codes, what goes to the decoder has no label: neither has what the encoder makes of an image.
-    told = model.conditional and model.latent != "codes"
-    label = torch.zeros(max(_ROWS), dtype=torch.int64) if told else None
-    latent: Tensor | None = None
-    for name, part in (("encoder", _Encoder(model)), ("decoder", _Decoder(model))):
-        if name == "decoder" and latent is None:
-            latent = _latent(model, numbers)
-        given = image if name == "encoder" else latent
-        try:
-            if given is None:
-                raise model.not_defined("decode")
-            made = part.eval()(given, label)
-        except NotDefined as reason:
-            missing[f"{name}.pt2"] = str(reason)
-            continue
-        if name == "encoder":
-            latent = made
-        _write(
-            part, {"image" if name == "encoder" else "latent": given, "label": label}, folder / f"{name}.pt2"
-        )
+    label = {"label": torch.zeros(max(_ROWS), dtype=torch.int64)} if _is_told(model) else {}
+    missing: dict[str, str] = {}
+    encoder, decoder = _Encoder(model).eval(), _Decoder(model).eval()
+    try:
+        latent = encoder(image, **label)
+        _write(encoder, {"image": image, **label}, folder / "encoder.pt2")
+    except NotDefined as reason:
+        missing["encoder.pt2"] = str(reason)
+        weight = next(model.parameters())
+        latent = torch.randn(max(_ROWS), *model.latent_shape, generator=numbers).to(weight.dtype)
+    try:
+        decoder(latent, **label)
+        _write(decoder, {"latent": latent, **label}, folder / "decoder.pt2")
+    except NotDefined as reason:
+        missing["decoder.pt2"] = str(reason)
     return missing
 
 
-def _latent(model: Variant, numbers: torch.Generator) -> Tensor | None:
-    """Something to decode, of a model that encodes nothing."""
-    if model.latent not in ("vector", "map"):
-        return None
-    return torch.randn(max(_ROWS), *model.latent_shape, generator=numbers).to(next(model.parameters()).dtype)
+def _is_told(model: Variant) -> bool:
+    """Whether encoder and decoder take the class; what makes and reads codes does not."""
+    return model.conditional and model.latent != "codes"
 
 
-def _write(part: nn.Module, given: dict[str, Tensor | None], path: Path) -> None:
-    inputs = {name: value for name, value in given.items() if value is not None}
+def _write(part: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
     rows = torch.export.Dim("n", min=1, max=1 << 20)
     with _quiet():
         program = torch.export.export(
@@ -125,9 +116,7 @@ def _quiet() -> Iterator[None]:
 def example(model: Variant, shape: tuple[int, int, int]) -> str:
     """Lines of Python that use the programs."""
     size = ", ".join(str(axis) for axis in shape)
-    label = (
-        ", label=torch.zeros(4, dtype=torch.int64)" if model.conditional and model.latent != "codes" else ""
-    )
+    label = ", label=torch.zeros(4, dtype=torch.int64)" if _is_told(model) else ""
     return "\n".join(
         [
             "import torch",

@@ -125,7 +125,7 @@ def samples(
             if shards is not None:
                 shards.add(drawn.images, first, labels)
             if first < LARGEST_PICTURE:
-                pictures.append(_beside(drawn.images, drawn.codes))
+                pictures.append(beside(drawn.images, drawn.codes))
             advance(numbers.stop)
         write_whole(
             target.picture, png_bytes(grid(np.concatenate(pictures), columns * (2 if sampler.codes else 1)))
@@ -159,7 +159,7 @@ def _shards(run: Run, sampler: Sampler, folder: str) -> SampleShards:
     return SampleShards(folder, _shape(run), classes, source, sampler.seed)
 
 
-def _beside(images: Pixels, codes: Any) -> Pixels:
+def beside(images: Pixels, codes: Any) -> Pixels:
     """Pictures (n, H, W[, 3]); with codes (2n, H, W, 3), each image followed by its map."""
     shown = channels_last(images)
     if codes is None:

@@ -13,7 +13,8 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from vaedist.training.lock import started
 
 VARIABLE = "VAEDIST_STARTUP"
 _TOO_SHORT = 0.05  # seconds: not worth a word
@@ -37,7 +38,8 @@ def handed_on(phases: Phases) -> dict[str, str]:
 
 def process_began() -> float:
     """When this process was started, in the kernel's resolution of 10 ms."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    ticks = started(os.getpid())
+    assert ticks is not None, "it runs"
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age
 
