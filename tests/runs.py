@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from vaedist.config import Job
 from vaedist.settings import parse
+from vaedist.training.stop import POLL_SECONDS
 
 ROOT = Path(__file__).parents[1]
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 4}
@@ -67,6 +69,22 @@ def last_step(run: Path) -> int:
         except json.JSONDecodeError:
             continue  # half written
     return 0
+
+
+@contextlib.contextmanager
+def held(*ranks: psutil.Process) -> Iterator[None]:
+    """These stand still, the first rank among them: a stop file written meanwhile is seen at their next step.
+
+    A run looks for one once a second, in which a short run would be over.
+    """
+    for one in ranks:
+        one.suspend()
+    try:
+        yield
+        time.sleep(1.1 * POLL_SECONDS)
+    finally:
+        for one in ranks:
+            one.resume()
 
 
 class Training:

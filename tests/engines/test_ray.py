@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.runs import Training, curve, last_step, small_job, train, write_job
+from tests.runs import Training, curve, held, last_step, small_job, train, write_job
 from vaedist.config import Job
 from vaedist.errors import EXIT_STOPPED, UserError
 from vaedist.models.contract import kinds, variant
@@ -105,21 +105,27 @@ def test_a_killed_worker_goes_on_from_the_last_checkpoint(whole: Path, phantom: 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_signal_to_the_driver_saves_and_another_engine_goes_on(phantom: Path, tmp_path: Path) -> None:
-    # Long enough to be under way when the signal has become a stop file and was seen: two to three seconds.
-    steps = 600
-    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=steps, validate_every=200))
-    assert train(job, tmp_path / "whole", "--workers", "2", "-q")[0] == 0
+def test_a_signal_to_the_driver_saves_and_another_engine_goes_on(
+    whole: Path, phantom: Path, tmp_path: Path
+) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, "vqvae", steps=STEPS))
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
-    Later(run, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def stop() -> None:
+        with held(*workers()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not (run / "stop").exists():
+                time.sleep(0.02)
+
+    Later(run, 6, stop)
     assert ray_train(job, run, "--workers", "2", "-q") == EXIT_STOPPED
     assert signal.getsignal(signal.SIGTERM) is before
     stopped_at = last_step(run)
-    assert 6 <= stopped_at < steps
+    assert 6 <= stopped_at < STEPS
     code, _, err = train(job, run, "--workers", "2", "-q")
     assert (code, err) == (0, "")
-    assert curve(run) == curve(tmp_path / "whole")
+    assert curve(run) == curve(whole)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -316,7 +316,7 @@ def test_restarts_are_capped_and_the_log_is_kept(
     (work.folder / "site.yaml").write_text("max_restarts: 4\n")
     job = work.submit(*TWO, VAEDIST_SITE=str(work.folder / "site.yaml"))
     for number in range(1, 6):
-        work.wait_for_step(150 * number, job)
+        work.wait_for_step(100 * number, job)
         work.slurm.run("scancel", "--batch", "--signal=USR1", job)
         if number < 5:
             work.slurm.release(job)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from tests.runs import Training, curve, last_step, small_job, train, write_job
+from tests.runs import Training, curve, held, last_step, small_job, train, write_job
 from vaedist.errors import EXIT_STOPPED, WorkerLost
 
 pytestmark = pytest.mark.timeout(1200)  # several runs in a row, each of which loads torch in every rank
@@ -76,7 +76,8 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(world: int, phantom: Pa
         training.signal(signal.SIGINT)
 
     def stop_file(training: Training) -> None:
-        (training.run / "stop").write_text("any\n")
+        with held(training.rank(0)):
+            (training.run / "stop").write_text("any\n")
 
     ways = {1: [sigterm_to_the_last_rank, ctrl_c], 2: [sigterm_to_the_last_rank, stop_file]}
     for way in ways.get(world, [sigterm_to_the_last_rank]):

@@ -21,6 +21,7 @@ from vaedist.train import main as train_door
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.dist import Group
 from vaedist.training.loop import fit
+from vaedist.training.stop import POLL_SECONDS
 from vaedist.tuning import results, trial
 from vaedist.tuning.space import Space
 from vaedist.tuning.sweep import Sweep
@@ -254,7 +255,7 @@ def test_a_trial_that_is_behind_is_stopped_measured_and_not_best(index: Index, t
                 int(place.name), int(told["step"]), found
             ):
                 sweep.ask(int(place.name))
-                time.sleep(1.1)  # longer than a run goes without looking for its stop file
+                time.sleep(1.1 * POLL_SECONDS)
 
         return fit(job, place, group=Group.join("cpu"), report=report, options=FitOptions(quiet=True))
 

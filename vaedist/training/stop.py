@@ -17,7 +17,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
+"""How long a run may go without looking for its stop file."""
 NAME = "stop"
 
 
@@ -39,12 +40,12 @@ class StopRequest:
     def __init__(self, file: Path | None, attempt: str) -> None:
         self._file, self._attempt = file, attempt
         self._signalled = False
-        self._looked = -_POLL_SECONDS
+        self._looked = -POLL_SECONDS
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        if not self._signalled and self._file and time.monotonic() - self._looked >= _POLL_SECONDS:
+        if not self._signalled and self._file and time.monotonic() - self._looked >= POLL_SECONDS:
             # The clock only spares the file system: what is seen here is acted on where all ranks agree.
             self._looked = time.monotonic()
             with contextlib.suppress(OSError):
