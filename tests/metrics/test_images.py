@@ -9,7 +9,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vaedist.metrics.images import NAMES, pair_metrics, ssim_map, summary, too_small
+from vaedist.metrics.images import NAMES, batch_metrics, pair_metrics, ssim_map, summary, too_small
 from vaedist.nets.ssim import ssim
 from vaedist.nets.ssim import ssim_map as torch_ssim_map
 
@@ -66,6 +66,19 @@ def test_the_training_loss_means_the_same_ssim(gaussian: bool) -> None:
     assert np.allclose(torch_ssim_map(a, b, window)[0].numpy(), ssim_map(x, y, gaussian=gaussian), atol=1e-10)
     name = "ssim" if gaussian else "ssim_default"
     assert float(ssim(a, b, window)) == pytest.approx(pair_metrics(x, y)[name], abs=1e-10)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(6, 1), (10, 3), (24, 3), (161, 1), (170, 3)])
+def test_a_batch_has_the_numbers_of_its_pairs(size: int, channels: int) -> None:
+    """scikit-image is the reference: for a noisy pair, equal images, no foreground, and a wide picture."""
+    x, y = pair(channels, size)
+    pairs = [(x, y), (y, x), (x, x), (np.zeros_like(x), y), (x[:, ::-1].copy(), np.full_like(x, 255))]
+    pairs = [tuple(np.concatenate([image, image[..., :3]], axis=2) for image in two) for two in pairs]
+    found = batch_metrics(*(torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True)))
+    assert len(found) == len(pairs)
+    for row, (original, other) in zip(found, pairs, strict=True):
+        assert row == pytest.approx(pair_metrics(original, other), abs=1e-11, nan_ok=True)
+    assert found[2]["mse"] == 0 and math.isnan(found[2]["psnr"])
 
 
 def test_what_is_not_defined_is_nan() -> None:

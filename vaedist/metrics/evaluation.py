@@ -2,7 +2,7 @@
 
 A reconstruction is rounded to uint8 before it is measured: what is scored is what the picture file would hold.
 Values are kept per image in float64 and summed exactly, so neither the batch size nor the order of the images
-enters. (A statistic of a whole batch, which a variant may report, does depend on it and is listed apart.)
+enters, but for the last bits of a value. (A statistic of a whole batch, which a variant may report, does depend on it and is listed apart.)
 
 What a variant cannot do is asked of its declared capabilities, never of its name, and is told with the reason.
 """
@@ -23,7 +23,7 @@ from vaedist.context import Batch, SampleContext
 from vaedist.errors import UserError
 from vaedist.metrics.baselines import Baselines
 from vaedist.metrics.codes import CodeCounter
-from vaedist.metrics.images import pair_metrics, summaries, too_small
+from vaedist.metrics.images import batch_metrics, summaries, too_small
 from vaedist.models.contract import Variant
 from vaedist.pictures import Pixels, as_numpy, to_uint8
 
@@ -142,14 +142,18 @@ def evaluate(
         if not found.rows and model.reconstructs:
             found.not_defined.update(too_small(*batch["image"].shape[-2:]))
         batch = with_codes(model, batch)
-        originals = to_uint8(clean(batch))
+        originals = clean(batch)
+
+        def measured(pictures: Pixels, originals: Tensor = originals) -> list[dict[str, float]]:
+            return batch_metrics(originals, torch.tensor(pictures, device=originals.device))
+
         metrics: list[dict[str, float]] = [{} for _ in range(count)]
         if model.reconstructs:
-            metrics = [*map(pair_metrics, originals, reconstruct(model, batch))]
+            metrics = measured(reconstruct(model, batch))
         others: list[dict[str, dict[str, float]]] = [{} for _ in range(count)]
         if baselines is not None:
             for name, pictures in baselines.reconstruct(to_uint8(batch["image"])).items():
-                for row, values in zip(others, map(pair_metrics, originals, pictures), strict=True):
+                for row, values in zip(others, measured(pictures), strict=True):
                     row[name] = values
         if counter is not None:
             counter.add(batch["codes"])

@@ -1,6 +1,7 @@
-"""How close a reconstruction is to its original: SSIM, MS-SSIM, PSNR, MSE, MAE of one pair of uint8 images.
+"""How close reconstructions are to their originals: SSIM, MS-SSIM, PSNR, MSE, MAE of pairs of uint8 images.
 
-All values are computed in float64 on uint8 / 255, with scikit-image as the reference implementation where it has one.
+All values are computed in float64 on uint8 / 255. `pair_metrics` is the definition, one pair at a time, with
+scikit-image where it has an implementation; `batch_metrics` gives the same numbers for a batch, on its device.
 
 | name | what |
 |---|---|
@@ -33,8 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from vaedist.nets.ssim import MS_SIDE, ms_ssim
+from vaedist.nets.ssim import MS_SIDE, Window, inner, local, ms_ssim
 from vaedist.pictures import Pixels
 
 NAMES = (
@@ -100,8 +102,42 @@ def pair_metrics(original: Pixels, other: Pixels) -> dict[str, float]:
             if foreground.any():
                 values[f"{name}_foreground"] = float(full[:, foreground].mean())
     if min(original.shape[1:]) >= MS_SIDE:
-        values["ms_ssim"] = float(ms_ssim(*(torch.from_numpy(x / 255.0)[None] for x in (original, other))))
+        x, y = (torch.from_numpy(image / 255.0)[None] for image in (original, other))
+        values["ms_ssim"] = float(ms_ssim(x, y))
     return values
+
+
+@torch.no_grad()
+def batch_metrics(originals: Tensor, others: Tensor) -> list[dict[str, float]]:
+    """`pair_metrics` of each pair of a batch.
+
+    Args:
+        originals, others: uint8 (B, C, H, W), on one device.
+
+    Returns:
+        Per pair: name to value, NaN where a metric is not defined; equal to scikit-image's up to the order of sums.
+    """
+    assert originals.dtype == others.dtype == torch.uint8 and originals.shape == others.shape
+    x, y = originals.double() / 255, others.double() / 255
+    squared = (x - y).square().mean((1, 2, 3))
+    undefined = torch.full_like(squared, math.nan)
+    found = dict.fromkeys(NAMES, undefined)
+    found["mse"], found["mae"] = squared, (x - y).abs().mean((1, 2, 3))
+    found["psnr"] = torch.where(squared > 0, -10 * squared.log10(), undefined)
+    foreground = (originals > 0).any(1)
+    pixels = foreground.sum((1, 2))
+    windows: dict[str, Window] = {"ssim": "gaussian", "ssim_default": "uniform"}
+    for name, window in windows.items():
+        if min(x.shape[2:]) >= WINDOWS[name]:
+            statistics = local(x, y, window)
+            full = statistics.ssim
+            found[name] = inner(full, window).mean((1, 2, 3))
+            # Without foreground 0 / 0, which is NaN.
+            found[f"{name}_foreground"] = (full.mean(1) * foreground).sum((1, 2)) / pixels
+            if window == "gaussian" and min(x.shape[2:]) >= MS_SIDE:
+                found["ms_ssim"] = ms_ssim(x, y, statistics)
+    table = torch.stack([found[name] for name in NAMES], 1).tolist()
+    return [dict(zip(NAMES, row, strict=True)) for row in table]
 
 
 def too_small(height: int, width: int) -> dict[str, str]:

@@ -30,7 +30,7 @@ mirrored border too: on a CPU this is several times faster than a one-channel co
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,17 +53,30 @@ def crop(window: Window = "gaussian") -> int:
     return (SIDE[window] - 1) // 2
 
 
-def ssim_map(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
-    """SSIM at each pixel: (B, C, H, W) from two images of that shape in [0, 1], each channel on its own.
+class Local(NamedTuple):
+    """Statistics of two images under the window at each pixel, (B, C, H, W) each."""
+
+    mean_x: Tensor
+    mean_y: Tensor
+    variance_x: Tensor
+    variance_y: Tensor
+    covariance: Tensor
+
+    @property
+    def contrast_structure(self) -> Tensor:
+        return (2 * self.covariance + _C2) / (self.variance_x + self.variance_y + _C2)
+
+    @property
+    def ssim(self) -> Tensor:
+        mx, my, vx, vy, cxy = self
+        return ((2 * mx * my + _C1) * (2 * cxy + _C2)) / ((mx * mx + my * my + _C1) * (vx + vy + _C2))
+
+
+def local(x: Tensor, y: Tensor, window: Window = "gaussian") -> Local:
+    """Means, variances and covariance of two images (B, C, H, W) in [0, 1], each channel on its own.
 
     Computed in fp32, or fp64 for fp64 images. H and W are at least the window's side.
     """
-    mx, my, vx, vy, cxy = _local(x, y, window)
-    return ((2 * mx * my + _C1) * (2 * cxy + _C2)) / ((mx * mx + my * my + _C1) * (vx + vy + _C2))
-
-
-def _local(x: Tensor, y: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Means, variances and covariance under the window at each pixel."""
     assert x.shape == y.shape and x.dim() == 4
     side = SIDE[window]
     assert min(x.shape[-2:]) >= side, f"images must be at least {side}x{side}"
@@ -73,33 +86,43 @@ def _local(x: Tensor, y: Tensor, window: Window) -> tuple[Tensor, Tensor, Tensor
         rows = _matrix(window, x.shape[-2], dtype, x.device)
         columns = _matrix(window, x.shape[-1], dtype, x.device).T
 
-        def local(image: Tensor) -> Tensor:
+        def mean(image: Tensor) -> Tensor:
             return rows @ image @ columns
 
         scale = 1.0 if window == "gaussian" else side**2 / (side**2 - 1)
-        mx, my = local(x), local(y)
-        vx = scale * (local(x * x) - mx * mx)
-        vy = scale * (local(y * y) - my * my)
-        return mx, my, vx, vy, scale * (local(x * y) - mx * my)
+        mx, my = mean(x), mean(y)
+        vx = scale * (mean(x * x) - mx * mx)
+        vy = scale * (mean(y * y) - my * my)
+        return Local(mx, my, vx, vy, scale * (mean(x * y) - mx * my))
+
+
+def ssim_map(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
+    """SSIM at each pixel, (B, C, H, W); as `local`."""
+    return local(x, y, window).ssim
+
+
+def inner(full: Tensor, window: Window = "gaussian") -> Tensor:
+    """A map without the borders that the mean leaves out: (..., H, W) to (..., H - side + 1, W - side + 1)."""
+    edge = crop(window)
+    return full[..., edge:-edge, edge:-edge]
 
 
 def ssim(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
     """(B,) mean SSIM as scikit-image returns it: borders left out, channels averaged."""
-    edge = crop(window)
-    return ssim_map(x, y, window)[..., edge:-edge, edge:-edge].mean((1, 2, 3))
+    return inner(ssim_map(x, y, window), window).mean((1, 2, 3))
 
 
-def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """(B,) multi-scale SSIM of images (B, C, H, W) in [0, 1] of at least `MS_SIDE` a side, channels averaged."""
+def ms_ssim(x: Tensor, y: Tensor, first: Local | None = None) -> Tensor:
+    """(B,) multi-scale SSIM of images (B, C, H, W) in [0, 1] of at least `MS_SIDE` a side, channels averaged.
+
+    `first` is `local(x, y)` where the caller has it.
+    """
     assert min(x.shape[-2:]) >= MS_SIDE, f"images must be at least {MS_SIDE}x{MS_SIDE}"
-    edge = crop()
     product = x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
     for scale, weight in enumerate(SCALE_WEIGHTS, 1):
-        mx, my, vx, vy, cxy = _local(x, y, "gaussian")
-        part = (2 * cxy + _C2) / (vx + vy + _C2)
-        if scale == len(SCALE_WEIGHTS):
-            part = part * (2 * mx * my + _C1) / (mx * mx + my * my + _C1)
-        product = product * part[..., edge:-edge, edge:-edge].mean((2, 3)).clamp(min=0) ** weight
+        found = first if first is not None and scale == 1 else local(x, y)
+        part = found.ssim if scale == len(SCALE_WEIGHTS) else found.contrast_structure
+        product = product * inner(part).mean((2, 3)).clamp(min=0) ** weight
         x, y = _half(x), _half(y)
     return product.mean(1)
 
