@@ -41,7 +41,6 @@ MISTAKES = [
         "the key 'train.optim.main.schedule.milestones' is missing",
     ),
     ("train.optim.main.schedule.kind=cosin", "'constant', 'cosine', 'multistep', 'plateau'"),
-    ("train.epochs=3", "give exactly one of train.steps and train.epochs"),
     ("train.steps=null", "give exactly one of train.steps and train.epochs"),
     ("train.steps=0", "train.steps: input should be greater than or equal to 1 (it is 0)"),
     ("train.steps=abc", "train.steps: input should be a valid integer"),
@@ -65,6 +64,29 @@ MISTAKES = [
     ("name=a/b", "name: string should match pattern"),
     ("seed=-1", "seed: input should be greater than or equal to 0 (it is -1)"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "epochs"),
+    [
+        (["train.epochs=3"], None, 3),
+        (["train.epochs=3", "train.steps=null"], None, 3),
+        (["train.steps=7", "train.epochs=null"], 7, None),
+    ],
+)
+def test_a_length_on_the_command_line_replaces_the_files(
+    job_file: Path, overrides: list[str], steps: int | None, epochs: float | None
+) -> None:
+    """Whichever of the two the file has: nobody should have to look it up to shorten a job."""
+    job = load_job(job_file, overrides)
+    assert (job.train.steps, job.train.epochs) == (steps, epochs)
+    counts_epochs = job_file.with_name("epochs.yaml")
+    counts_epochs.write_text(job_file.read_text().replace("steps:", "epochs:"))
+    assert "epochs:" in counts_epochs.read_text()
+    job = load_job(counts_epochs, overrides)
+    assert (job.train.steps, job.train.epochs) == (steps, epochs)
+    with pytest.raises(UserError, match="give exactly one"):
+        load_job(job_file, ["train.steps=7", "train.epochs=3"])
 
 
 @pytest.mark.parametrize(("override", "told"), MISTAKES, ids=[override for override, _ in MISTAKES])

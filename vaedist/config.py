@@ -320,5 +320,18 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Raises:
         UserError: one sentence about the first mistakes.
     """
-    content = apply_overrides(read_yaml(path), overrides)
+    content = apply_overrides(one_length(read_yaml(path), overrides), overrides)
     return parse(Job, content, where=str(path))
+
+
+def one_length(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`content` without its `train.epochs` where an override gives `train.steps`, and the other way round.
+
+    A length replaces a length: whoever shortens a job should not have to look up in what its file counts.
+    """
+    given = {one.partition("=")[0] for one in overrides if one.partition("=")[2] not in ("", "null")}
+    replaced = [{"steps", "epochs"} - {name} for name in ("steps", "epochs") if f"train.{name}" in given]
+    train = content.get("train")
+    if len(replaced) != 1 or not isinstance(train, dict):
+        return content
+    return {**content, "train": {key: value for key, value in train.items() if key not in replaced[0]}}

@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 import vaedist
-from vaedist.config import Job
+from vaedist.config import Job, one_length
 from vaedist.errors import UserError, nearest
 from vaedist.settings import FREE, Strict, apply_overrides, expand, parse, read_yaml
 from vaedist.training.folder import Change
@@ -420,7 +420,7 @@ def load_space(given: str, overrides: Sequence[str] = ()) -> Space:
                 f"{clash[0]} is a dimension of this space: to fix it, take the dimension out of a file of your own "
                 "(--print-space prints one)"
             )
-        base = apply_overrides(base, overrides)
+        base = apply_overrides(one_length(base, overrides), overrides)
     if base is not None:
         content = {**content, "base": base}
     return parse(Space, content, where=str(path))
