@@ -9,7 +9,9 @@ import nibabel
 import numpy as np
 import pytest
 
+from vaedist.data.shards import Packing, pack
 from vaedist.data.sources import Item, Problem, Settings, Source, detect, find
+from vaedist.data.sources.volume import subjects_of
 
 
 def opened(path: Path, name: str | None = None, **settings: object) -> Source:
@@ -139,3 +141,41 @@ def test_volumes_wait_in_a_private_folder(tmp_path: Path) -> None:
     save_nifti(tmp_path / "in" / "a.nii", head_volume())
     listed(opened(tmp_path / "in", workspace=tmp_path))
     assert (tmp_path / "volumes").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("paths", "subjects"),
+    [
+        # A folder for each patient, whatever the files are called.
+        (["p1/T1.nii", "p1/T2.nii", "p2/T1.nii", "p2/T2.nii"], "p1 p1 p2 p2"),
+        (["p1/p1_flair.nii.gz", "p1/p1_t1.nii.gz", "p2/p2_flair.nii.gz"], "p1 p1 p2"),
+        (["raw/p1/a/T1.nii", "raw/p1/b/T1.nii", "raw/p2/a/T1.nii"], "p1 p1 p2"),
+        (["p1/anat/T1.nii", "p1/anat/T2.nii", "p2/anat/T1.nii"], "p1 p1 p2"),
+        (["train/p1/T1.nii", "train/p2/T1.nii", "test/p3/T1.nii"], "p1 p2 p3"),
+        # A folder for each contrast.
+        (["T1/p1.nii", "T1/p2.nii", "T1/p3.nii", "T2/p1.nii", "T2/p2.nii", "T2/p3.nii"], "p1 p2 p3 p1 p2 p3"),
+        # One folder for all.
+        (["p1.nii", "p2.nii.gz", "p3.hdr"], "p1 p2 p3"),
+        (["raw/p1.nii", "raw/p2.nii"], "p1 p2"),
+        (["train/p1.nii", "test/p2.nii"], "p1 p2"),
+        # Names that tell.
+        (["sub-01/anat/sub-01_T1w.nii", "sub-02/anat/sub-02_T1w.nii"], "sub-01 sub-02"),
+        (["disc1/OAS1_0001_MR1/x.hdr", "disc2/OAS1_0001_MR2/x.hdr"], "OAS1_0001 OAS1_0001"),
+    ],
+)
+def test_scans_of_one_patient_are_one_subject(paths: list[str], subjects: str) -> None:
+    found = subjects_of(paths)
+    assert [found[path] for path in paths] == subjects.split()
+
+
+def test_contrasts_of_one_patient_stay_in_one_split(tmp_path: Path) -> None:
+    """Named as in many data sets, a folder for a patient and a file for a contrast: no head may be on both sides."""
+    for patient in range(6):
+        for number, contrast in enumerate(("t1", "t2")):
+            save_nifti(
+                tmp_path / "in" / f"P{patient}" / f"{contrast}.nii", head_volume(10 * patient + number)
+            )
+    index = pack(Packing(str(tmp_path / "in"), tmp_path / "out", size=16, validation=0.2, test=0.2)).index
+    sides = [{split.subject(i) for i in range(split.count)} for split in index.splits.values()]
+    assert len(sides) == 3 and sum(map(len, sides)) == 6
+    assert set.union(*sides) == {f"P{patient}" for patient in range(6)}

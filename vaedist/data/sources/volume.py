@@ -8,8 +8,9 @@ not packed.
 Intensities are scaled once per volume, never per slice: the 1st percentile of all voxels becomes 0 and the
 99.5th percentile of what lies above it becomes 255, so that slices of one head stay comparable.
 
-The subject is `OAS1_0001` of an OASIS name, `sub-01` of a BIDS name, else the file's name; the splits are drawn
-by subject, or are the folders `train`, `validate`, `test` directly below the input. On raw OASIS discs, where
+The subject is `OAS1_0001` of an OASIS name, `sub-01` of a BIDS name, else the folder of a patient where volumes lie in
+several (`patient7/T1.nii`), else the file's name; the splits are drawn by subject, or are the folders `train`,
+`validate`, `test` directly below the input. On raw OASIS discs, where
 every scan comes in many versions, only the masked atlas-space ones (`*_t88_masked_gfc.hdr`) are taken, unless
 `--match` says which.
 
@@ -23,9 +24,9 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from vaedist.files import replace_file
 OPTIONS = frozenset({"fit", "match", "slices", "axis"})
 OASIS_DISC = "*_t88_masked_gfc.hdr"
 _SUFFIXES = (".nii", ".nii.gz", ".hdr")
+_NAMED = re.compile(r"OAS\d_\d+|(?<![A-Za-z0-9])sub-[A-Za-z0-9]+")
 _LARGEST = 2**31  # voxels
 _LOOK = 2000  # files looked at before a folder is said to hold no volumes
 
@@ -117,10 +119,28 @@ def normalise(data: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(np.clip((data - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
-def subject_of(relative: str) -> str:
-    """Whose volume it is, from its path."""
-    found = re.search(r"OAS\d_\d+", relative) or re.search(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9]+", relative)
-    return found[0] if found else _stem(relative.rsplit("/", 1)[-1])
+def subjects_of(paths: Sequence[str]) -> dict[str, str]:
+    """Whose volume each is, from their paths below the input.
+
+    Where no name tells, volumes of one folder count as one patient's: to take `p7/p7_T1.nii` and `p7/p7_T2.nii` for two
+    subjects would put one head into training and test. Of `T1/p7.nii` and `T2/p7.nii` the files' names are the more
+    numerous, so they are the patients.
+    """
+    named = {path: _NAMED.search(path) for path in paths}
+    subjects = {path: found[0] for path, found in named.items() if found}
+    rest = {path: path.split("/") for path in paths if path not in subjects}
+    for path, parts in rest.items():
+        if len(parts) > 1 and split_name(parts[0]) is not None:
+            rest[path] = parts[1:]
+    # Folders that all of them share tell nothing.
+    levels = zip(*(parts[:-1] for parts in rest.values()), strict=False)
+    depth = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
+    folders = {path: "".join(parts[depth:-1][:1]) for path, parts in rest.items()}
+    stems = {path: _stem(parts[-1]) for path, parts in rest.items()}
+    several, names = set(folders.values()), set(stems.values())
+    apart = len(names) == len(rest) or len(several) >= len(names)
+    by_folder = "" not in several and len(several) > 1 and apart
+    return subjects | (folders if by_folder else stems)
 
 
 def _stem(name: str) -> str:
@@ -149,11 +169,12 @@ class VolumeSource:
         elif disc:
             files = disc
         stems = {_stem(found.path.name) for found in files}
+        subjects = subjects_of([found.relative for found in files])
         for found in files:
             # The file's name makes the shorter key, where it is enough to tell the volumes apart.
             name = _stem(found.path.name if len(stems) == len(files) else found.relative)
             try:
-                yield from self._volume(found, clean_key(name))
+                yield from self._volume(found, clean_key(name), subjects[found.relative])
             except BadImage as error:
                 yield Problem(found.relative, str(error))
 
@@ -163,7 +184,7 @@ class VolumeSource:
         else:
             yield from walk(self._path)
 
-    def _volume(self, found: Found, key: str) -> Iterator[Item]:
+    def _volume(self, found: Found, key: str, subject: str) -> Iterator[Item]:
         if found.size == 0:
             raise BadImage("is empty (0 bytes)")
         state = found.path.stat()
@@ -185,7 +206,7 @@ class VolumeSource:
                 f"{key}_slice_{i}",
                 split,
                 None,
-                subject_of(found.relative),
+                subject,
                 f"{found.relative}[{i}]",
                 (str(kept), i),
                 found.size,
