@@ -238,6 +238,11 @@ def _pack(arguments: argparse.Namespace) -> int:
         print(f"left out   {report.rejected} files: see {report.index.folder / 'rejected.jsonl'}")
     if report.twins:
         print(f"note       {report.twins} images outside train have exactly the pixels of one in train")
+    if report.bars[0]:
+        print(
+            f"note       black bars make {report.bars[0]} of {report.bars[1]} images looked at square; to cut images "
+            "instead pack with --fit crop, to squeeze them with --fit stretch"
+        )
     print(f"next       vaedist-train JOB.yaml data.path={arguments.out}")
     return EXIT_FINISHED
 

@@ -165,3 +165,15 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path: Path) -> None:
         assert content(options.out) == content(tmp_path / "whole")
     finally:
         assert run("umount", str(disk)).returncode == 0
+
+
+def test_a_folder_without_a_shard_takes_another_plan(tmp_path: Path) -> None:
+    """The command that was wrong left no work behind: its correction need not be told to clear up first."""
+    source = images(tmp_path / "in", 12)
+    Image.new("L", (40, 40)).save(source / "cat" / "zz.png")
+    options = Packing(str(source), tmp_path / "out", channels=1, validation=0.0, skip_bad=False)
+    options = replace(options, size=12, settings=Settings(limits=Limits(pixels=1000)))
+    with pytest.raises(UserError, match=r"zz\.png announces"):
+        pack(options)
+    report = pack(replace(options, size=16, settings=Settings()))
+    assert report.index.shape == (1, 16, 16)

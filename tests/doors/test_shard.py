@@ -168,3 +168,45 @@ def test_index(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (packed / "index.json").unlink()
     assert main([str(packed), "--index"]) == 0
     assert lines(capsys)["identity"] == identity
+
+
+def rectangles(folder: Path, ground: int, sizes: tuple[tuple[int, int], ...] = ((40, 72), (70, 41))) -> Path:
+    """A picture of each size (rows, columns) in either class."""
+    for label in ("old cars", "bikes"):
+        (folder / label).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            pixels = np.full((*size, 3), ground, np.uint8)
+            pixels[10:20, 10:20] = (200, 30 * i, len(label))
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (((40, 72), (40, 72)), "the images are 72 x 40 pixels and models take squares: say --size, such as --size 32,"),
+        (((70, 70), (65, 65)), "70 x 70 and 65 x 65 pixels among them, and a set has one"),
+        (((28, 30), (28, 30)), "--size 28"),
+    ],
+)  # fmt: skip
+def test_without_a_size_one_that_models_can_halve_is_advised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sizes: tuple[tuple[int, int], ...], told: str
+) -> None:
+    source = rectangles(tmp_path / "in", 255, sizes)
+    arguments = [str(source), "--out", str(tmp_path / "out"), "--validation-fraction", "0"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert told in error and len(error.splitlines()) == 1
+    assert main([*arguments, "--size", "16"]) == 0, "the same folder takes the corrected command"
+
+
+def test_black_bars_that_nobody_asked_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bright, dark = rectangles(tmp_path / "bright", 255), rectangles(tmp_path / "dark", 0)
+    common = ["--size", "16", "--validation-fraction", "0", "--out"]
+    assert main([str(bright), *common, str(tmp_path / "a")]) == 0
+    assert "black bars make 4 of 4 images looked at square" in capsys.readouterr().out
+    assert main([str(bright), "--fit", "pad", *common, str(tmp_path / "b")]) == 0
+    assert main([str(dark), *common, str(tmp_path / "c")]) == 0
+    assert "black bars" not in capsys.readouterr().out

@@ -102,7 +102,7 @@ class Preparer:
 
 
 def choose_shape(
-    source: Source, items: Sequence[Item], size: int | None, channels: int | None
+    source: Source, items: Sequence[Item], size: int | None, channels: int | None, skip_bad: bool = False
 ) -> tuple[tuple[int, int, int], bool]:
     """(C, H, W) of the set, and whether colour may become gray.
 
@@ -110,43 +110,66 @@ def choose_shape(
         source, items: What will be packed.
         size: Side of the fitted square; None: the first picture's, which must be a square.
         channels: 1, 3, or None: 3 if any of 16 pictures, spread over the listing, is in colour.
+        skip_bad: Whether pictures of another size than the first may be left out.
 
     Raises:
-        UserError: a rectangle without a size, or no picture can be loaded.
+        UserError: without a size, a rectangle or pictures of several sizes; or no picture can be loaded.
     """
     convert = channels == 1
     if size is not None and channels is not None:
         return (channels, size, size), convert
-    first, colour = _look(source, items)
-    channels = channels or (3 if colour else 1)
+    looked = _look(source, items)
+    channels = channels or (3 if any(picture.ndim == 3 for picture in looked) else 1)
     if size is not None:
         return (channels, size, size), convert
-    height, width = first.shape[:2]
+    height, width = looked[0].shape[:2]
+    other = next((one.shape[:2] for one in looked if one.shape[:2] != (height, width)), None)
+    least = min(min(one.shape[:2]) for one in looked)
+    # Models halve the side several times; what 32 divides suits every job that is shipped.
+    advice = f"say --size, such as --size {least - least % 32 if least > 32 else least}"
+    if other is not None and not skip_bad:
+        raise UserError(
+            f"the images differ in size, {width} x {height} and {other[1]} x {other[0]} pixels among them, and a set "
+            f"has one: {advice}, and for rectangles --fit pad, crop or stretch"
+        )
     if height != width:
         raise UserError(
-            f"the images are {width} x {height} pixels and models take squares: say --size, such as "
-            f"--size {min(height, width)}, and --fit pad, crop or stretch"
+            f"the images are {width} x {height} pixels and models take squares: {advice}, and --fit pad, crop or "
+            "stretch"
         )
     return (channels, height, width), convert
 
 
-def _look(source: Source, items: Sequence[Item], looks: int = 16) -> tuple[Picture, bool]:
-    """The first picture that loads, and whether any of a few spread over the listing is in colour."""
-    first, colour, reason = None, False, ""
+def barred(source: Source, items: Sequence[Item]) -> tuple[int, int]:
+    """On how many of a few pictures, spread over the listing, padding shows as black bars; how many were looked at."""
+    looked = _look(source, items)
+    return sum(_shows_bars(picture) for picture in looked), len(looked)
+
+
+def _shows_bars(picture: Picture) -> bool:
+    """Whether black beside the long sides would be seen: slices and scans often have a black ground of their own."""
+    height, width = picture.shape[:2]
+    if height == width:
+        return False
+    sides = picture[[0, -1]] if width > height else picture[:, [0, -1]]
+    return bool(sides.mean() > 25)
+
+
+def _look(source: Source, items: Sequence[Item], looks: int = 16) -> list[Picture]:
+    """The first picture that loads, then a few that are spread over the listing."""
+    looked: list[Picture] = []
+    reason = ""
     spread = {i * len(items) // looks for i in range(looks)}
     for i, item in enumerate(items):
-        if first is not None and i not in spread:
+        if looked and i not in spread:
             continue
         try:
-            picture = source.load(item)
+            looked.append(source.load(item))
         except BadImage as error:
             reason = reason or f"{item.origin} {error}"
-            continue
-        first = picture if first is None else first
-        colour = colour or picture.ndim == 3
-    if first is None:
+    if not looked:
         raise UserError(f"none of {len(items)} files is an image: {reason}")
-    return first, colour
+    return looked
 
 
 _preparer: Preparer | None = None

@@ -36,7 +36,7 @@ from vaedist.data.columns import write_columns
 from vaedist.data.images import Codec, Fit
 from vaedist.data.index import INDEX_NAME, Index, Shard
 from vaedist.data.plan import Bad, Order, Part, Plan
-from vaedist.data.preparing import Prepared, Preparer, Rejected, choose_shape, prepare_in_order
+from vaedist.data.preparing import Prepared, Preparer, Rejected, barred, choose_shape, prepare_in_order
 from vaedist.data.publish import publish, read_only, twins
 from vaedist.data.sources import Settings, Source, detect, find
 from vaedist.errors import UserError
@@ -88,6 +88,8 @@ class Report:
     """Images of other splits whose pixels equal an image of `train`."""
     already: bool = False
     """Whether the folder was finished before."""
+    bars: tuple[int, int] = (0, 0)
+    """On how many images, of how many looked at, padding shows that nobody has asked for."""
 
 
 def pack(options: Packing, progress: Progress | None = None) -> Report:
@@ -133,7 +135,7 @@ def _pack(options: Packing, workspace: Path, finished: bool, progress: Progress 
     items = planning.choose_splits(items, options.validation, options.test, options.seed)
 
     # What becomes of it.
-    shape, convert = choose_shape(source, items, options.size, options.channels)
+    shape, convert = choose_shape(source, items, options.size, options.channels, options.skip_bad)
     per_shard = options.per_shard or planning.samples_per_shard(shape[0] * shape[1] * shape[2])
     told = _told(name, options, shape, per_shard)
     plan = planning.make_plan(
@@ -163,7 +165,9 @@ def _pack(options: Packing, workspace: Path, finished: bool, progress: Progress 
     index = publish(
         options.out, splits, shape=shape, codec=options.codec, classes=plan.classes, source=source_note
     )
-    return Report(index, len(bad.problems), twins(index))
+    unasked = options.size is not None and options.fit is None and "fit" in find(name).OPTIONS
+    bars = barred(source, items) if unasked else (0, 0)
+    return Report(index, len(bad.problems), twins(index), bars=bars)
 
 
 # Before writing ----------------------------------------------------------------------------------------------
@@ -228,7 +232,9 @@ def _claim(workspace: Path, plan: Plan, out: Path) -> None:
     """Enter the plan, or check that the run to be continued had the same one; sweep what it left half done."""
     claim = {"plan": plan.digest, "versions": _versions()}
     path = workspace / "plan.json"
-    if path.exists() and json.loads(path.read_bytes()) != claim:
+    # Who corrects a command that failed before its first shard should not have to clear up after it.
+    begun = any(out.glob("*.tar")) or len(list(workspace.glob("*.json"))) > 1
+    if begun and path.exists() and json.loads(path.read_bytes()) != claim:
         raise UserError(
             f"{out} was begun with other input, settings or library versions: remove it, or give another --out"
         )
