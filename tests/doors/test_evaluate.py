@@ -377,3 +377,32 @@ def test_a_groups_file_about_other_images(
     (tmp_path / "groups.txt").write_text("patient_9 a\n")
     assert main([str(vae), "--groups", str(tmp_path / "groups.txt"), "--out", str(tmp_path / "out")]) == 2
     assert "no image is in any group" in capsys.readouterr().err
+
+
+def test_data_without_a_test_split_are_measured_on_validate_and_it_is_said(
+    vae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of one's own has no test split unless it was asked for; a chain must not end in an error over it."""
+    own = tmp_path / "own"
+    shutil.copytree(data, own)
+    told = json.loads((own / "index.json").read_text())
+    assert "test" in told["splits"]
+    del told["splits"]["test"]
+    (own / "index.json").chmod(0o644)
+    (own / "index.json").write_text(json.dumps(told))
+    arguments = [
+        str(vae),
+        "--data",
+        str(own),
+        "--other-data",
+        "--importance",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    error = capsys.readouterr().err
+    assert "has no test split" in error and "--test-fraction" in error and "too good" in error
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["data"]["split"] == "validate"
+    assert main([*arguments, "--split", "test"]) == 2, "a split that was asked for is not replaced"
+    assert "has no split 'test'" in capsys.readouterr().err
