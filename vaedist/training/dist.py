@@ -19,6 +19,7 @@ import inspect
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -207,6 +208,8 @@ class Group:
             **options,
         )
         made.register_forward_hook(self._forward_done)
+        # A hint about the speed of 1x1 kernels, from every rank in every log, that no user can act upon.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return made
 
     def _forward_done(self, parallel: Any, given: Any, made: Tensor | dict[str, Tensor]) -> None:
