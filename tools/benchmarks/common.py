@@ -14,14 +14,32 @@ from pathlib import Path
 from typing import Any
 
 BATCH = 32
+_TRAIN = "train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}"
+_CONV = "{kind: conv, width: 16, depth: 1}"
 JOBS = {
-    "vae, mlp, 64x64": """
-        model: {kind: vae, latent: 32, encoder: {kind: mlp, width: 256, depth: 1}}
-        train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}
+    "vae, mlp, 64x64": f"""
+        model: {{kind: vae, latent: 32, encoder: {{kind: mlp, width: 256, depth: 1}}}}
+        {_TRAIN}
     """,
-    "vqvae, conv, 64x64": """
-        model: {kind: vqvae, encoder: {kind: conv, width: 16, depth: 1}, codebook: {kind: ema, codes: 64, dim: 16}}
-        train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}
+    "vqvae, conv, 64x64": f"""
+        model: {{kind: vqvae, encoder: {_CONV}, codebook: {{kind: ema, codes: 64, dim: 16}}}}
+        {_TRAIN}
+    """,
+    "infovae, conv, 64x64": f"""
+        model: {{kind: infovae, latent: 32, encoder: {_CONV}, alpha: 0.5, mmd_weight: 100.0}}
+        {_TRAIN}
+    """,
+    "cvae, conv, 64x64": f"""
+        model: {{kind: vae, latent: 32, encoder: {_CONV}, condition: {{label: one_hot, how: concat}}}}
+        {_TRAIN}
+    """,
+    "gan, conv, 64x64": f"""
+        model: {{kind: gan, latent: 32, generator: {_CONV}, discriminator: {_CONV}, r1: 0.0}}
+        train:
+          batch_size: 32
+          steps: 1
+          optim: {{discriminator: {{name: adam}}, generator: {{name: adam}}}}
+          monitor: {{metric: kid}}
     """,
 }
 Rate = Callable[[], float]

@@ -1,6 +1,8 @@
 """Images/s of `fit`, with its reading, logging and checks, and of a step written by hand.
 
-The same model, optimizer and batch; the hand-written step gets its batches from a list.
+The same model, optimizer and batch, on one thread. Both read from memory: `fit` through `cache: memory`, once every
+image has been decoded (the first epoch does not count), the hand-written step from a list. `fit` also takes the norm
+of all gradients and refuses steps that are not finite, as it always does.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import BATCH, JOBS, Question, Rate, job_of, packed
+
+IMAGES = 640
 
 
 def questions(folder: Path, asked: argparse.Namespace) -> Iterator[Question]:
@@ -20,7 +25,7 @@ def questions(folder: Path, asked: argparse.Namespace) -> Iterator[Question]:
 
 
 def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
-    """`fit` and a bare step of the same job; each call trains from the start, one thread per core."""
+    """`fit` and a bare step of the same job; each call trains from the start."""
     import torch
 
     from vaedist.context import LaneContext
@@ -31,9 +36,11 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
     from vaedist.training.dist import Group
     from vaedist.training.loop import fit
 
-    shards = packed(folder, size=64, train=1000)
-    job = job_of(name, shards, steps)
-    torch.set_num_threads(job.train.threads or 1)
+    shards = packed(folder, size=64, train=IMAGES)
+    skipped = -(-IMAGES // BATCH // 20) * 20
+    """Steps before the clock starts: an epoch, in whole log intervals."""
+    job = job_of(name, shards, skipped + steps, cache="memory")
+    job = job.model_copy(update={"train": job.train.model_copy(update={"threads": 1})})
 
     def whole() -> float:
         ticks: list[float] = []
@@ -45,35 +52,50 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
                 report=lambda _: ticks.append(time.perf_counter()),
                 options=FitOptions(quiet=True),
             )
-        # The first and the last log tick of training; validation and the last save come after.
+        # The log ticks from the end of the first epoch to that of training; validation and the last save come after.
         every = job.train.log_every
-        ticks = ticks[: steps // every]
-        return (len(ticks) - 1) * every * BATCH / (ticks[-1] - ticks[0])
+        first, last = skipped // every - 1, (skipped + steps) // every - 1
+        return (last - first) * every * BATCH / (ticks[last] - ticks[first])
 
     def bare() -> float:
+        torch.set_num_threads(1)
         index = Index.open(shards)
         model = build(model_config(job.model), index.spec, job.seed)
         stream = TrainingStream(index, "train", batch_size=BATCH, seed=0)
         reading = stream.batches(0)
-        batches = [next(reading) for _ in range(steps)]
+        batches = [next(reading) for _ in range(IMAGES // BATCH)]
         stream.close()
 
-        def ctx(step: int) -> LaneContext:
-            return LaneContext(seed=0, step=step, batch_size=BATCH, lanes=stream.lanes)
+        def ctx(step: int, phase: str) -> LaneContext:
+            return LaneContext(seed=0, step=step, phase=phase, batch_size=BATCH, lanes=stream.lanes)
 
         with torch.no_grad():
-            model.prepare(batches[: model.prepare_batches], ctx(0))
-        adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-        skip = job.train.log_every
-        for step, batch in enumerate(batches):
-            if step == skip:
+            model.prepare(batches[: model.prepare_batches], ctx(0, "prepare"))
+        trained = {phase: list(model.parameters_of(phase)) for phase in model.phases}
+        adams = {phase: torch.optim.Adam(own, lr=1e-3, fused=True) for phase, own in trained.items()}
+        start = 0.0
+        for step in range(WARM + steps):
+            if step == WARM:
                 start = time.perf_counter()
-            here = ctx(step)
-            adam.zero_grad(set_to_none=True)
-            model(batch, here)["loss"].mean().backward()
-            adam.step()
-            with torch.no_grad():
-                model.after_step(here)
-        return (steps - skip) * BATCH / (time.perf_counter() - start)
+            for phase, adam in adams.items():
+                rivals = [one for other, own in trained.items() if other != phase for one in own]
+                _freeze(rivals, True)
+                here = ctx(step, phase)
+                adam.zero_grad(set_to_none=True)
+                model(batches[step % len(batches)], here)["loss"].mean().backward()
+                adam.step()
+                with torch.no_grad():
+                    model.after_step(here)
+                _freeze(rivals, False)
+        return steps * BATCH / (time.perf_counter() - start)
 
     return {"vaedist fit": whole, "bare step": bare}
+
+
+def _freeze(parameters: list[Any], frozen: bool) -> None:
+    for one in parameters:
+        one.requires_grad_(not frozen)
+
+
+WARM = 10
+"""Steps of the hand-written loop before the clock starts."""

@@ -1,0 +1,57 @@
+"""Seconds that an image's metrics take, beside the model that made the reconstruction.
+
+SSIM with both windows, their foreground values, MS-SSIM, PSNR, MSE and MAE of a batch of reconstructions on one thread:
+ours, a batch at a time, and scikit-image's, a pair at a time. The forward pass is that of a VQ-VAE of jobs/vqvae_oasis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.common import Question, Rate
+
+FORWARD = "the model's forward pass"
+
+
+def questions(_folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
+    for side, rows in ((32, 64), (256, 8)):
+        yield Question(f"Metrics of an image, {side}x{side}", "ms", ways(side, rows), FORWARD)
+
+
+def ways(side: int, rows: int) -> dict[str, Rate]:
+    import torch
+
+    from vaedist.config import Spec, load_job
+    from vaedist.metrics.images import batch_metrics, pair_metrics
+    from vaedist.models.contract import build, model_config
+
+    torch.set_num_threads(1)
+    jobs = Path(__file__).resolve().parents[2] / "jobs"
+    model = build(
+        model_config(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model), Spec(1, side, side, 0), 0
+    )
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randint(0, 256, (rows, 1, side, side), dtype=torch.uint8, generator=generator) for _ in range(2)
+    )
+
+    def milliseconds(call: Callable[[], object]) -> Rate:
+        def measured() -> float:
+            start = time.perf_counter()
+            with torch.no_grad():
+                call()
+            return 1e3 * (time.perf_counter() - start) / rows
+
+        return measured
+
+    return {
+        "vaedist, the whole batch": milliseconds(lambda: batch_metrics(x, y)),
+        "scikit-image, pair by pair": milliseconds(
+            lambda: [pair_metrics(a, b) for a, b in zip(x.numpy(), y.numpy(), strict=True)]
+        ),
+        FORWARD: milliseconds(lambda: model.reconstruct(x)),
+    }
