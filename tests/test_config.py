@@ -40,11 +40,14 @@ MISTAKES = [
         "train.optim.main.schedule={kind: multistep}",
         "the key 'train.optim.main.schedule.milestones' is missing",
     ),
-    ("train.optim.main.schedule.kind=cosin", "'constant', 'cosine', 'multistep', 'plateau'"),
+    (
+        "train.optim.main.schedule.kind=cosin",
+        "did you mean 'cosine'? Valid: constant, cosine, multistep, plateau",
+    ),
     ("train.steps=null", "give exactly one of train.steps and train.epochs"),
     ("train.steps=0", "train.steps: input should be greater than or equal to 1 (it is 0)"),
-    ("train.steps=abc", "train.steps: input should be a valid integer"),
-    ("train.batch_size=1.5", "train.batch_size: input should be a valid integer"),
+    ("train.steps=abc", "train.steps: input should be a whole number"),
+    ("train.batch_size=1.5", "train.batch_size: input should be a whole number"),
     ("train.weights=ema", "train.weights: ema needs train.ema_half_life (in images)"),
     (
         "train.optim.main.learning_rate=-1",
@@ -56,12 +59,12 @@ MISTAKES = [
     ),
     ("train.optim.main.betas=[0.9]", "train.optim.main.betas.1"),
     ("train.monitor.mode=best", "train.monitor.mode: input should be 'min' or 'max' (it is 'best')"),
-    ("train=3", "train: input should be a valid dictionary"),
+    ("train=3", "train: input should be a section of `key: value` lines"),
     ("data.cache=disk", "data.cache: input should be 'none' or 'memory' (it is 'disk')"),
     ("data.lanes=0", "data.lanes: input should be greater than or equal to 1 (it is 0)"),
     ("model.kind=null", "model.kind is missing: name the variant, for example `kind: vqvae`"),
-    ("model=vae", "model: input should be a valid dictionary (it is 'vae')"),
-    ("name=a/b", "name: string should match pattern"),
+    ("model=vae", "model: input should be a section of `key: value` lines (it is 'vae')"),
+    ("name=a/b", "name: input should be letters, digits and . _ - only"),
     ("seed=-1", "seed: input should be greater than or equal to 0 (it is -1)"),
 ]
 

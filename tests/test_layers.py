@@ -37,6 +37,8 @@ HEIGHT = {
     "site": 0,
     "files": -2,
     "errors": -3,
+    "options": -3,
+    "terminal": -4,
 }
 SAME_HEIGHT_ALLOWED = {("training", "metrics")}
 

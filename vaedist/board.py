@@ -8,14 +8,14 @@ port of its own without asking for anything.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from vaedist.errors import EXIT_FINISHED, UserError, door
+from vaedist.options import Parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-board",
         description="Show the curves, pictures, latents and searches below a folder in TensorBoard, and print the "
         "address to open: here, and through ssh from one's own machine. Nobody else on a shared machine can open it. "
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run folder, a search, or a folder of such (default: runs)",
     )
     parser.add_argument(
-        "--port", type=int, default=0, help="default: one that is free, another one each time"
+        "--port", metavar="N", type=int, default=0, help="default: one that is free, another one each time"
     )
     return parser
 

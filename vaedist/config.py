@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from vaedist.settings import FREE, OVERRIDE, Strict, apply_overrides, parse, read_yaml
+from vaedist.settings import FREE, NAME, OVERRIDE, Strict, apply_overrides, parse, read_yaml
 
 
 class Spec(NamedTuple):
@@ -257,7 +257,7 @@ class Train(Strict):
 class Job(Strict):
     """One experiment."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=FREE)
+    name: str = Field("run", pattern=NAME, json_schema_extra=FREE)
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data = Data()
     augment: Augment = Field(Augment(), json_schema_extra=OVERRIDE)

@@ -24,6 +24,8 @@ import sys
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
+from vaedist.terminal import error_line
+
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75
 
@@ -93,7 +95,7 @@ def door(main: Door) -> Door:
         try:
             return main(argv)
         except UserError as error:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            print(error_line(name, error), file=sys.stderr)
             return error.exit_code
         except BrokenPipeError:
             # The reader (`| head`) has gone; there is nobody left to tell.

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.errors import UserError, door
+from vaedist.options import Parser, add_loudness
+from vaedist.terminal import Bars
 
 if TYPE_CHECKING:
     from vaedist.data.index import Index
@@ -22,8 +24,8 @@ SHOWN_PAIRS = 8
 AUDITED = 1000
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-evaluate",
         description="Measure trained models on every image of a split: reconstructions (SSIM, MS-SSIM, PSNR, MSE, "
         "MAE) beside baselines, the terms of the loss, likelihood by importance sampling, latents, codes, priors over "
@@ -119,7 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="all of it as one HTML file, with curves, pictures and settings, to copy and to send",
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU where there is one (default: auto)",
+    )
+    add_loudness(
+        parser,
+        quiet="no progress bars, and no tables: they are in the files",
+        verbose="also say of each stage how long it took",
     )
     return parser
 
@@ -131,20 +141,24 @@ def main(argv: list[str] | None = None) -> int:
 
     from vaedist.metrics.compare import Comparison
     from vaedist.metrics.groups import read_groups
+    from vaedist.training.checkpoint import resolve
 
     files = read_groups(arguments.groups) if arguments.groups else {}
     device = pick_device(arguments.device)
+    for path in arguments.runs:
+        resolve(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
+    tell = teller(arguments)
     folders = _folders(arguments)
     entries: list[Entry] = []
     opened: list[Run] = []
     shown: list[Contents] = []
     for path, out in zip(arguments.runs, folders, strict=True):
         entries.append(_evaluate(path, out, arguments, wanted, files, device, opened, shown))
-        print()
+        tell("")
     if len(entries) > 1:
         comparison = Comparison(entries)
-        print(text := comparison.text())
+        tell(text := comparison.text())
         if arguments.out:
             import json
 
@@ -153,13 +167,18 @@ def main(argv: list[str] | None = None) -> int:
                 "comparison.json": (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(),
                 "comparison.txt": f"{text}\n".encode(),
             }
-            print("\n" + "\n".join(_write(Path(arguments.out), contents)))
+            tell("\n" + "\n".join(_write(Path(arguments.out), contents)))
     if arguments.report:
         from vaedist.reporting.page import page
 
         report = Path(arguments.report)
-        print("\n" + "\n".join(_write(report.parent, {report.name: page(opened, entries, shown)})))
+        tell("\n" + "\n".join(_write(report.parent, {report.name: page(opened, entries, shown)})))
     return 0
+
+
+def teller(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """What shows a line, or nothing with --quiet."""
+    return (lambda _: None) if arguments.quiet else print
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -171,8 +190,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--features is for sample metrics: say with --samples N how many to draw")
     if arguments.report and Path(arguments.report).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report is {arguments.report!r}; it is an HTML file: let it end in .html")
+    for option, folder in (("--out", arguments.out), ("--report", arguments.report)):
+        if folder is not None:
+            _takes_files(option, Path(folder) if option == "--out" else Path(folder).parent)
     if arguments.sampler != "prior" and not (arguments.samples or arguments.audit):
         raise UserError("--sampler is for sample metrics: say with --samples N how many to draw")
+
+
+def _takes_files(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made, before anything is measured for it."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} leads through {there}, which is a file: choose another folder")
 
 
 def _wanted(arguments: argparse.Namespace, device: str) -> Wanted:
@@ -243,7 +272,7 @@ def _evaluate(
     batches = whole_split(index, name, run.job, device=device, limit=arguments.limit)
     whole = whole_split(index, train, run.job, device=device)
     training = Training(whole, index.split(train), run.spec.pixels, print)
-    with _Bars() as bars:
+    with Bars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
         if arguments.sampler == "gmm":
             wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.begin))
         found = examine(
@@ -280,8 +309,9 @@ def _evaluate(
     if run.model.reconstructs:
         contents["pairs.png"] = _pairs(run, batches, found, name)
     written = _write(out or run.folder / "evaluation" / name, contents)
-    print(report(document))
-    print("\n" + "\n".join(written))
+    tell = teller(arguments)
+    tell(report(document))
+    tell("\n" + "\n".join(written))
     opened.append(run)
     if arguments.report:
         from vaedist.reporting.contents import gather
@@ -327,44 +357,10 @@ def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the folder {folder}: {error.strerror}; choose another with --out"
-        ) from None
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
     for name, content in contents.items():
         write_whole(folder / name, content)
     return [f"wrote {folder / name}" for name in contents]
-
-
-class _Bars:
-    """One progress bar after the other; none where nobody looks."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def begin(self, what: str, total: int) -> Callable[[int], None]:
-        import sys
-
-        from tqdm import tqdm
-
-        self.close()
-        bar = self._bar = tqdm(
-            total=total, unit=" images", desc=what, disable=not sys.stderr.isatty(), leave=False
-        )
-
-        def update(done: int) -> None:
-            bar.update(done - bar.n)
-
-        return update
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def pick_device(name: str) -> str:
@@ -373,12 +369,18 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; use --device cpu")
+        raise UserError("there is no CUDA GPU here: use --device cpu, or ask the allocation for one")
     return name
 
 
-def open_data(run: Run, given: str | None, other_data: bool) -> Index:
-    """The packed folder, proven to be the one that the run was trained from unless another is allowed."""
+def open_data(run: Run, given: str | None, other_data: bool | None) -> Index:
+    """The packed folder, proven to be the one that the run was trained from unless another is allowed.
+
+    Args:
+        run: The run.
+        given: Its folder now; None: where the run read it.
+        other_data: Whether another is allowed; None: that is no question here.
+    """
     from vaedist.data.index import INDEX_NAME, Index
 
     if given is None and not (Path(run.data_path) / INDEX_NAME).exists():
@@ -389,8 +391,8 @@ def open_data(run: Run, given: str | None, other_data: bool) -> Index:
     if index.identity != run.data_identity and not other_data:
         raise UserError(
             f"{index.folder} does not hold the data that the run was trained from (data identity "
-            f"{index.identity[:12]}, the run has {run.data_identity[:12]}): give their folder with --data, or allow "
-            "these with --other-data"
+            f"{index.identity[:12]}, the run has {run.data_identity[:12]}): give their folder with --data"
+            + ("" if other_data is None else ", or allow these with --other-data")
         )
     expected = (run.spec.channels, run.spec.height, run.spec.width)
     if index.shape != expected:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 from vaedist.errors import EXIT_FINISHED, door
+from vaedist.options import Parser, add_loudness
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-export",
         description="Put a trained run's chosen weights into a new folder that others can use: with vaedist (every "
         "door opens it like a run, and init_from starts from it), with torch alone (encoder and decoder as programs of "
@@ -29,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-licence", metavar="TEXT", default="", help="of the training images, for the model card"
     )
+    add_loudness(parser)
     return parser
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         data_licence=arguments.data_licence,
     )
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not arguments.quiet:
             print(f"{path.stat().st_size:>12,} bytes  {path}")
     return EXIT_FINISHED
 

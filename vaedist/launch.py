@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaedist.engines.arguments import count
-from vaedist.errors import EXIT_FINISHED, UserError, door
+from vaedist.errors import EXIT_FINISHED, UserError, door, nearest
+from vaedist.options import Parser, count
 
 if TYPE_CHECKING:
     from vaedist.engines.chain import Link, Order
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 VIEWS = ("status", "cancel", "logs")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-launch",
         description="Hand jobs in to Slurm through submitit: one job file or several, a grid of settings and seeds as "
         "a job array, and chains whose links wait for each other's success. A job that runs out of time or is "
@@ -132,7 +132,7 @@ def build_view_parser(view: str) -> argparse.ArgumentParser:
         "cancel": "End every job of a launch that has not ended, with those that would continue it.",
         "logs": "Show the ends of the logs of a launch.",
     }
-    parser = argparse.ArgumentParser(prog=f"vaedist-launch {view}", description=told[view])
+    parser = Parser(prog=f"vaedist-launch {view}", description=told[view])
     parser.add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, help="the launch folder (default: the newest)"
     )
@@ -151,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in VIEWS:
         return _view(words[0], words[1:])
+    if words and words[0].isalpha() and not Path(words[0]).exists():
+        raise UserError(f"there is no job file {words[0]}, and no such view{nearest(words[0], VIEWS)}")
     further: list[str] = []
     if "--" in words:
         words, further = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -166,7 +168,6 @@ def main(argv: list[str] | None = None) -> int:
 def _site(given: str | None, *, local: bool = False) -> tuple[Site, Path]:
     """The site and its file; a bare name is that of a file that comes with vaedist."""
     from vaedist.engines.script import cluster_folder
-    from vaedist.errors import nearest
     from vaedist.site import load_site
 
     named = given or os.environ.get("VAEDIST_SITE") or ("generic" if local else None)
@@ -236,6 +237,7 @@ def _launch(arguments: argparse.Namespace, further: list[str], site: Site, site_
 def _order(arguments: argparse.Namespace, further: list[str], site: Site) -> Order:
     from vaedist.engines import chain
 
+    _check_arguments(arguments, further)
     settings = [word for word in arguments.words if chain.is_setting(word)]
     jobs = [word for word in arguments.words if not chain.is_setting(word)]
     return chain.Order(
@@ -252,6 +254,43 @@ def _order(arguments: argparse.Namespace, further: list[str], site: Site) -> Ord
         sample=arguments.sample,
         space=arguments.space,
     )
+
+
+def _check_arguments(arguments: argparse.Namespace, further: list[str]) -> None:
+    """What the doors of the chain are given: a misspelt option costs nothing here, and hours in a queue.
+
+    Raises:
+        UserError: naming the option of vaedist-launch that holds it.
+    """
+    import shlex
+
+    from vaedist import evaluate, sample, shard, train, tune
+    from vaedist.options import Refused
+
+    doors = {"shard": shard, "train": train, "tune": tune, "evaluate": evaluate, "sample": sample}
+    given = {verb: getattr(arguments, verb) for verb in ("shard", "evaluate", "sample")}
+    lines = {verb: (f"--{verb}", text) for verb, text in given.items() if text is not None}
+    if further:
+        lines["tune" if arguments.space else "train"] = ("--", shlex.join(further))
+    for verb, (option, text) in lines.items():
+        parser: Parser = doors[verb].build_parser()
+        parser.refuses = True
+        first = {"train": ["JOB"], "tune": ["--space", "NAME"], "shard": []}.get(verb, ["RUN"])
+        try:
+            words = [*first, *shlex.split(text)]
+        except ValueError:
+            continue  # told by the chain
+        try:
+            if verb in ("train", "tune"):
+                parser.parse_intermixed_args(words)
+            else:
+                parser.parse_args(words)
+        except Refused as error:
+            raise UserError(f"{option} {text!r}: vaedist-{verb} says: {error}") from None
+    if arguments.space is not None:
+        from vaedist.tuning.space import load_space
+
+        load_space(arguments.space, [word for word in arguments.words if "=" in word])
 
 
 def _scratch(site: Site) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaedist.errors import NotDefined, UserError, door
+from vaedist.options import Parser, add_loudness
+from vaedist.terminal import Bars, coloured
 
 if TYPE_CHECKING:
     from vaedist.metrics.density import Mixture
@@ -42,8 +43,8 @@ _OUTPUTS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-sample",
         description="Draw images from a trained model into one grid (image i depends on the seed, i and its class "
         "alone; a conditional model's grid has a class in each row), show its latent space, or show its "
@@ -167,8 +168,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights", choices=("ema", "raw"), help="which weights (default: what the job says)"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU where there is one (default: auto)",
     )
+    add_loudness(parser, verbose="also say of each stage how long it took")
     parser.add_argument(
         "--info-only", action="store_true", help="print what the run is and its layers, and write nothing"
     )
@@ -180,29 +185,37 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     mode = _check(arguments)
 
-    from vaedist.evaluate import pick_device
+    from vaedist.evaluate import pick_device, teller
     from vaedist.training.run import open_run
 
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
+    tell = teller(arguments)
     if run.collapse:
-        print(f"ALARM: {run.collapse}")
+        tell(f"{coloured('ALARM:', 'yellow')} {run.collapse}")
     if arguments.info_only:
         _info(run)
         return 0
     try:
-        page = _page(run, mode, arguments)
+        with Bars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
+            page = _page(run, mode, arguments, bars)
     except NotDefined as error:
         possible = "; its reconstructions are: --reconstruct FILE ..." if run.model.reconstructs else ""
         told = f"{run.folder} ({run.job.model['kind']}): {error}"
         raise NotDefined(told + (possible if mode == "samples" and not run.model.samples else "")) from None
-    print("\n".join([*page.told, *(f"wrote {path}" for path in page.written)]))
+    tell("\n".join([*page.told, *(f"wrote {path}" for path in page.written)]))
     return 0
 
 
-def _page(run: Run, mode: str, arguments: argparse.Namespace) -> Page:
+def _page(run: Run, mode: str, arguments: argparse.Namespace, bars: Bars) -> Page:
     """Make and write what was asked for."""
     from vaedist.training import show
 
+    between = "sampler gmm" if arguments.sampler == "gmm" else mode
+    if run.model.latent == "codes" and between in ("interpolate", "traverse", "manifold", "sampler gmm"):
+        raise NotDefined(
+            f"--{between} is not defined, because the latent is a map of codes, with nothing between one and the next: "
+            "leave it away"
+        )
     classes = show.class_numbers(run, arguments.classes)
     target = show.Target(arguments.output_path, arguments.npz)
     if mode == "reconstruct":
@@ -223,7 +236,7 @@ def _page(run: Run, mode: str, arguments: argparse.Namespace) -> Page:
     if mode == "manifold":
         side, reach = arguments.frames or MANIFOLD, arguments.temperature
         return show.manifold(run, target, side=side, classes=classes, temperature=reach)
-    sampler = _sampler(run, arguments)
+    sampler = _sampler(run, arguments, bars)
     if mode == "interpolate":
         return show.interpolation(
             run,
@@ -242,6 +255,7 @@ def _page(run: Run, mode: str, arguments: argparse.Namespace) -> Page:
         columns=arguments.grid_size,
         classes=classes,
         tar=arguments.tar,
+        bars=bars,
     )
 
 
@@ -281,7 +295,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _sampler(run: Run, arguments: argparse.Namespace) -> Sampler:
+def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
     from vaedist.metrics.drawing import Sampler
 
     options = {name: getattr(arguments, name) for name in ("top_k", "top_p", "guidance")}
@@ -291,23 +305,17 @@ def _sampler(run: Run, arguments: argparse.Namespace) -> Sampler:
         seed=arguments.seed,
         temperature=arguments.temperature,
         options=given,
-        mixture=_mixture(run, arguments.data) if arguments.sampler == "gmm" else None,
+        mixture=_mixture(run, arguments.data, bars) if arguments.sampler == "gmm" else None,
         codes=bool(arguments.codes),
     )
 
 
-def _mixture(run: Run, data: str | None) -> Mixture:
+def _mixture(run: Run, data: str | None, bars: Bars) -> Mixture:
     """The density stored with the run; fitted now if there is none."""
     from vaedist.evaluate import open_data
     from vaedist.training.density import density
-    from vaedist.training.show import bar
 
-    with contextlib.ExitStack() as exits:
-        return density(
-            run,
-            lambda: open_data(run, data, other_data=False),
-            lambda what, total: exits.enter_context(bar(what, total)),
-        )
+    return density(run, lambda: open_data(run, data, other_data=None), bars.begin)
 
 
 def _info(run: Run) -> None:

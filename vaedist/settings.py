@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from vaedist.errors import UserError, nearest
 
@@ -34,6 +35,17 @@ class Strict(BaseModel):
     """Base of every settings class: unknown keys are refused and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, content: Any) -> Any:
+        """YAML reads `yes`, `on` and `true` as truths, which pydantic would take for a 1."""
+        for name, value in content.items() if isinstance(content, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                types_ = set(_branches(cls.model_fields[name].annotation))
+                if types_ & {int, float} and bool not in types_:
+                    raise PydanticCustomError("truth", "input should be a number", {"name": name, "value": value})
+        return content
 
 
 def number_or(default: str) -> Discriminator:
@@ -97,7 +109,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}; mend that line"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines at the top level")
     return content
@@ -155,6 +169,27 @@ def parse(cls: type[_Model], content: Any, where: str, prefix: str = "") -> _Mod
         raise UserError(f"{where}: {'; '.join(told)}") from None
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What names a run, a search or a site, and so a folder."""
+_SECTION = "input should be a section of `key: value` lines"
+_PLAIN = {
+    "int_parsing": "input should be a whole number",
+    "int_type": "input should be a whole number",
+    "int_from_float": "input should be a whole number",
+    "float_parsing": "input should be a number",
+    "float_type": "input should be a number",
+    "bool_parsing": "input should be true or false",
+    "bool_type": "input should be true or false",
+    "string_type": "input should be text",
+    "dict_type": _SECTION,
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+    "list_type": "input should be a list",
+    "tuple_type": "input should be a list",
+}
+"""pydantic's messages that speak of Python, in words of a YAML file."""
+
+
 def _sentence(cls: type[BaseModel], problem: Any, prefix: str) -> str:
     place = [str(part) for part in problem["loc"]]
     fields, shown = _walk(cls, place)
@@ -166,8 +201,16 @@ def _sentence(cls: type[BaseModel], problem: Any, prefix: str) -> str:
     if problem["type"] == "union_tag_invalid" and problem["ctx"]["discriminator"].endswith("()"):
         kinds = problem["ctx"]["expected_tags"].replace(f"'{NUMBER}', ", "")
         return f"{key}: there is no kind {problem['ctx']['tag']!r}: give a number or one of {kinds}"
+    if problem["type"] == "union_tag_invalid":
+        kinds = [kind.strip(" '") for kind in problem["ctx"]["expected_tags"].split(",")]
+        return f"{key}: there is no kind {problem['ctx']['tag']!r}{nearest(problem['ctx']['tag'], kinds)}"
+    if problem["type"] == "truth":
+        name, value = problem["ctx"]["name"], problem["ctx"]["value"]
+        return f"{key}{'.' if key else ''}{name}: {problem['msg']} (it is {value})"
     message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == NAME:
+        message = "input should be letters, digits and . _ - only, a letter or digit first"
+    message = _PLAIN.get(problem["type"], message[:1].lower() + message[1:])
     if problem["type"] == "value_error" and not key:
         return message
     given = problem["input"]
@@ -187,7 +230,7 @@ def _walk(cls: Any, place: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
             current = tagged
             fields = tuple(tagged[0].model_fields)
             continue
-        if part in (NUMBER, LIST) or not (
+        if part in (NUMBER, LIST, "str", "int", "float", "bool") or not (
             models or any(typing.get_origin(one) in (dict, tuple, list) for one in current)
         ):
             continue  # pydantic's name for a scalar branch of a union

@@ -9,11 +9,12 @@ vaedist-shard DIR --index                   index tars that somebody else wrote
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vaedist.errors import EXIT_FINISHED, DataError, UserError, door
+from vaedist.options import Parser, add_loudness, count, count_or_none, share
+from vaedist.terminal import Bars
 
 if TYPE_CHECKING:
     from vaedist.data.images import Limits
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from vaedist.data.upkeep import Damage
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-shard",
         description="Pack images into WebDataset tars with an index; check, mend or index packed folders.",
         epilog="example: vaedist-shard phantom --out shards/phantom --size 64 --count "
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     packing = parser.add_argument_group("packing")
     packing.add_argument("--out", metavar="DIR", help="the packed folder to make")
     packing.add_argument("--source", metavar="NAME", help="kind of source; default: told by the layout")
-    packing.add_argument("--size", type=_positive, metavar="N", help="side of the square images in pixels")
+    packing.add_argument("--size", type=count, metavar="N", help="side of the square images in pixels")
     packing.add_argument(
         "--fit", choices=("pad", "crop", "stretch"), help="how rectangles become squares (default: pad)"
     )
@@ -55,14 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     packing.add_argument(
         "--codec", choices=("png", "npy"), help="lossless both; npy reads faster (default: png)"
     )
-    packing.add_argument(
-        "--samples-per-shard", type=_positive, metavar="N", help="default: what fits in 64 MB"
-    )
+    packing.add_argument("--samples-per-shard", type=count, metavar="N", help="default: what fits in 64 MB")
     packing.add_argument(
         "--order", choices=("random", "source"), help="order of packing (default: random, seeded)"
     )
     packing.add_argument(
-        "--seed", type=int, metavar="N", help="of order, chosen splits and phantom (default: 0)"
+        "--seed", type=count_or_none, metavar="N", help="of order, chosen splits and phantom (default: 0)"
     )
     packing.add_argument(
         "--subjects",
@@ -71,17 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     packing.add_argument(
         "--validation-fraction",
-        type=_fraction,
+        type=share,
         metavar="F",
         help="share to hold apart, by subject (default: 0.1 where the source has no such split)",
     )
-    packing.add_argument("--test-fraction", type=_fraction, metavar="F", help="likewise (default: 0)")
-    packing.add_argument("--workers", type=_positive, metavar="N", help="processes (default: 1)")
+    packing.add_argument("--test-fraction", type=share, metavar="F", help="likewise (default: 0)")
+    packing.add_argument("--workers", type=count, metavar="N", help="processes (default: 1)")
     packing.add_argument(
         "--skip-bad", action="store_true", help="leave bad files out, listed in rejected.jsonl"
     )
-    packing.add_argument("--max-pixels", type=_positive, metavar="N", help="per image (default: 67,108,864)")
-    packing.add_argument("--max-bytes", type=_positive, metavar="N", help="per file (default: 268,435,456)")
+    packing.add_argument("--max-pixels", type=count, metavar="N", help="per image (default: 67,108,864)")
+    packing.add_argument("--max-bytes", type=count, metavar="N", help="per file (default: 268,435,456)")
     some = parser.add_argument_group("some sources only")
     some.add_argument("--match", metavar="GLOB", help="folder, volume: only paths below INPUT that match")
     some.add_argument(
@@ -98,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=_counts,
         metavar="SPLIT=N,...",
         help="phantom: images (default: train=1024,validate=128,test=128)",
+    )
+    add_loudness(
+        parser,
+        quiet="no progress bar, and no word of what was packed",
+        verbose="also say of each stage how long it took",
     )
     return parser
 
@@ -119,7 +123,9 @@ _ALSO = {
 def _task(arguments: argparse.Namespace) -> str:
     """Which of the four things is asked for; options of another one are refused, not ignored."""
     given = {
-        name for name, value in vars(arguments).items() if value not in (None, False) and name != "input"
+        name
+        for name, value in vars(arguments).items()
+        if value not in (None, False) and name not in ("input", "quiet", "verbose")
     }
     task = "strike" if given & {"strike", "strike_file"} else next((t for t in _ALSO if t in given), "pack")
     if task == "pack":
@@ -135,13 +141,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     from vaedist.data.index import Index
 
     index = Index.open(arguments.input)
-    damages = _damages(index)
-    _describe(index)
+    damages = _damages(index, arguments)
+    tell = _teller(arguments)
+    _describe(index, tell)
     if not damages:
-        print("sound      every byte and image is as it was packed")
+        tell("sound      every byte and image is as it was packed")
         return EXIT_FINISHED
     for damage in damages[:20]:
-        print(f"damaged    {damage}")
+        tell(f"damaged    {damage}")
     more = f" ({len(damages) - 20} more)" if len(damages) > 20 else ""
     if all(damage.key is not None for damage in damages):
         way = f"copy the folder again, or take them out: vaedist-shard {arguments.input} --verify --strike"
@@ -150,11 +157,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     raise DataError(f"{arguments.input}: {len(damages)} damages{more}; first: {damages[0]}; {way}")
 
 
-def _damages(index: Index) -> list[Damage]:
+def _damages(index: Index, arguments: argparse.Namespace) -> list[Damage]:
     from vaedist.data.upkeep import verify
 
-    with _bar(" images") as progress:
-        return verify(index, progress)
+    with _bars(arguments) as bars:
+        return verify(index, bars.of("checking"))
 
 
 def _strike(arguments: argparse.Namespace) -> int:
@@ -172,7 +179,7 @@ def _strike(arguments: argparse.Namespace) -> int:
         if keys:
             raise UserError("--verify --strike strikes what is damaged: leave the keys away")
         reason = "damaged"
-        damages = _damages(index)
+        damages = _damages(index, arguments)
         rest = next((damage for damage in damages if damage.key is None), None)
         if rest is not None:
             raise DataError(
@@ -182,8 +189,9 @@ def _strike(arguments: argparse.Namespace) -> int:
     elif not keys:
         raise UserError("say which samples: --strike KEY..., --strike-file FILE, or --verify --strike")
     struck, count = strike(index, keys, reason)
-    _describe(struck)
-    print(
+    tell = _teller(arguments)
+    _describe(struck, tell)
+    tell(
         f"struck     {count} now, {len(struck.struck)} in all; the data identity was {index.identity[:12]}..."
     )
     return EXIT_FINISHED
@@ -194,30 +202,21 @@ def _index(arguments: argparse.Namespace) -> int:
 
     from vaedist.data.foreign import index_tars
 
-    with _bar(" tars") as progress:
+    with _bars(arguments, "tars") as bars:
         folder = Path(arguments.input)
         index, rejected = index_tars(
-            folder, skip_bad=arguments.skip_bad, limits=_limits(arguments), progress=progress
+            folder, skip_bad=arguments.skip_bad, limits=_limits(arguments), progress=bars.of("indexing")
         )
-    _describe(index)
+    tell = _teller(arguments)
+    _describe(index, tell)
     if rejected:
-        print(f"left out   {rejected} samples: see {folder / 'rejected.jsonl'}")
-    print(f"next       vaedist-train JOB.yaml data.path={folder}")
+        tell(f"left out   {rejected} samples: see {folder / 'rejected.jsonl'}")
+    tell(f"next       vaedist-train JOB.yaml data.path={folder}")
     return EXIT_FINISHED
 
 
-@contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal: a function of (done, in all)."""
-    from tqdm import tqdm
-
-    with tqdm(unit=unit, disable=None, dynamic_ncols=True, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
+def _bars(arguments: argparse.Namespace, unit: str = "images") -> Bars:
+    return Bars(unit, quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
@@ -229,21 +228,22 @@ def _limits(arguments: argparse.Namespace) -> Limits:
 def _pack(arguments: argparse.Namespace) -> int:
     from vaedist.data.shards import pack
 
-    with _bar(" images") as progress:
-        report = pack(_packing(arguments), progress)
+    with _bars(arguments) as bars:
+        report = pack(_packing(arguments), bars.of("packing"))
+    tell = _teller(arguments)
     if report.already:
-        print(f"{arguments.out} is packed already; nothing to do")
-    _describe(report.index)
+        tell(f"{arguments.out} is packed already; nothing to do")
+    _describe(report.index, tell)
     if report.rejected:
-        print(f"left out   {report.rejected} files: see {report.index.folder / 'rejected.jsonl'}")
+        tell(f"left out   {report.rejected} files: see {report.index.folder / 'rejected.jsonl'}")
     if report.twins:
-        print(f"note       {report.twins} images outside train have exactly the pixels of one in train")
+        tell(f"note       {report.twins} images outside train have exactly the pixels of one in train")
     if report.bars[0]:
-        print(
+        tell(
             f"note       black bars make {report.bars[0]} of {report.bars[1]} images looked at square; to cut images "
             "instead pack with --fit crop, to squeeze them with --fit stretch"
         )
-    print(f"next       vaedist-train JOB.yaml data.path={arguments.out}")
+    tell(f"next       vaedist-train JOB.yaml data.path={arguments.out}")
     return EXIT_FINISHED
 
 
@@ -281,12 +281,17 @@ def _packing(arguments: argparse.Namespace) -> Packing:
     )
 
 
-def _describe(index: Index) -> None:
-    """Print what a packed folder holds."""
+def _teller(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """What shows one line, or nothing with --quiet."""
+    return (lambda _: None) if arguments.quiet else print
+
+
+def _describe(index: Index, tell: Callable[[str], None]) -> None:
+    """Tell what a packed folder holds."""
     channels, height, width = index.shape
     colour = "gray" if channels == 1 else f"{channels} channels"
     origin = index.source.get("source", "elsewhere")
-    print(f"packed     {index.folder}: {width} x {height}, {colour}, from {origin}")
+    tell(f"packed     {index.folder}: {width} x {height}, {colour}, from {origin}")
     for split in index.splits.values():
         subjects: set[str] = set()
         for shard in range(len(split.shards)):
@@ -295,33 +300,22 @@ def _describe(index: Index) -> None:
         subjects.discard("")
         told = f", {len(subjects):,} subjects" if subjects else ""
         size = sum(shard.bytes for shard in split.shards) / 2**20
-        print(f"{split.name:<10} {split.count:,} images{told}, {len(split.shards)} shards, {size:.1f} MiB")
+        tell(f"{split.name:<10} {split.count:,} images{told}, {len(split.shards)} shards, {size:.1f} MiB")
     if index.classes:
         shown = ", ".join(index.classes[:12]) + (", ..." if len(index.classes) > 12 else "")
-        print(f"classes    {len(index.classes)}: {shown}")
-    print(f"identity   {index.identity}")
-    print(f"look at    {index.folder / f'contact-{next(iter(index.splits))}.png'}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
-    return value
+        tell(f"classes    {len(index.classes)}: {shown}")
+    tell(f"identity   {index.identity}")
+    tell(f"look at    {index.folder / f'contact-{next(iter(index.splits))}.png'}")
 
 
 def _range(text: str) -> tuple[float, float]:
-    low, _, high = text.partition(":")
-    if not 0 <= float(low) < float(high) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not A:B with 0 <= A < B <= 1")
-    return float(low), float(high)
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B with 0 <= A < B <= 1, such as 0.3:0.7")
+    return low, high
 
 
 def _counts(text: str) -> dict[str, int]:

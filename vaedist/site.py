@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vaedist.errors import UserError
-from vaedist.settings import Strict, apply_overrides, parse, read_yaml
+from vaedist.settings import NAME, Strict, apply_overrides, parse, read_yaml
 
 GpuSyntax = Literal["gres", "gpus_per_node", "typed", "none"]
 ContinueBy = Literal["requeue", "resubmit", "none"]
@@ -42,7 +42,7 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2}):(\d{2})|(\d{1,4}):(\d{2}):(\d{
 class Site(Strict):
     """What every job at one site needs; the fields without a default value in the file are left to Slurm."""
 
-    name: str = Field("site", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("site", pattern=NAME)
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     options = FitOptions(
         override=arguments.override,
         quiet=arguments.quiet,
+        verbose=arguments.verbose,
         command=command,
         attempt=os.environ.get("VAEDIST_ATTEMPT", ""),
         phases=inherited(),
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     run = RunFolder.make(arguments.run_dir or Path("runs") / job.name, new_run=arguments.new_run)
     folder = run.path
     try:
+        run.refuse_strangers("job.yaml")
         from vaedist.engines import local
 
         hang_seconds = local.HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout

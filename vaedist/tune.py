@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaedist.engines.arguments import count, count_or_none
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.options import Parser, add_loudness, count, count_or_none
 
 if TYPE_CHECKING:
     from vaedist.data.index import Index
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 PHANTOM_COUNT = {"train": 1024, "validate": 128, "test": 128}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="vaedist-tune",
         description="Search for good settings of a job on Ray Tune. A search space says which settings are tried and "
         "what number decides; its trials are ordinary runs, and the best one is ready for vaedist-evaluate and "
@@ -33,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "settings",
         metavar="key=value",
         nargs="*",
+        default=[],
         help="settings that replace those of the space's base job, for example train.steps=500",
     )
     what = parser.add_argument_group("what")
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a trial whose process gives no sign of life for so long (stopped, frozen) is killed and starts again; so "
         "is one whose training stands still for four times as long; 0: never (default: 45)",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_loudness(parser)
     parser.add_argument(
         "--print-space", action="store_true", help="print the space with every default, and exit"
     )
@@ -122,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = made.path
     tell = (lambda _: None) if arguments.quiet else _tell
     try:
+        made.refuse_strangers("trials.jsonl")
         index = _data(space, arguments.data, folder)
         from vaedist.engines import raytune
         from vaedist.tuning import results

@@ -359,7 +359,7 @@ def test_damaged_data_end_with_exit_code_3(
         (["--split", "tset"], "did you mean 'test'"),
         (["--data", "nowhere"], "nowhere is not a packed folder"),
         (["--groups", "nowhere.txt"], "cannot read the groups file nowhere.txt"),
-        (["--out", "/dev/null/x"], "cannot make the folder"),
+        (["--out", "/dev/null/x"], "leads through /dev/null, which is a file"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -18,6 +18,7 @@ from vaedist.data.index import Index
 from vaedist.data.stream import EvaluationStream
 from vaedist.pictures import channels_last, code_maps, grid, to_uint8
 from vaedist.sample import main
+from vaedist.terminal import Bars
 from vaedist.training import show
 from vaedist.training.export import export
 from vaedist.training.run import open_run
@@ -240,7 +241,8 @@ def test_a_person_sees_how_far_it_is(
 ) -> None:
     for watched in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
-        with show.bar("drawing", 150) as advance:
+        with Bars() as bars:
+            advance = bars.begin("drawing", 150)
             advance(64)
             advance(150)
         told = capsys.readouterr().err
@@ -268,7 +270,7 @@ def test_a_mistake_leaves_nothing_behind(vae: Path, capsys: pytest.CaptureFixtur
         ("vae", ["--codes"], "codes is not defined, because its latent is made of numbers"),
         ("vae", ["--manifold"], "a picture of two latent numbers and this model has 3"),
         ("vae", ["--traverse", "3"], "there is no latent dimension 3: the model has 0 to 2"),
-        ("vae", ["--interpolate", "0", "none.png"], "none.png cannot be read"),
+        ("vae", ["--interpolate", "0", "none.png"], "there is no image file 'none.png'"),
         ("vae", ["--frames", "5"], "--frames has no meaning for samples"),
         ("vae", ["--traverse", "0", "--frames", "1"], "--frames is 1; give at least 2"),
         ("vae", ["--traverse", "0", "--tar", "t"], "--tar has no meaning with --traverse"),
@@ -277,9 +279,13 @@ def test_a_mistake_leaves_nothing_behind(vae: Path, capsys: pytest.CaptureFixtur
         ("cvae", ["--class", "horse"], "the model knows no class 'horse'"),
         ("cvae", ["--class", "99"], "the model knows no class '99'"),
         ("cvae", ["--class", "0", "--class", "1", "--manifold"], "--class is given 2 times"),
-        ("vqvae", ["--traverse", "0"], "decode is not defined, because the latent is a map of codes"),
-        ("prior", ["--sampler", "gmm"], "encode is not defined, because the latent is a map of codes"),
-        ("prior", ["--interpolate", "0", "1"], "decode is not defined, because the latent is a map of codes"),
+        ("vqvae", ["--traverse", "0"], "--traverse is not defined, because the latent is a map of codes"),
+        ("prior", ["--sampler", "gmm"], "--sampler gmm is not defined, because the latent is a map of codes"),
+        (
+            "prior",
+            ["--interpolate", "0", "1"],
+            "--interpolate is not defined, because the latent is a map of codes",
+        ),
         ("prior", ["--top-k", "0"], "--top-k is 0; give at least 1"),
         ("prior", ["--top-p", "1.5"], "top_p is 1.5"),
     ],

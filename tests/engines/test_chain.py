@@ -134,7 +134,7 @@ def test_a_search(order: Order) -> None:
         ({"jobs": ("tiny.yaml", "tiny.yaml")}, "two of these would train in one folder"),
         ({"further": ("--run-dir=x",)}, "would put all runs in one folder"),
         ({"seeds": tuple(range(1001))}, "a job array holds 1000"),
-        ({"space": "infovae"}, "job files has no place beside it"),
+        ({"space": "infovae"}, "a job file has no place beside it"),
         ({"space": "infovae", "jobs": (), "seeds": (1,)}, "--seeds has no place beside it"),
     ],
 )

@@ -79,7 +79,7 @@ def index_tars(
         UserError: no tars, a damaged or compressed one, a sample that cannot be used.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
+        raise UserError(f"{folder} is not a folder: give the one that holds the tars")
     if (folder / INDEX_NAME).exists():
         raise UserError(f"{folder} has an {INDEX_NAME} already: remove it to index the tars anew")
     tars = sorted((*folder.glob("*.tar"), *folder.glob("*/*.tar")), key=lambda one: natural(str(one)))
@@ -87,7 +87,9 @@ def index_tars(
         packed = next(
             (one.name for end in ("gz", "bz2", "xz", "zst") for one in folder.glob(f"*.tar.{end}")), None
         )
-        tail = f": {packed} is compressed, and samples are read by offset; unpack it first" if packed else ""
+        tail = ": give the folder that holds the tars"
+        if packed:
+            tail = f": {packed} is compressed, and samples are read by offset; unpack it first"
         raise UserError(f"{folder} holds no *.tar{tail}")
     bad, limits = Bad(skip_bad), limits or Limits()
     rows: dict[Path, list[_Row]] = {}

@@ -207,7 +207,7 @@ def open_fitting(path: str | Path, shape: tuple[int, int, int], fit: Fit) -> Pic
     try:
         picture = to_channels(decode(read_file(path, limits), limits), channels, convert=True)
     except BadImage as error:
-        raise UserError(f"{path} {error}") from None
+        raise UserError(f"{path} {error}: give an image file (png, jpg, ...)") from None
     if height == width:
         return channels_first(fit_square(picture, height, fit))
     return channels_first(resize(picture, height, width))

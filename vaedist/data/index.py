@@ -313,8 +313,12 @@ class Index:
         path = folder / INDEX_NAME
         try:
             told = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            what = "no such folder" if not folder.is_dir() else f"it has no {INDEX_NAME}"
+        except (FileNotFoundError, NotADirectoryError):
+            what = f"it has no {INDEX_NAME}" if folder.is_dir() else "no such folder"
+            if folder.is_file():
+                raise UserError(
+                    f"{folder} is a file: give the packed folder, which holds {INDEX_NAME}"
+                ) from None
             raise UserError(
                 f"{folder} is not a packed folder ({what}); make it with `vaedist-shard INPUT --out {folder}`"
             ) from None
@@ -366,7 +370,7 @@ class Index:
         if name not in self.splits:
             raise UserError(f"{self.folder} has no split {name!r}{nearest(name, self.splits)}")
         if not self.splits[name].count:
-            raise UserError(f"the split {name!r} of {self.folder} is empty")
+            raise UserError(f"the split {name!r} of {self.folder} is empty: name another one, or pack again")
         return self.splits[name]
 
     def samples(self) -> Iterator[tuple[str, str, int, bytes]]:

@@ -97,9 +97,11 @@ def read_subject_map(path: Path) -> dict[str, str]:
     try:
         text = path.read_text("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read the subject map {path}: {error.strerror}") from None
+        raise UserError(
+            f"cannot read the subject map {path}: {error.strerror}; give the path of a table"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"the subject map {path} is not UTF-8 text") from None
+        raise UserError(f"the subject map {path} is not UTF-8 text: save it as a CSV file") from None
     delimiter = next((sign for sign in ",;\t" if sign in text), None)
     column, found = None, dict[str, str]()
     for number, line in enumerate(text.splitlines(), start=1):
@@ -223,7 +225,8 @@ def choose_splits(
         while share > 0 and (taken < wanted or taken == 0):
             if len(queue) < 2:
                 raise UserError(
-                    f"{share:g} of {len(free)} images cannot become {name!r}: there are {len(names)} subjects in all"
+                    f"{share:g} of {len(free)} images cannot become {name!r}: there are {len(names)} subjects in "
+                    "all, and some have to stay in train; hold a smaller share apart"
                 )
             unit = queue.pop()
             taken += len(unit)

@@ -102,6 +102,7 @@ def pack(options: Packing, progress: Progress | None = None) -> Report:
     Raises:
         UserError: bad input (unless `skip_bad`), a folder that holds something else, or a full disk.
     """
+    _refuse(options)
     with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         workspace = options.out / WORKSPACE
@@ -115,7 +116,7 @@ def pack(options: Packing, progress: Progress | None = None) -> Report:
                 return _pack(options, workspace, finished, progress)
             finally:
                 # Finished, or nothing worth going on from: an empty folder is not left behind either.
-                if (options.out / INDEX_NAME).exists() or os.listdir(workspace) == ["lock"]:
+                if (options.out / INDEX_NAME).exists() or set(os.listdir(workspace)) <= {"lock", "plan.json"}:
                     shutil.rmtree(workspace, ignore_errors=True)
                     with suppress(OSError):
                         options.out.rmdir()
@@ -128,7 +129,12 @@ def _pack(options: Packing, workspace: Path, finished: bool, progress: Progress 
     bad = Bad(options.skip_bad)
     items = planning.usable(source.items(), bad)
     if not items:
-        raise UserError(f"{options.input} holds no image that can be packed (source {name})")
+        wrong = (
+            "no path in it fits --match"
+            if options.settings.match
+            else "give another folder, or another --source"
+        )
+        raise UserError(f"{options.input} holds no image that can be packed (source {name}): {wrong}")
     if options.subjects is not None:
         items = planning.map_subjects(items, planning.read_subject_map(options.subjects), options.subjects)
     items = planning.part_subjects(items, bad)
@@ -168,6 +174,21 @@ def _pack(options: Packing, workspace: Path, finished: bool, progress: Progress 
     unasked = options.size is not None and options.fit is None and "fit" in find(name).OPTIONS
     bars = barred(source, items) if unasked else (0, 0)
     return Report(index, len(bad.problems), twins(index), bars=bars)
+
+
+def _refuse(options: Packing) -> None:
+    """Refuse what is wrong whatever the source holds, before a folder is made."""
+    out, given = options.out.absolute(), Path(options.input).absolute()
+    if options.input != "phantom" and given.is_dir() and given in out.parents:
+        raise UserError(
+            f"--out {options.out} lies in {options.input}, which is packed: give a folder beside it"
+        )
+    largest = options.settings.limits.pixels
+    if options.size is not None and options.size**2 > largest:
+        raise UserError(
+            f"--size {options.size} makes images of {options.size**2:,} pixels, more than {largest:,}: give a smaller "
+            "one, or allow more with --max-pixels"
+        )
 
 
 # Before writing ----------------------------------------------------------------------------------------------
@@ -428,7 +449,9 @@ def writing(out: Path) -> Iterator[None]:
                 f"no space left for {out} ({error.strerror}); whole shards are kept: make room, and the same "
                 "command continues"
             ) from None
-        raise UserError(f"cannot use {place}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot use {place}: {error.strerror or error}; give another folder with --out"
+        ) from None
 
 
 @contextmanager

@@ -134,7 +134,10 @@ def read_keys(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the keys in {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(
+            f"cannot read the keys in {path}: {reason}; give a text file with a key on each line"
+        ) from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -166,7 +169,8 @@ def strike(index: Index, keys: Iterable[str], reason: str = "asked for") -> tupl
                     missing.discard(key)
     if missing:
         raise UserError(
-            f"{index.folder} has no sample {sorted(missing)[0]!r} ({len(missing)} keys are not in it)"
+            f"{index.folder} has no sample {sorted(missing)[0]!r} ({len(missing)} of the keys are not in it): "
+            "vaedist-shard DIR --verify names samples as they are called"
         )
     if not found:
         return index, 0

@@ -1,6 +1,6 @@
 """The command line of vaedist-train, for its door and for the supervisor of a batch job, which must understand it too.
 
-It loads nothing but argparse.
+It loads nothing but argparse and our own parser on top of it.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vaedist.options import Parser, add_loudness, count, count_or_none
 
-def train_parser() -> argparse.ArgumentParser:
+
+def train_parser() -> Parser:
     """The parser; positional arguments and options may be mixed (`parse_intermixed_args`)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vaedist-train",
         description="Train the model of a job file on packed shards; the same command continues a stopped run.",
         epilog="Exit codes: 0 finished, or nothing was left to do; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C, or "
@@ -24,6 +26,7 @@ def train_parser() -> argparse.ArgumentParser:
         "settings",
         metavar="key=value",
         nargs="*",
+        default=[],
         help="settings that replace those of the file, for example train.steps=1000 model.codebook.size=512",
     )
     place = parser.add_argument_group("where")
@@ -87,20 +90,15 @@ def train_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accept changed learning rates and loss weights when continuing a run; the change is recorded",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_loudness(
+        parser, verbose="also say which libraries it runs on, and of each checkpoint that it is written"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--print-job", action="store_true", help="print the job with every default, and exit")
     only.add_argument(
         "--summary", action="store_true", help="print the model's layers and parameter counts, and exit"
     )
     return parser
-
-
-def count(text: str) -> int:
-    """The type of an option that is a number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 def _workers(text: str) -> int | tuple[int, int]:
@@ -114,10 +112,3 @@ def _workers(text: str) -> int | tuple[int, int]:
     if span[0] > span[1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, two numbers such as 1:4")
     return span[0] if span[0] == span[1] else span
-
-
-def count_or_none(text: str) -> int:
-    """The type of an option that is a number of 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return int(text)

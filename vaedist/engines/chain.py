@@ -212,7 +212,7 @@ def _after(verb: str, model: Task, given: str) -> Task:
 
 def _tune(order: Order) -> Link:
     assert order.space is not None
-    foreign = {"job files": order.jobs, "--seeds": order.seeds, "--grid": order.grid}
+    foreign = {"a job file": order.jobs, "--seeds": order.seeds, "--grid": order.grid}
     for name, value in foreign.items():
         if value:
             raise UserError(
@@ -257,7 +257,7 @@ def _check_models(jobs: Iterable[Job]) -> None:
     from vaedist.models.contract import model_config  # it loads torch
 
     for job in jobs:
-        model_config(job.model)
+        model_config(job.model, f"job {job.name!r}")
 
 
 def _different(runs: Sequence[Path | None]) -> None:

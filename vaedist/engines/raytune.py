@@ -102,9 +102,13 @@ def run(
             return sweep
         exits.enter_context(environment(_KNOBS))
         want = Want(workers, _ANY_NUMBER, space.resources.cpus, space.resources.gpus, device)
-        found = exits.enter_context(cluster(want))
-        gpus, room = want.place(nodes())
-        slots = at_once(room, workers, concurrent)
+        try:
+            found = exits.enter_context(cluster(want))
+            gpus, room = want.place(nodes())
+            slots = at_once(room, workers, concurrent)
+        except UserError:
+            sweep.record.discard()
+            raise
         asked = exits.enter_context(stop.StopRequest(None, ""))
         work = exits.enter_context(trains.work_folder(folder))
         orders = {

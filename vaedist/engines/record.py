@@ -75,7 +75,8 @@ def make(folder: Path, group: str | None = None) -> None:
         UserError: it cannot be made, or others may write where it is to be.
     """
     try:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # a file, of which mkdir below says so
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_writable(folder.parent)
         folder.mkdir(mode=0o700)
         if group is not None:

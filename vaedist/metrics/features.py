@@ -87,7 +87,9 @@ class Extractor:
         try:
             digest = _sha256(path)
         except OSError as error:
-            raise UserError(f"cannot read the feature extractor {path}: {error.strerror}") from None
+            raise UserError(
+                f"cannot read the feature extractor {path}: {error.strerror}; give a TorchScript file"
+            ) from None
         tell(f"{path} holds code, and it runs in this process as you: use files you trust (sha256 {digest})")
         try:
             with warnings.catch_warnings():
@@ -95,7 +97,7 @@ class Extractor:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 module = torch.jit.load(str(path), map_location=device)
         except (RuntimeError, ValueError, OSError) as error:
-            told = str(error).strip().splitlines()
+            told = str(error).strip().split(". ")[0].splitlines()  # torch goes on with what may be the cause
             raise UserError(
                 f"{path} is not a TorchScript file ({told[0] if told else 'unreadable'}): "
                 "save one with torch.jit.script(module).save(path)"

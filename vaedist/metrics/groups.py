@@ -35,7 +35,9 @@ def read_groups(path: str | Path) -> dict[str, dict[str, str]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"cannot read the groups file {path}: {reason}") from None
+        raise UserError(
+            f"cannot read the groups file {path}: {reason}; give a text file of lines `case group ...`"
+        ) from None
     names: list[str] | None = None
     groups: list[dict[str, str]] = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -20,6 +20,7 @@ class FitOptions:
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
         hang_seconds: After how long a rank that stands still is ended (`vaedist.training.pulse`); 0: never.
+        verbose: On the console also the libraries, and each checkpoint.
         phases: Of this start so far (`vaedist.training.startup`); None: it replaces a group that was lost.
     """
 
@@ -32,6 +33,7 @@ class FitOptions:
     command: tuple[str, ...] = ()
     hang_seconds: float = 0.0
     phases: tuple[tuple[str, float], ...] | None = None
+    verbose: bool = False
 
 
 @dataclass(frozen=True)

@@ -254,10 +254,9 @@ def load(path: Path) -> Loaded:
     try:
         return _read(Path(path))
     except Damaged as reason:
-        others = [other.name for other in _scan(Path(path).parent) if other != Path(path)]
-        raise UserError(
-            f"checkpoint {path} is damaged ({reason}); others beside it: {', '.join(others) or 'none'}"
-        ) from None
+        others = ", ".join(str(other) for other in _scan(Path(path).parent) if other != Path(path))
+        way = f"give another: {others}" if others else "there is no other: train again"
+        raise UserError(f"checkpoint {path} is damaged ({reason}); {way}") from None
 
 
 def resolve(path: str | Path) -> Path:
@@ -267,6 +266,7 @@ def resolve(path: str | Path) -> Path:
         UserError: there is none.
     """
     given = Path(path).expanduser()
+    given = given.parent if given.name == "checkpoints" and _scan(given) else given
     if (given / MANIFEST).is_file() or (given.is_dir() and _NAME.fullmatch(given.name)):
         return given
     if not given.is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vaedist.errors import UserError
-from vaedist.files import as_json, room, temporary
+from vaedist.files import as_json, room, temporary, writable
 from vaedist.training.card import card
 from vaedist.training.checkpoint import Checkpoints, chosen_weights, load
 from vaedist.training.density import density_path
@@ -68,7 +68,8 @@ def export(
     kept["ema" if opened.weights == "ema" else "model"] = chosen_weights(state, opened.weights)
     density = density_path(opened)
 
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with writable(folder):
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     scratch = temporary(folder.absolute())
     try:
         with room("the export", folder.absolute().parent):

@@ -47,6 +47,8 @@ from vaedist.files import as_json, replace_file, room
 
 log = logging.getLogger("vaedist")
 
+_MAY_BE_THERE = re.compile(r"\.|lock|stop$|stuck|ray|.*\.(?:log|out|err)$")
+"""What a folder may hold before a run has begun in it: a start that failed, or the log of the job that trains in it."""
 _TIME_IN_NAME = re.compile(r"\.\d{10}\.")
 _LIBRARIES = (
     "torch",
@@ -88,8 +90,8 @@ def _shown(value: Any) -> str:
 class RunFolder:
     """The files of one run. Only the holder of its lock writes."""
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        self.path, self.fresh = path, fresh
+    def __init__(self, path: Path, *, fresh: bool = False, parents: Sequence[Path] = ()) -> None:
+        self.path, self.fresh, self._parents = path, fresh, parents
         self.tensorboard = path / "tensorboard"
         self.metrics = path / "metrics.jsonl"
         self.table = path / "metrics.csv"
@@ -107,6 +109,7 @@ class RunFolder:
         """
         wanted = Path(path).expanduser()
         try:
+            parents = [place for place in wanted.parents if not place.exists()]  # innermost first
             wanted.parent.mkdir(parents=True, exist_ok=True)
             number = 1
             while True:
@@ -123,7 +126,7 @@ class RunFolder:
                         continue
                     if not any(place.iterdir()):
                         place.chmod(0o700)
-                return cls(place, fresh=fresh)
+                return cls(place, fresh=fresh, parents=parents)
         except OSError as error:
             reason = error.strerror
             raise UserError(
@@ -131,10 +134,33 @@ class RunFolder:
             ) from None
 
     def discard(self) -> None:
-        """Take the folder away again if it was made for a start that wrote nothing into it."""
+        """Take the folder away again if it was made for a start that wrote nothing into it, and so its parents."""
         if self.fresh:
+            with contextlib.suppress(OSError):
+                (self.path / "checkpoints").rmdir()
             with contextlib.suppress(OSError):  # not empty: something was written
-                self.path.rmdir()
+                for place in (self.path, *self._parents):
+                    place.rmdir()
+
+    def refuse_strangers(self, ours: str) -> None:
+        """Refuse a folder that holds something else than what is to be continued in it.
+
+        Args:
+            ours: `job.yaml` of a run, or `trials.jsonl` of a search: what tells that the folder is one.
+
+        Raises:
+            UserError: it holds the other one, packed data, or files that are not ours.
+        """
+        told = {"job.yaml": "a training run", "trials.jsonl": "a search", "index.json": "packed data"}
+        names = [] if self.fresh else sorted(path.name for path in self.path.iterdir())
+        if ours in names:
+            return
+        what = next((told[name] for name in told if name in names), None)
+        if what is None and not self.has_run:
+            strange = [name for name in names if not _MAY_BE_THERE.match(name)]
+            what = f"{strange[0]!r}, which is not of a run" if strange else None
+        if what is not None:
+            raise UserError(f"{self.path} holds {what}: give a new folder with --run-dir")
 
     @property
     def has_run(self) -> bool:
@@ -276,6 +302,12 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def libraries() -> str:
+    """One line: vaedist, its commit, Python and the libraries that numbers depend on."""
+    found = {"vaedist": vaedist.__version__, "commit": git_commit(), "Python": platform.python_version()}
+    return ", ".join(f"{name} {version}" for name, version in (found | _libraries()).items() if version)
 
 
 @functools.cache

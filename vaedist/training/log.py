@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from vaedist.config import Job
 from vaedist.files import room, temporary
 from vaedist.pictures import figure
+from vaedist.terminal import coloured, progress_bar
 from vaedist.training.folder import RunFolder
 from vaedist.training.table import Table
 
@@ -58,6 +58,9 @@ class Silent:
 
     def validate(self, step: int, scalars: Mapping[str, float], *, best: bool = False) -> None:
         """Numbers over the whole validation split; `best`: they are the best so far."""
+
+    def alarm(self, text: str) -> None:
+        """A line that a person should look at."""
 
     def images(self, step: int, tag: str, grid: NDArray[np.uint8]) -> None:
         """A picture for TensorBoard: (H, W) or (H, W, C), C = 1 or 3."""
@@ -98,7 +101,6 @@ class Log(Silent):
     ) -> None:
         # Importing TensorBoard takes a second or more; only the process that writes pays for it.
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         self.run, self.total_steps, self.start_step = run, total_steps, start_step
         self.quiet, self.console = quiet, console or sys.stdout
@@ -109,11 +111,7 @@ class Log(Silent):
         self._board: Any = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self._bar: Any = None
         if not quiet and console is None and sys.stderr.isatty():
-            # Terminals without a size (`docker run -t`, for one) would get a bar of no width.
-            size = shutil.get_terminal_size((100, 24))
-            self._bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", ncols=size.columns, nrows=size.lines
-            )
+            self._bar = progress_bar(total_steps, "step", initial=start_step)
         if start_step == 0:
             self._hparams(job)
         self._began = self._tick = time.monotonic()
@@ -131,6 +129,9 @@ class Log(Silent):
             self._bar.write(text)
         else:
             print(text, file=self.console, flush=True)
+
+    def alarm(self, text: str) -> None:
+        self.message(f"{coloured('ALARM:', 'yellow', self.console)} {text}")
 
     def train(
         self, step: int, scalars: Mapping[str, float], *, images: int, epoch: float, wait_seconds: float
@@ -156,7 +157,8 @@ class Log(Silent):
     def validate(self, step: int, scalars: Mapping[str, float], *, best: bool = False) -> None:
         self._write(step, "validate", scalars)
         shown = "  ".join(f"{name} {value:.6g}" for name, value in scalars.items())
-        self.message(f"{_clock()}  step {step}  validation  {shown}{'  (best so far)' if best else ''}")
+        mark = coloured("  (best so far)", "green", self.console) if best else ""
+        self.message(f"{_clock()}  step {step}  validation  {shown}{mark}")
 
     def images(self, step: int, tag: str, grid: NDArray[np.uint8]) -> None:
         with room("the log", self.run.path):

@@ -32,7 +32,7 @@ from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.average import WeightAverage
 from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
 from vaedist.training.dist import Group, GroupLaneContext
-from vaedist.training.folder import Change, RunFolder
+from vaedist.training.folder import Change, RunFolder, libraries
 from vaedist.training.inputs import Inputs
 from vaedist.training.lock import RunLock
 from vaedist.training.log import Log, Silent
@@ -45,7 +45,7 @@ from vaedist.training.startup import told as told_of_start
 from vaedist.training.step import Stepper
 from vaedist.training.stop import StopRequest
 from vaedist.training.tokens import code_shards, settled
-from vaedist.training.validate import check_monitor, validate
+from vaedist.training.validate import check_monitor, check_monitored_term, validate
 from vaedist.training.watch import Watch
 
 Report = Callable[[dict[str, float]], None]
@@ -173,6 +173,8 @@ def _fit(
         source, job.data.validation_split, batch_size=batch_size, device=group.device, **reading
     )
 
+    check_monitored_term(job, model, held_out)
+
     # What a model measures on the data before its first step.
     if beginning.prepares:
         ctx = GroupLaneContext(
@@ -215,6 +217,8 @@ def _fit(
         )
         log = Log(run, job, total_steps=total, start_step=start, quiet=options.quiet)
         log.summary(_summary(job, index, stream, model, group, options, beginning, start, total))
+        if options.verbose:
+            log.message(libraries())
         if beginning.report:
             log.message("\n".join(beginning.report))
     exits.enter_context(_closed(log))
@@ -240,6 +244,8 @@ def _fit(
             "data": data_section(index),
         }
         committer.submit(_on_cpu(state), step, best)
+        if options.verbose:
+            log.message(f"step {step}: a checkpoint goes to {folder / 'checkpoints'}")
 
     # The loop. `done` counts finished steps; global batch `done` is the next one to take.
     batches = stream.batches(start)

@@ -55,7 +55,7 @@ class Differences(NamedTuple):
 def resolved(job: Job) -> Job:
     """The job with every default filled in: the variant's settings, the lanes, the chosen weights. Idempotent."""
     content = job.model_dump(mode="json")
-    content["model"] = model_config(job.model).model_dump(mode="json")
+    content["model"] = model_config(job.model, f"job {job.name!r}").model_dump(mode="json")
     content["data"]["lanes"] = job.data.lanes or default_lanes(job.train.batch_size)
     content["train"]["weights"] = job.train.chosen_weights
     content["train"]["monitor"]["metric"] = _monitor(job.train.monitor)

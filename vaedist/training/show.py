@@ -7,8 +7,7 @@ written part by part, so that memory does not grow with their number.
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from vaedist.pictures import (
     png_bytes,
     write_whole,
 )
+from vaedist.terminal import Bars
 from vaedist.training.inputs import Inputs
 from vaedist.training.run import Run
 
@@ -92,6 +92,7 @@ def samples(
     columns: int,
     classes: Sequence[int] | None = None,
     tar: str | None = None,
+    bars: Bars | None = None,
 ) -> Page:
     """Samples 0 .. count - 1 in a grid, and as many as are asked for in arrays and tars.
 
@@ -103,6 +104,7 @@ def samples(
         columns: Of the grid.
         classes: Of the rows, which take turns; default: of a conditional model all.
         tar: A folder for tars.
+        bars: Show how far it is; default: nothing.
     """
     if classes is None and run.model.conditional:
         classes = range(len(run.classes))
@@ -111,7 +113,7 @@ def samples(
     with contextlib.ExitStack() as stack:
         npz = stack.enter_context(NpzWriter(target.npz)) if target.npz else None
         shards = stack.enter_context(_shards(run, sampler, tar)) if tar else None
-        advance = stack.enter_context(bar("drawing", count))
+        advance = (bars or Bars(quiet=True)).begin("drawing", count)
         for first in range(0, count, TOGETHER):
             numbers = range(first, min(count, first + TOGETHER))
             labels = None if classes is None else [classes[i // columns % len(classes)] for i in numbers]
@@ -197,6 +199,10 @@ def interpolation(
     told = None if label is None else [label]
     places = []
     for end in ends:
+        if not end.isdecimal() and not Path(end).exists():
+            raise UserError(
+                f"--interpolate: there is no image file {end!r}: give one, or the number of a sample"
+            )
         if end.isdecimal():
             places.append(sampler.latents(1, int(end), told)[0])
             continue
@@ -313,19 +319,6 @@ def reconstructions(
 
 
 # Around it ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that is told how many images are done; nothing where nobody looks."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=" images", desc=what, disable=not sys.stderr.isatty(), leave=False) as shown:
-
-        def update(done: int) -> None:
-            shown.update(done - shown.n)
-
-        yield update
 
 
 def _arrays(target: Target, **arrays: np.ndarray) -> list[str]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from vaedist.config import Job
+from vaedist.context import SampleContext
 from vaedist.data.stream import EvaluationStream, slice_bounds
-from vaedist.errors import NotDefined, UserError
+from vaedist.errors import NotDefined, UserError, nearest
 from vaedist.metrics.distribution import is_sample_metric, pick, plain, sample_metrics
 from vaedist.models.contract import Posterior, Variant
 from vaedist.pictures import as_numpy, to_uint8
@@ -193,6 +194,32 @@ def check_monitor(job: Job, model: Variant) -> None:
             f"train.monitor.metric is {metric!r}, which compares images, but this model is validated on codes: "
             "monitor a term of its loss, such as loss"
         )
+
+
+def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) -> None:
+    """Refuse a monitor that is no term of the model, by its terms on the first batch, before hours are trained for it.
+
+    Each rank looks for itself. Every model has a loss, the default, so most runs compute nothing here.
+
+    Raises:
+        UserError: naming the terms that there are.
+    """
+    metric = job.train.monitor.metric
+    if metric == "loss" or is_sample_metric(metric):
+        return
+    batch = next(iter(batches))
+    samples = batch["sample"]
+    ctx = SampleContext(seed=job.seed, samples=samples, device=batch["mask"].device)
+    batch = Inputs(job)(batch, ctx)
+    model.eval()
+    known = {"active_units"} if model.latent in ("vector", "map") else set()
+    for phase in model.phases:
+        ctx.phase = phase
+        with torch.no_grad(), precision(job, batch["mask"].device):
+            terms = model(batch, ctx)
+        known |= {name if len(model.phases) == 1 else f"{name}/{phase}" for name in terms}
+    if metric not in known:
+        raise UserError(f"train.monitor.metric: unknown metric {metric!r}{nearest(metric, known)}")
 
 
 def _sample_quality(model: Variant, real: Tensor, job: Job, group: Group) -> dict[str, float]:

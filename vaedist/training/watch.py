@@ -88,7 +88,7 @@ class Watch:
         """Say it when it begins, grows, shrinks or ends; not again at every validation."""
         now = self.collapse
         if now is not None and (before is None or before.active != now.active):
-            self.log.message(f"ALARM: {now}")
+            self.log.alarm(str(now))
         elif now is None and before is not None:
             self.log.message(f"step {step}: all {before.units} latent {before.what} are active again")
 

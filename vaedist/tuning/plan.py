@@ -44,6 +44,7 @@ def plan(space: Space, index: Index) -> Plan:
     data = str(index.folder)
     base = space.job({}, data, space.name)
     _objectives_exist(space, base, index)
+    _models_exist(space, index)
     length = steps(base, index)
     ends = schedules_end(space, index)
     doubt = _too_short(space, base, length, ends)
@@ -128,6 +129,17 @@ def _corners(space: Space) -> Iterator[dict[str, Setting]]:
                 parts = [(place + 0.5) / count for place in range(count)]
             for part in parts:
                 yield space.settings_of({**ends, key: part})
+
+
+def _models_exist(space: Space, index: Index) -> None:
+    """Refuse a space none of whose corners makes a model, as a misspelt key of it makes none."""
+    first: UserError | None = None
+    for settings in _corners(space):
+        try:
+            return try_out(space, settings, index)
+        except UserError as error:
+            first = first or error
+    raise UserError(f"space {space.name!r}: none of its settings makes a model: {first}")
 
 
 def _objectives_exist(space: Space, base: Job, index: Index) -> None:

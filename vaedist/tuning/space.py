@@ -34,7 +34,7 @@ from pydantic import Field, model_validator
 import vaedist
 from vaedist.config import Job, one_length
 from vaedist.errors import UserError, nearest
-from vaedist.settings import FREE, Strict, apply_overrides, expand, parse, read_yaml
+from vaedist.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
 from vaedist.training.folder import Change
 
 Setting = bool | int | float | str
@@ -266,7 +266,7 @@ class Resources(Strict):
 class Space(Strict):
     """A search space. Keys marked free may change while a search goes on."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     data: SpaceData = Field(json_schema_extra=FREE)
     base: dict[str, Any] = Field(description="A job without data.path, or the path of a job file.")
     dimensions: dict[str, Dimension] = Field(min_length=1)

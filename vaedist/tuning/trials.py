@@ -114,6 +114,11 @@ class Record:
         sync_folder(folder)
         return record
 
+    def discard(self) -> None:
+        """Take the record away again where nothing has been proposed: the search did not come to its first trial."""
+        if not self.trials:
+            (self.folder / NAME).unlink(missing_ok=True)
+
     def mend(self) -> None:
         """Cut off a line that a kill has torn, so that the next one does not continue it."""
         path = self.folder / NAME

@@ -121,7 +121,11 @@ def detect(path: Path) -> str:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
     best = max(scores, key=lambda name: scores[name])
     if scores[best] <= 0:
-        raise UserError(f"{path} holds nothing that can be packed: no images, idx files or volumes")
+        if path.is_file():
+            raise UserError(f"{path} is a file: give the folder that holds it")
+        raise UserError(
+            f"{path} holds nothing that can be packed (images, idx files or volumes): give another folder"
+        )
     return best
 
 

@@ -59,6 +59,7 @@ def open_source(path: Path, settings: Settings) -> OasisSource:
     top = _top(path)
     if top is None:
         raise UserError(
-            f"{path} has no folder keras_png_slices_train, _validate or _test, nor has a folder in it"
+            f"{path} has no folder keras_png_slices_train, _validate or _test, nor has a folder in it: give the one "
+            "that holds them, or leave --source away"
         )
     return OasisSource(top, settings)
