@@ -14,6 +14,7 @@ with the error's code; a traceback therefore always means a bug of ours.
 | 5 | a worker process died (killed, out of memory); the same command continues from the last checkpoint |
 | 6 | the run folder takes no more files (disk or quota full, read-only); once mended, the same command continues |
 | 75 | stopped on request after saving a checkpoint; the same command continues (`EX_TEMPFAIL`) |
+| 130 | interrupted by Ctrl-C where there was no checkpoint to save |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vaedist.terminal import error_line
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -103,6 +105,6 @@ def door(main: Door) -> Door:
             return EXIT_FINISHED
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
-            return 130
+            return EXIT_INTERRUPTED
 
     return wrapped

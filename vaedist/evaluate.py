@@ -79,7 +79,9 @@ def build_parser() -> Parser:
         help="importance samples decoded at once: memory, not numbers (default: about a million pixel values)",
     )
     parser.add_argument(
+        "--num-samples",
         "--samples",
+        dest="samples",
         type=int,
         default=0,
         metavar="N",
@@ -90,8 +92,8 @@ def build_parser() -> Parser:
         "--sampler",
         choices=("prior", "gmm"),
         default="prior",
-        help="where the latents of --samples come from: the model's prior (default), or a Gaussian mixture fitted to "
-        "the training images' latents and kept with the run",
+        help="where the latents of --num-samples come from: the model's prior (default), or a Gaussian mixture fitted "
+        "to the training images' latents and kept with the run",
     )
     parser.add_argument(
         "--features",
@@ -101,7 +103,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--audit",
         action="store_true",
-        help=f"does the model repeat training images? On --samples N (default here: {AUDITED})",
+        help=f"does the model repeat training images? On --num-samples N (default here: {AUDITED})",
     )
     parser.add_argument(
         "--groups",
@@ -185,16 +187,17 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("rounds", 1), ("chunk", 1), ("importance", 0), ("samples", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; give at least {least}")
+            option = "--num-samples" if name == "samples" else f"--{name}"
+            raise UserError(f"{option} is {value}; give at least {least}")
     if arguments.features and not (arguments.samples or arguments.audit):
-        raise UserError("--features is for sample metrics: say with --samples N how many to draw")
+        raise UserError("--features is for sample metrics: say with --num-samples N how many to draw")
     if arguments.report and Path(arguments.report).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report is {arguments.report!r}; it is an HTML file: let it end in .html")
     for option, folder in (("--out", arguments.out), ("--report", arguments.report)):
         if folder is not None:
             _takes_files(option, Path(folder) if option == "--out" else Path(folder).parent)
     if arguments.sampler != "prior" and not (arguments.samples or arguments.audit):
-        raise UserError("--sampler is for sample metrics: say with --samples N how many to draw")
+        raise UserError("--sampler is for sample metrics: say with --num-samples N how many to draw")
 
 
 def _takes_files(option: str, folder: Path) -> None:

@@ -37,6 +37,13 @@ class Parser(argparse.ArgumentParser):
             help="print a script that completes this command's options in that shell, and exit",
         )
 
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which takes the positional arguments away for a while: not while completions are made."""
+        words = sys.argv[1:] if args is None else list(args)
+        if "--print-completion" in words:
+            self.parse_known_args(words[words.index("--print-completion") :])
+        return super().parse_intermixed_args(words, namespace)
+
     refuses = False
     """Whether a mistake is raised as `Refused`, for who only wants to know, in place of leaving."""
 

@@ -68,6 +68,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--output-path",
+        "--out",
         metavar="PNG",
         help="the picture (default: samples.png, reconstructions.png, interpolation.png, ...)",
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
 from vaedist.options import Parser, add_loudness, count, count_or_none
+from vaedist.terminal import Bars, progress_bar
 
 if TYPE_CHECKING:
     from vaedist.data.index import Index
@@ -66,10 +67,11 @@ def build_parser() -> Parser:
         help="processes that train each trial together, through Ray Train (default: 1)",
     )
     place.add_argument(
+        "--max-parallel",
         "--concurrent",
         metavar="N",
         type=count,
-        help="trials at a time (default: as many as fit in the allocation with all their workers)",
+        help="most trials at a time (default: as many as fit in the allocation with all their workers)",
     )
     place.add_argument(
         "--device",
@@ -92,7 +94,7 @@ def build_parser() -> Parser:
         help="a trial whose process gives no sign of life for so long (stopped, frozen) is killed and starts again; so "
         "is one whose training stands still for four times as long; 0: never (default: 45)",
     )
-    add_loudness(parser)
+    add_loudness(parser, verbose="also print what each validation of each trial found")
     parser.add_argument(
         "--print-space", action="store_true", help="print the space with every default, and exit"
     )
@@ -120,10 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     name = f"tune_{space.name}" + ("_phantom" if arguments.data == "phantom" else "")
     made = RunFolder.make(arguments.run_dir or Path("runs") / name)
     folder = made.path
-    tell = (lambda _: None) if arguments.quiet else _tell
+    shown = _Trials(quiet=arguments.quiet)
+    tell = shown.tell
     try:
         made.refuse_strangers("trials.jsonl")
-        index = _data(space, arguments.data, folder)
+        index = _data(space, arguments.data, folder, quiet=arguments.quiet)
         from vaedist.engines import raytune
         from vaedist.tuning import results
 
@@ -132,16 +135,20 @@ def main(argv: list[str] | None = None) -> int:
             folder,
             index,
             workers=arguments.workers_per_trial,
-            concurrent=arguments.concurrent,
+            concurrent=arguments.max_parallel,
             device=arguments.device,
             max_failures=arguments.max_failures,
             hang_seconds=arguments.hang_timeout,
             tell=tell,
+            detail=tell if arguments.verbose else lambda _: None,
+            progress=shown.progress,
             command=tuple(sys.argv if argv is None else ["vaedist-tune", *argv]),
         )
     except UserError:
         made.discard()
         raise
+    finally:
+        shown.close()
     figures = results.finish(sweep.record)
     for line in [*results.summary(sweep.record), f"table: {folder / results.TABLE}", *map(str, figures)]:
         tell(line)
@@ -151,7 +158,38 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
-def _data(space: Space, given: str | None, folder: Path) -> Index:
+class _Trials:
+    """The lines of a search, above a bar over its trials where somebody looks."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def tell(self, text: str) -> None:
+        """Show one line."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def progress(self, done: int, total: int) -> None:
+        """So many trials have ended."""
+        if self._bar is None and not self._quiet and sys.stderr.isatty():
+            self._bar = progress_bar(total, "trials", "search", initial=done, leave=False)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            self._bar.refresh()  # the next trial may take an hour
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _data(space: Space, given: str | None, folder: Path, *, quiet: bool) -> Index:
     """The packed data to search on.
 
     Raises:
@@ -161,7 +199,7 @@ def _data(space: Space, given: str | None, folder: Path) -> Index:
     from vaedist.settings import expand
 
     if given == "phantom":
-        return _phantom(folder / "phantom", space.data.phantom)
+        return _phantom(folder / "phantom", space.data.phantom, quiet=quiet)
     named = given or os.environ.get("VAEDIST_DATA") or space.data.path
     path = expand(named, "--data")
     if not (path / INDEX_NAME).exists():
@@ -179,7 +217,7 @@ def _data(space: Space, given: str | None, folder: Path) -> Index:
     return Index.open(path)
 
 
-def _phantom(place: Path, size: int) -> Index:
+def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
     """The built-in images, packed if they are not there yet."""
     from vaedist.data.index import INDEX_NAME, Index
 
@@ -188,12 +226,9 @@ def _phantom(place: Path, size: int) -> Index:
         from vaedist.data.sources import Settings
 
         settings = Settings(size=size, count=PHANTOM_COUNT)
-        pack(Packing(input="phantom", out=place, size=size, settings=settings))
+        with Bars(quiet=quiet) as bars:
+            pack(Packing(input="phantom", out=place, size=size, settings=settings), bars.of("packing"))
     return Index.open(place)
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -352,8 +352,8 @@ def test_damaged_data_end_with_exit_code_3(
     [
         (["--limit", "0"], "--limit is 0"),
         (["--importance", "-1"], "--importance is -1"),
-        (["--features", "x.pt"], "--features is for sample metrics: say with --samples N"),
-        (["--sampler", "gmm"], "--sampler is for sample metrics: say with --samples N"),
+        (["--features", "x.pt"], "--features is for sample metrics: say with --num-samples N"),
+        (["--sampler", "gmm"], "--sampler is for sample metrics: say with --num-samples N"),
         (["--audit", "--split", "train"], "choose another --split"),
         (["--features", "nowhere.pt", "--samples", "9"], "cannot read the feature extractor nowhere.pt"),
         (["--split", "tset"], "did you mean 'test'"),

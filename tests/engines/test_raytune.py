@@ -178,7 +178,7 @@ def test_more_than_the_cluster_holds_is_refused(index: Index, tmp_path: Path) ->
     with pytest.raises(UserError, match="9 workers need 9 CPUs, but Ray has 4 here"):
         search(tmp_path / "search", small_space(), index, workers=9)
     with pytest.raises(
-        UserError, match=r"--concurrent 3: 3 trials at a time have 6 workers, .* at most 2 trials"
+        UserError, match=r"--max-parallel 3: 3 trials at a time have 6 workers, .* at most 2 trials"
     ):
         search(tmp_path / "search", small_space(), index, workers=2, concurrent=3)
     assert all(not trial.ended for trial in read(tmp_path / "search"))

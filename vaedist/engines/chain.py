@@ -205,7 +205,7 @@ def _prior(order: Order, tokens: Task, out: str | None, *, made: bool) -> Task:
 def _after(verb: str, model: Task, given: str) -> Task:
     assert model.run is not None, "what trains has a run folder"
     arguments = [verb, str(model.run), *_words(given, f"--{verb}")]
-    if verb == "sample" and not any(word.split("=")[0] == "--output-path" for word in arguments):
+    if verb == "sample" and not any(word.split("=")[0] in ("--output-path", "--out") for word in arguments):
         arguments += ["--output-path", str(model.run / "samples.png")]
     return Task(model.label, tuple(arguments), model.run)
 

@@ -69,6 +69,8 @@ def run(
     max_failures: int = 3,
     hang_seconds: float = HANG_SECONDS,
     tell: Callable[[str], None] = print,
+    detail: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda _, __: None,
     command: tuple[str, ...] = (),
 ) -> Sweep:
     """Search through `space` in `folder`, from where it stands, to its end or until asked to stop.
@@ -84,6 +86,8 @@ def run(
         hang_seconds: How long the process of a trial may be silent; four times as long its training thread may stand
             still. 0: for ever.
         tell: Shows one line.
+        detail: Shows what a validation of a trial found, in one line.
+        progress: Told how many trials have ended, of how many.
         command: The command line, for the record of each run.
 
     Returns:
@@ -128,7 +132,12 @@ def run(
             f"{workers} worker{'s' * (workers > 1)} each, {'one GPU' if gpus else 'CPU'}"
         )
         hearts = Hearts(work, hang_seconds)
-        tuner = _tuner(sweep, work, workers, gpus, slots, max_failures, hearts)
+
+        def ended() -> None:
+            progress(sum(trial.ended for trial in sweep.record.trials), sweep.space.trials)
+
+        ended()
+        tuner = _tuner(sweep, work, workers, gpus, slots, max_failures, hearts, detail, ended)
         _drive(sweep, tuner, hearts, early, asked)
         if sweep.error is not None:
             raise sweep.error
@@ -149,8 +158,8 @@ def at_once(room: int, workers: int, wanted: int | None) -> int:
     most = room // workers
     if wanted is not None and wanted > most:
         raise UserError(
-            f"--concurrent {wanted}: {wanted} trials at a time have {wanted * workers} workers, but there is room for "
-            f"{room} here: at most {most} trials fit; ask the allocation for more"
+            f"--max-parallel {wanted}: {wanted} trials at a time have {wanted * workers} workers, but there is room "
+            f"for {room} here: at most {most} trials fit; ask the allocation for more"
         )
     return wanted or most
 
@@ -159,7 +168,15 @@ def at_once(room: int, workers: int, wanted: int | None) -> int:
 
 
 def _tuner(
-    sweep: Sweep, work: Path, workers: int, gpus: int, slots: int, max_failures: int, hearts: Hearts
+    sweep: Sweep,
+    work: Path,
+    workers: int,
+    gpus: int,
+    slots: int,
+    max_failures: int,
+    hearts: Hearts,
+    detail: Callable[[str], None],
+    ended: Callable[[], None],
 ) -> Any:
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -187,6 +204,7 @@ def _tuner(
         ) -> None:
             answer = None if error or not result or "answer" not in result else json.loads(result["answer"])
             sweep.ended(numbers[trial_id], answer)
+            ended()
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the record is the truth."""
@@ -202,8 +220,12 @@ def _tuner(
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             number = numbers[trial.trial_id]
-            if "numbers" in result and sweep.validated(number, result["step"], json.loads(result["numbers"])):
-                sweep.ask(number)
+            if "numbers" in result:
+                found = json.loads(result["numbers"])
+                shown = "  ".join(f"{name} {value:.5g}" for name, value in found.items() if value is not None)
+                detail(f"trial {number}  step {result['step']}  {shown}")
+                if sweep.validated(number, result["step"], found):
+                    sweep.ask(number)
             goes_on: str = TrialScheduler.CONTINUE
             return goes_on
 
