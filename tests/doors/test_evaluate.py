@@ -406,3 +406,26 @@ def test_data_without_a_test_split_are_measured_on_validate_and_it_is_said(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["data"]["split"] == "validate"
     assert main([*arguments, "--split", "test"]) == 2, "a split that was asked for is not replaced"
     assert "has no split 'test'" in capsys.readouterr().err
+
+
+def test_classes_of_samples_are_as_often_as_among_the_training_images(
+    cvae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn evenly, rare classes would look like a fault of the model beside a set that has few of them."""
+    from vaedist.metrics import quality
+    from vaedist.training.run import open_run
+
+    asked: list[int] = []
+    draw = quality.draw
+
+    def seen(*arguments: object, labels: list[int], **settings: object) -> object:
+        asked.extend(labels)
+        return draw(*arguments, labels=labels, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quality, "draw", seen)
+    assert main([str(cvae), "--samples", "24", "--importance", "0", "--out", str(tmp_path)]) == 0
+    train = Index.open(open_run(cvae).data_path).split("train")
+    there = [train.label(place) for place in range(train.count)]
+    assert len(asked) == 24
+    for number in set(there):
+        assert asked.count(number) / 24 == pytest.approx(there.count(number) / len(there), abs=0.13)

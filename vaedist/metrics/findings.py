@@ -211,8 +211,9 @@ def _samples(
         raise model.not_defined("sample")
     real = training_images(batches)
     mixture, labels = wanted.mixture() if wanted.mixture else None, None
-    if mixture is not None and model.conditional:
-        # It has a part for each class, and none for "no class": as often as they are among the training images.
+    if model.conditional:
+        # As often as they are among the training images: drawn evenly, as by default, samples of rare classes would be
+        # measured as a deviation from the real set, which has few of them.
         labels = [training.split.label(place) for place in _spread(training.split.count, wanted.samples)]
     made = quality.draw(
         model, wanted.samples, mixture=mixture, labels=labels, progress=bar("samples", wanted.samples)
