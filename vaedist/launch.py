@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from vaedist.site import Site
 
 VIEWS = ("status", "cancel", "logs")
+PASSED_ON = {
+    "vaedist-tune": ("--data", "--trials", "--workers-per-trial", "--concurrent"),
+    "vaedist-train": ("--device", "--max-failures", "--hang-timeout", "--override", "--new-run"),
+}
+"""Options that are looked for here, and are another command's: they stand behind `--`."""
 
 
 def build_parser() -> Parser:
@@ -156,6 +161,13 @@ def main(argv: list[str] | None = None) -> int:
     further: list[str] = []
     if "--" in words:
         words, further = words[: words.index("--")], words[words.index("--") + 1 :]
+    for command, options in PASSED_ON.items():
+        for option in options:
+            if any(word.partition("=")[0] == option for word in words):
+                raise UserError(
+                    f"{option} is an option of {command}: write it at the end, behind two dashes, as in -- {option}"
+                    f"{' DIR' if option == '--data' else ''}"
+                )
     arguments = build_parser().parse_intermixed_args(words)
     site, site_file = _site(arguments.site, local=arguments.local)
     if arguments.print_env:
@@ -310,7 +322,11 @@ def _name(given: str | None, order: Order) -> str:
         name = f"tune_{Path(order.space).stem}"
     else:
         more = len(order.jobs) - 1
-        name = Path(order.jobs[0]).stem + (f"-and-{more}-more" if more else "")
+        first = Path(order.jobs[0])
+        # The job file of a run is called job.yaml, as all of them are: its folder says more.
+        name = (first.absolute().parent.name if first.name == "job.yaml" else first.stem) + (
+            f"-and-{more}-more" if more else ""
+        )
     if given is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", given):
         raise UserError(f"--name {given!r}: letters, digits and . _ + - only")
     return given or re.sub(r"[^A-Za-z0-9._+-]+", "_", name).lstrip("._+-") or "launch"
@@ -341,7 +357,10 @@ def _tell(links: list[Link], folder: Path) -> None:
     if runs:
         top = Path(os.path.commonpath([run.absolute() for run in runs]))
         port = 16006 + os.getuid() % 40000
-        print(f"checkpoints: {runs[0] if len(runs) == 1 else top / '*'}/checkpoints")
+        if links[0].name == "tune":
+            print(f"results: {runs[0]}/results.csv, figures and best, the run that was chosen")
+        else:
+            print(f"checkpoints: {runs[0] if len(runs) == 1 else top / '*'}/checkpoints")
         print(f"TensorBoard, here:            vaedist-board {top} --port {port}")
         print(
             f"  and on your own machine:    ssh -L {port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}"

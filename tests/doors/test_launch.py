@@ -58,6 +58,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["tiny.yaml", "--site", "generic", "--name", "a b"], "--name 'a b'"),
         (["tiny.yaml", "--site", "generic", "--dry-run", "--folder", "100%"], "as a place to fill in"),
         (["tiny.yaml", "--site", "generic", "--dry-run", "--runs", "a\nb"], "line break"),
+        (["--space", "vqvae", "--site", "generic", "--data", "x"], "behind two dashes, as in -- --data DIR"),
+        (["tiny.yaml", "--site", "generic", "--override"], "--override is an option of vaedist-train"),
         (["status"], "nothing has been launched"),
         (["status", "nowhere"], "is no launch folder"),
         (["cancel", "nowhere"], "is no launch folder"),
@@ -201,3 +203,14 @@ def test_the_readme_of_the_door_holds(capsys: pytest.CaptureFixture[str]) -> Non
         ["model.beta=0.5,1,4"],
         "0-4",
     )
+
+
+def test_what_is_launched_again_from_a_run_is_called_after_its_folder(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    """Every run's job file has the same name: a launch of what a search found should not be called `job`."""
+    best = place / "runs" / "tune_vqvae" / "best"
+    best.mkdir(parents=True)
+    (best / "job.yaml").write_text((place / "tiny.yaml").read_text())
+    assert launch.main([str(best / "job.yaml"), "--site", "generic", "--dry-run"]) == 0
+    assert "--job-name=best" in capsys.readouterr().out

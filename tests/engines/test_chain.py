@@ -114,6 +114,23 @@ def test_a_search(order: Order) -> None:
     )
 
 
+def test_a_prior_that_names_no_data_reads_those_of_its_tokenizer(
+    order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VAEDIST_DATA", raising=False)
+    Path("codes.yaml").write_text(PRIOR.replace("data: {path: DATA}\n", ""))
+    wanted = replace(order, chain=("train", "prior"), prior="codes.yaml")
+
+    def data() -> list[str]:
+        return [word for word in links(wanted)[1].tasks[0].arguments if word.startswith("data.path=")]
+
+    assert data() == [f"data.path={tmp_path}/my shards"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.json").touch()
+    monkeypatch.setenv("VAEDIST_DATA", str(tmp_path / "other"))
+    assert data() == [f"data.path={tmp_path}/other"], "what is said counts"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

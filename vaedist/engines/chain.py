@@ -11,13 +11,14 @@ Everything a person can get wrong is found here, before anything is in the queue
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vaedist.config import Job, load_job
+from vaedist.config import Data, Job, load_job
 from vaedist.errors import UserError, nearest
 from vaedist.settings import expand
 
@@ -197,9 +198,12 @@ def _prior(order: Order, tokens: Task, out: str | None, *, made: bool) -> Task:
     job = load_job(path, settings)
     _check_models([job])
     label = f"{job.name}-of-{tokens.label}"
-    data = out if out is not None else _data(job, made=made)
+    # A prior's job need not say where the images are: they are those whose codes it learns.
+    data = next(word for word in reversed(tokens.arguments) if word.startswith("data.path="))
+    if out is None and (job.data.path != Data().path or os.environ.get("VAEDIST_DATA")):
+        data = f"data.path={_yaml(_data(job, made=made))}"
     run = order.runs / label
-    return Task(label, ("train", path, *settings, f"data.path={_yaml(data)}", "--run-dir", str(run)), run)
+    return Task(label, ("train", path, *settings, data, "--run-dir", str(run)), run)
 
 
 def _after(verb: str, model: Task, given: str) -> Task:
