@@ -80,6 +80,15 @@ def _mark(axis: Any, x: Any, y: float, trial: Trial, ahead: Sequence[Trial], cho
     )
 
 
+def label_options(axis: Any, options: Sequence[str]) -> None:
+    """A tick for each option; names that are too long to stand side by side are turned."""
+    turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(
+        range(len(options)), options, fontsize=7, **(turned if sum(map(len, options)) > 30 else {})
+    )
+    axis.set_xlim(-0.5, len(options) - 0.5)
+
+
 def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], chosen: Trial | None) -> bytes:
     keys, objectives = list(space.dimensions), [objective.metric for objective in space.objectives]
     figure = _figure(2.6 * len(keys) + 0.6, 2.3 * len(objectives) + 0.4)
@@ -95,8 +104,7 @@ def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], cho
                     x = options.index(setting) if options is not None else setting
                     _mark(axis, x, value, trial, ahead, chosen)
             if options is not None:
-                axis.set_xticks(range(len(options)), [str(option) for option in options], fontsize=7)
-                axis.set_xlim(-0.5, len(options) - 0.5)
+                label_options(axis, [str(option) for option in options])
             else:
                 assert not isinstance(dimension, Choice)
                 if isinstance(dimension, LogUniform) or (isinstance(dimension, Integer) and dimension.log):
