@@ -135,3 +135,24 @@ def test_the_list_is_long_and_names_every_door() -> None:
     assert {one.door for one in TABLE} == doors
     assert len({one.command for one in TABLE}) >= 60
     assert len(TABLE) == LIST.read_text().count("\n$ ")
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["job.yaml", "train.monitor.metric=mse"],
+        ["job.yaml", "train.monitor.metric=active_units", "train.monitor.mode=max"],
+        ["prior.yaml", "train.monitor.metric=nats_per_token"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_checked_before_training_is_what_validation_measures(
+    settings: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A monitor is looked up among the terms of one batch; what passes there is found by every validation."""
+    job, *rest = settings
+    main = importlib.import_module("vaedist.train").main
+    code = main([str(place / job), *rest, "train.steps=2", "-q"])
+    told = capsys.readouterr().err
+    assert code == 0, told
