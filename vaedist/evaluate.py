@@ -144,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.metrics.compare import Comparison
     from vaedist.metrics.groups import read_groups
     from vaedist.training.checkpoint import resolve
+    from vaedist.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
     device = pick_device(arguments.device)
     for path in arguments.runs:

@@ -187,8 +187,10 @@ def main(argv: list[str] | None = None) -> int:
     mode = _check(arguments)
 
     from vaedist.evaluate import pick_device, teller
+    from vaedist.training.memory import keep_freed_memory
     from vaedist.training.run import open_run
 
+    keep_freed_memory()
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
     tell = teller(arguments)
     if run.collapse:

@@ -44,7 +44,9 @@ class Strict(BaseModel):
             if isinstance(value, bool) and name in cls.model_fields:
                 types_ = set(_branches(cls.model_fields[name].annotation))
                 if types_ & {int, float} and bool not in types_:
-                    raise PydanticCustomError("truth", "input should be a number", {"name": name, "value": value})
+                    raise PydanticCustomError(
+                        "truth", "input should be a number", {"name": name, "value": value}
+                    )
         return content
 
 

@@ -2,7 +2,8 @@
 
 A reconstruction is rounded to uint8 before it is measured: what is scored is what the picture file would hold.
 Values are kept per image in float64 and summed exactly, so neither the batch size nor the order of the images
-enters, but for the last bits of a value. (A statistic of a whole batch, which a variant may report, does depend on it and is listed apart.)
+enters, but for the last bits of a value. (A statistic of a whole batch, which a variant may report, does depend on it
+and is listed apart.)
 
 What a variant cannot do is asked of its declared capabilities, never of its name, and is told with the reason.
 """

@@ -36,7 +36,7 @@ from vaedist.training.folder import Change, RunFolder, libraries
 from vaedist.training.inputs import Inputs
 from vaedist.training.lock import RunLock
 from vaedist.training.log import Log, Silent
-from vaedist.training.memory import enough_memory
+from vaedist.training.memory import enough_memory, keep_freed_memory
 from vaedist.training.progress import Progress
 from vaedist.training.pulse import Tell, on_stderr
 from vaedist.training.run import data_section, resolved, resume
@@ -81,6 +81,7 @@ def fit(
             group = Group.join()
             exits.callback(group.close)
         exits.enter_context(group.watched(options.hang_seconds, run_folder, stuck))
+        keep_freed_memory()
         with enough_memory(group):
             return _fit(job, run_folder, group, report, options, reached, exits)
 
