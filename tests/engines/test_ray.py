@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
-from tests.runs import Training, curve, held, last_step, small_job, train, write_job
+from tests.runs import ROOT, Training, curve, held, last_step, small_job, train, write_job
 from vaedist.config import Job
 from vaedist.errors import EXIT_STOPPED, UserError
 from vaedist.models.contract import kinds, variant
@@ -328,3 +330,44 @@ def test_workers_find_this_package_wherever_it_lies(monkeypatch: pytest.MonkeyPa
     home = str(Path(vaedist.__file__).resolve().parents[1])
     assert python_path().split(os.pathsep)[-1] == "/elsewhere"
     assert home in [*python_path().split(os.pathsep), *sys.path]
+
+
+BUGGY = """
+from typing import Literal
+
+from vaedist.models import vae
+
+
+class Config(vae.Config):
+    kind: Literal["buggy_vae"] = "buggy_vae"
+
+
+class Model(vae.Model):
+    def forward(self, batch, ctx):
+        if ctx.step == 2:
+            forgotten()
+        return super().forward(batch, ctx)
+"""
+
+
+@pytest.mark.slow
+def test_a_bug_is_shown_with_its_traceback_and_not_tried_again(phantom: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "buggy_vae.py").write_text(BUGGY)
+    # Every process of the run finds the model, as it would one in vaedist/models.
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        f"import vaedist.models\nvaedist.models.__path__.append({str(tmp_path / 'site')!r})\n"
+    )
+    job = small_job(phantom, steps=20).model_dump(mode="json")
+    job["model"] = {**job["model"], "kind": "buggy_vae"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    arguments = ("--engine", "ray", "--workers", "2", "--device", "cpu", "-q")
+    paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    with Training(
+        tmp_path / "job.yaml", tmp_path / "run", *arguments, environment={"PYTHONPATH": paths}
+    ) as training:
+        code, _, err = training.end()
+    assert code == 1
+    assert "NameError: name 'forgotten' is not defined" in err and "buggy_vae.py" in err
+    assert "starting again" not in err
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())[-1]["start_step"] == 0

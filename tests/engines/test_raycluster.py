@@ -77,6 +77,9 @@ def test_the_loss_is_told_and_not_what_it_caused() -> None:
         "gave no sign of life for 45 s and was killed",
     )
     assert blame({"0": caused, "1": named}, 45) is None, "it tells of itself"
+    assert blame({"0": caused, "1": ["NameError", "Exception"]}, 45) is None, (
+        "another try would meet it again"
+    )
     assert blame({"11": caused, "2": caused}, 45) == (2, "failed (RuntimeError)")
 
 

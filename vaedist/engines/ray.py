@@ -25,8 +25,9 @@ which need none, and choose a port long before it is bound. Ranks meet as under 
 tells its address, and the secret that ranks ask of each other, through Ray's own broadcast and hands over a socket that
 listens already.
 
-An error that a worker can name (`UserError`) is written to the work folder, raised by the driver as it is, and
-not tried again; a death is, up to `max_failures` times, from the last committed checkpoint.
+An error that a worker can name (`UserError`) is written to the work folder, raised by the driver as it is, and not
+tried again. Nor is a plain bug, which is shown with its traceback. A death is, up to `max_failures` times, from the
+last committed checkpoint.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import shutil
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,7 +51,7 @@ from vaedist import errors
 from vaedist.config import Job
 from vaedist.engines.local import HANG_SECONDS
 from vaedist.engines.raycluster import Want, cluster, environment, nodes
-from vaedist.engines.raywatch import STUCK, Watch, named
+from vaedist.engines.raywatch import BUGS, STUCK, Watch, named
 from vaedist.errors import UserError
 from vaedist.files import replace_file
 from vaedist.settings import expand
@@ -155,6 +157,8 @@ def run(
         watch.look()
         if failure.exists():
             told = json.loads(failure.read_bytes())
+            if "bug" in told:
+                raise RuntimeError(f"rank {told['rank']} of {watch.world} failed\n{told['bug']}")
             raise getattr(errors, told["error"], UserError)(told["text"])
         if driving.error is not None:
             raise named(driving.error, watch.world, watch.stuck)
@@ -338,10 +342,14 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
                 reached=reached,
                 stuck=stuck,
             )
-        except UserError as error:
+        except (UserError, *BUGS) as error:
             if not failure.exists():
-                told = {"error": type(error).__name__, "text": str(error), "rank": rank, "at": time.time()}
-                replace_file(failure, json.dumps(told).encode())
+                what = (
+                    {"error": type(error).__name__, "text": str(error)}
+                    if isinstance(error, UserError)
+                    else {"bug": traceback.format_exc()}
+                )
+                replace_file(failure, json.dumps({**what, "rank": rank, "at": time.time()}).encode())
             raise
         return asdict(outcome)
 

@@ -22,6 +22,12 @@ _GONE_SECONDS = 60.0
 """How long a cluster may be too small for a run before the run gives up: a node that is restarted comes back."""
 
 
+BUGS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(NameError, NotImplementedError, TypeError, ValueError),
+)
+"""Never the echo of another rank's end, which torch tells as another RuntimeError or as an OSError."""
+
 STUCK = "stuck.jsonl"
 """File in the work folder: the last sentence of a worker that ended because its training thread stood still."""
 
@@ -88,7 +94,7 @@ class Watch:
         told = blame(lost, self._hang_seconds)
         self._waiting_since = now
         if told is None:
-            return  # an error with a name: `run` is about to tell it
+            return  # an error with a name, or a bug: `run` is about to tell it
         rank, how = told
         who = f"rank {rank} of {self.world} {how}"
         if self.stuck:
@@ -135,7 +141,8 @@ class Watch:
 
 
 def blame(lost: dict[str, list[str]], hang_seconds: float) -> tuple[int, str] | None:
-    """The rank that was lost and how; the errors that its loss caused in others come after it. None: a named error.
+    """The rank that was lost and how; the errors that its loss caused in others come after it. None: a named error
+    or a bug, which another try would meet again.
 
     Args:
         lost: By rank, the names of the error's classes and of theirs whom it wraps.
@@ -148,7 +155,8 @@ def blame(lost: dict[str, list[str]], hang_seconds: float) -> tuple[int, str] | 
         for rank, names in lost.items():
             if kind in names:
                 return int(rank), told
-    if any("UserError" in names for names in lost.values()):
+    final = {"UserError", *(kind.__name__ for kind in BUGS)}
+    if any(final & set(names) for names in lost.values()):
         return None
     rank = min(lost, key=int)
     return int(rank), f"failed ({lost[rank][0]})"
