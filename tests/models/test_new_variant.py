@@ -1,8 +1,9 @@
-"""Adding a variant touches one file: here one that lies in a temporary folder is trained, evaluated and sampled."""
+"""Adding a variant touches one file: the README's example, in a temporary folder, is trained, evaluated and sampled."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,37 +18,10 @@ import vaedist.train
 from vaedist.errors import UserError
 from vaedist.models.contract import kinds, model_config
 
-CAPACITY = '''
-"""A VAE that is to carry a certain rate:
-
-    loss = -log p(x | z) + gamma |KL(q(z | x) || p(z)) - capacity|
-
-Burgess et al., "Understanding disentangling in beta-VAE", equation 8.
-"""
-
-from typing import Literal
-
-from pydantic import Field
-
-from vaedist.models._gaussian import Autoencoder, Settings
-
-
-class Config(Settings):
-    kind: Literal["capacity_vae"] = "capacity_vae"
-    capacity: float = Field(5.0, ge=0, description="Nats per image.")
-    gamma: float = Field(10.0, ge=0)
-
-
-class Model(Autoencoder):
-    def forward(self, batch, ctx):
-        image, target, label = self.inputs(batch, ctx)
-        posterior = self.encode(image, label)
-        z = posterior.sample(ctx.noise("z", posterior.mean.shape))
-        distortion = -self.observe(z, label, target, ctx).log_prob(target)
-        rate = posterior.kl().flatten(1).sum(1)
-        loss = distortion + self.config.gamma * (rate - self.config.capacity).abs()
-        return {"loss": loss, "distortion": distortion, "rate": rate}
-'''
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+(CAPACITY,) = re.findall(
+    r"^```python\n(# vaedist/models/capacity_vae\.py\n.*?)^```", README, re.MULTILINE | re.DOTALL
+)
 
 JOB = """
 name: capacity
