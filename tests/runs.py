@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -85,6 +88,18 @@ def held(*ranks: psutil.Process) -> Iterator[None]:
     finally:
         for one in ranks:
             one.resume()
+
+
+def load_tool(name: str) -> ModuleType:
+    """A program of `tools` as a module, which has no name that Python could import."""
+    sys.path.insert(0, str(ROOT / "tools"))  # where it finds what tools share, as when it is run
+    loader = SourceFileLoader(f"tool_{name}", str(ROOT / "tools" / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module  # where its dataclasses look for their annotations
+    loader.exec_module(module)
+    return module
 
 
 class Training:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import ROOT, load_tool
 from vaedist.data.shards import Packing, pack
 from vaedist.data.sources import Settings
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    loader = SourceFileLoader("tool_baselines", str(ROOT / "tools/baselines"))
-    spec = importlib.util.spec_from_loader("tool_baselines", loader)
-    assert spec is not None
-    sys.path.insert(0, str(ROOT / "tools"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[loader.name] = module  # where its dataclasses look for their annotations
-    loader.exec_module(module)
-    return module
+    return load_tool("baselines")
 
 
 def test_both_sides_see_the_same_images_and_are_measured(tmp_path: Path) -> None:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, small_job, write_job
+from tests.runs import ROOT, load_tool, small_job, write_job
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    loader = SourceFileLoader("tool_scale", str(ROOT / "tools/scale"))
-    spec = importlib.util.spec_from_loader("tool_scale", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[loader.name] = module  # where its dataclasses look for their annotations
-    loader.exec_module(module)
-    return module
+    return load_tool("scale")
 
 
 @pytest.fixture

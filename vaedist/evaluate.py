@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.errors import UserError, door
 from vaedist.options import Parser, add_loudness
-from vaedist.terminal import Bars
+from vaedist.terminal import Bars, teller
 
 if TYPE_CHECKING:
     from vaedist.data.index import Index
@@ -152,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in arguments.runs:
         resolve(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
-    tell = teller(arguments)
+    tell = teller(arguments.quiet)
     folders = _folders(arguments)
     entries: list[Entry] = []
     opened: list[Run] = []
@@ -178,11 +177,6 @@ def main(argv: list[str] | None = None) -> int:
         report = Path(arguments.report)
         tell("\n" + "\n".join(_write(report.parent, {report.name: page(opened, entries, shown)})))
     return 0
-
-
-def teller(arguments: argparse.Namespace) -> Callable[[str], None]:
-    """What shows a line, or nothing with --quiet."""
-    return (lambda _: None) if arguments.quiet else print
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -314,7 +308,7 @@ def _evaluate(
     if run.model.reconstructs:
         contents["pairs.png"] = _pairs(run, batches, found, name)
     written = _write(out or run.folder / "evaluation" / name, contents)
-    tell = teller(arguments)
+    tell = teller(arguments.quiet)
     tell(report(document))
     tell("\n" + "\n".join(written))
     opened.append(run)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vaedist.errors import NotDefined, UserError, door
 from vaedist.options import Parser, add_loudness
-from vaedist.terminal import Bars, coloured
+from vaedist.terminal import Bars, coloured, teller
 
 if TYPE_CHECKING:
     from vaedist.metrics.density import Mixture
@@ -186,13 +186,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     mode = _check(arguments)
 
-    from vaedist.evaluate import pick_device, teller
+    from vaedist.evaluate import pick_device
     from vaedist.training.memory import keep_freed_memory
     from vaedist.training.run import open_run
 
     keep_freed_memory()
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
-    tell = teller(arguments)
+    tell = teller(arguments.quiet)
     if run.collapse:
         tell(f"{coloured('ALARM:', 'yellow')} {run.collapse}")
     if arguments.info_only:

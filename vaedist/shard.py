@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vaedist.errors import EXIT_FINISHED, DataError, UserError, door
 from vaedist.options import Parser, add_loudness, count, count_or_none, share
-from vaedist.terminal import Bars
+from vaedist.terminal import Bars, teller
 
 if TYPE_CHECKING:
     from vaedist.data.images import Limits
@@ -142,7 +142,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     index = Index.open(arguments.input)
     damages = _damages(index, arguments)
-    tell = _teller(arguments)
+    tell = teller(arguments.quiet)
     _describe(index, tell)
     if not damages:
         tell("sound      every byte and image is as it was packed")
@@ -189,7 +189,7 @@ def _strike(arguments: argparse.Namespace) -> int:
     elif not keys:
         raise UserError("say which samples: --strike KEY..., --strike-file FILE, or --verify --strike")
     struck, count = strike(index, keys, reason)
-    tell = _teller(arguments)
+    tell = teller(arguments.quiet)
     _describe(struck, tell)
     tell(
         f"struck     {count} now, {len(struck.struck)} in all; the data identity was {index.identity[:12]}..."
@@ -207,7 +207,7 @@ def _index(arguments: argparse.Namespace) -> int:
         index, rejected = index_tars(
             folder, skip_bad=arguments.skip_bad, limits=_limits(arguments), progress=bars.of("indexing")
         )
-    tell = _teller(arguments)
+    tell = teller(arguments.quiet)
     _describe(index, tell)
     if rejected:
         tell(f"left out   {rejected} samples: see {folder / 'rejected.jsonl'}")
@@ -230,7 +230,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     with _bars(arguments) as bars:
         report = pack(_packing(arguments), bars.of("packing"))
-    tell = _teller(arguments)
+    tell = teller(arguments.quiet)
     if report.already:
         tell(f"{arguments.out} is packed already; nothing to do")
     _describe(report.index, tell)
@@ -279,11 +279,6 @@ def _packing(arguments: argparse.Namespace) -> Packing:
             axis=arguments.axis,
         ),
     )
-
-
-def _teller(arguments: argparse.Namespace) -> Callable[[str], None]:
-    """What shows one line, or nothing with --quiet."""
-    return (lambda _: None) if arguments.quiet else print
 
 
 def _describe(index: Index, tell: Callable[[str], None]) -> None:

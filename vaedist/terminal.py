@@ -38,6 +38,11 @@ def error_line(name: str, sentence: object) -> str:
     return f"{name}: {coloured('error:', 'red', sys.stderr)} {sentence}"
 
 
+def teller(quiet: bool) -> Callable[[str], None]:
+    """What shows a line of a door, or nothing with --quiet."""
+    return (lambda _: None) if quiet else print
+
+
 class Bars:
     """One progress bar after the other on standard error, where that is a terminal. A context manager.
 
@@ -72,8 +77,9 @@ class Bars:
         update = self.begin(stage)
 
         def progress(done: int, total: int) -> None:
-            if self._bar is not None:
+            if self._bar is not None and self._bar.total != total:
                 self._bar.total = total
+                self._bar.refresh()  # tqdm would wait, and a short stage end without ever having shown its length
             update(done)
 
         return progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -97,6 +98,12 @@ def job_of(name: str, shards: Path, steps: int, **data: Any) -> Any:
         "threads": len(os.sched_getaffinity(0)),
     }
     return Job.model_validate(content)
+
+
+def logged_rate(run: Path) -> float:
+    """Images/s that a run's log tells, the median of its lines but the first."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median([row["images_per_second"] for row in rows if row["kind"] == "train"][1:])
 
 
 def peak_mib(statement: str) -> float:

@@ -7,9 +7,7 @@ bus and its caches, and what they lose against twice one process is the machine'
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,14 +17,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import JOBS, Question, job_of, packed
+from benchmarks.common import Question, job_of, logged_rate, packed
 
 JOB = "vqvae, conv, 64x64"
 EVERY = 20
 
 
 def questions(folder: Path, asked: argparse.Namespace) -> Iterator[Question]:
-    assert JOB in JOBS
     shards = packed(folder, size=64, train=640)
     job = job_of(JOB, shards, asked.steps + EVERY, cache="memory").model_dump(mode="json")
     job["train"]["threads"] = 1
@@ -55,9 +52,4 @@ def rates(job: dict[str, Any], *, workers: int, runs: int) -> list[float]:
         for process in started:
             if process.wait():
                 raise SystemExit(process.returncode)
-        return [_rate(folder) for folder in folders]
-
-
-def _rate(run: Path) -> float:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([row["images_per_second"] for row in rows if row["kind"] == "train"][1:])
+        return [logged_rate(folder) for folder in folders]

@@ -90,6 +90,11 @@ def numbers(document: Mapping[str, Any]) -> dict[Number, float]:
     return {number: value for number, value in found.items() if value is not None and math.isfinite(value)}
 
 
+def beats(one: Sequence[float], other: Sequence[float], better: Direction) -> bool:
+    """Whether every seed of `one` is better than every seed of `other`."""
+    return min(one) > max(other) if better == "max" else max(one) < min(other)
+
+
 def _bits(found: dict[Number, float | None], part: Mapping[str, Any]) -> None:
     if part["bits_per_dim"] is not None:
         found[Number(f"bits/dim, {part['name']}", 4, "min")] = part["bits_per_dim"]["mean"]
@@ -235,13 +240,12 @@ def _verdicts(experiments: Sequence[_Experiment]) -> Iterator[str]:
     for number in shown:
         if number.better is None:
             continue
-        sign = 1 if number.better == "max" else -1
         known = [e for e in experiments if min(e.seeds, len(e.values.get(number, ()))) >= SEEDS]
         for one in known:
             beaten = [
                 other.title
                 for other in known
-                if min(sign * v for v in one.values[number]) > max(sign * v for v in other.values[number])
+                if beats(one.values[number], other.values[number], number.better)
             ]
             if beaten:
                 yield f"{number.title}: {one.title} beats {', '.join(beaten)}"
