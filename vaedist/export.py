@@ -19,10 +19,16 @@ def build_parser() -> Parser:
     )
     parser.add_argument("folder", metavar="DIR", help="a new folder")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: what the job says")
-    parser.add_argument(
+    programs = parser.add_mutually_exclusive_group()
+    programs.add_argument(
         "--no-programs",
         action="store_true",
         help="only what vaedist reads, and the model card: the smallest folder",
+    )
+    programs.add_argument(
+        "--onnx",
+        action="store_true",
+        help="encoder and decoder as ONNX too (needs onnx, onnxscript and onnxruntime)",
     )
     parser.add_argument("--licence", metavar="TEXT", default="", help="of the weights, for the model card")
     parser.add_argument(
@@ -43,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.folder,
         weights=arguments.weights,
         programs=not arguments.no_programs,
+        onnx=arguments.onnx,
         licence=arguments.licence,
         data_licence=arguments.data_licence,
     )

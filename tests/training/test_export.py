@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
@@ -194,6 +196,58 @@ def test_programs_need_torch_alone(name: str, packed: Path, tmp_path: Path) -> N
     config = json.loads((folder / "config.json").read_text())
     assert (config["shape"], config["model"]["kind"]) == ([1, 16, 16], opened.kind)
     assert torch.equal(vaedist.load(folder).encode(images, classes), opened.encode(images, classes))
+
+
+@pytest.mark.parametrize("name", ["vae", "cvae", "map", "vqvae", "fsq"])
+def test_onnx_files_compute_what_the_run_does(name: str, packed: Path, tmp_path: Path) -> None:
+    opened = vaedist.load(trained(tmp_path / "run", packed, KINDS[name]))
+    folder = export(tmp_path / "run", tmp_path / "new", onnx=True)
+    numbers_of = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (5, 1, 16, 16), generator=numbers_of, dtype=torch.uint8)
+    classes = [0, 1, 0, 1, 0] if opened.run.model.conditional else None
+    told = {} if classes is None else {"label": np.array(classes)}
+
+    def made(file: str, output: str, **inputs: np.ndarray) -> torch.Tensor:
+        session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+        (found,) = session.run([output], inputs)
+        return torch.as_tensor(found)
+
+    latent = made("encoder.onnx", "latent", image=images.numpy(), **told)
+    torch.testing.assert_close(latent, opened.encode(images, classes), rtol=1e-4, atol=1e-5)
+    again = made("decoder.onnx", "image", latent=latent.numpy(), **told)
+    torch.testing.assert_close(again, opened.reconstruct(images, classes), rtol=1e-4, atol=1e-5)
+    held = names_in(folder)
+    assert str(tmp_path) not in held and str(Path(vaedist.__file__).parent) not in held
+    assert "`encoder.onnx`, `decoder.onnx`" in (folder / "README.md").read_text()
+
+
+def test_a_program_that_differs_from_the_model_is_not_given_away(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path / "run", packed, KINDS["vae"])
+    real = torch.onnx.export
+
+    def altered(program: torch.export.ExportedProgram, **how: Any) -> Any:
+        made = real(program, **how)
+        for weight in made.model.graph.initializers.values():
+            if (values := weight.const_value.numpy()).dtype == np.float32:
+                weight.const_value = onnx_ir.tensor(values + 1)
+        return made
+
+    monkeypatch.setattr(torch.onnx, "export", altered)
+    with pytest.raises(
+        UserError, match=r"encoder\.onnx differs from the model by up to .*: leave out --onnx"
+    ):
+        export(tmp_path / "run", tmp_path / "new", onnx=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_onnx_without_its_libraries_is_refused_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UserError, match="onnxscript cannot be found: pip install onnxscript"):
+        export(run, tmp_path / "new", onnx=True)
 
 
 def test_the_example_of_the_card_runs(packed: Path, tmp_path: Path) -> None:

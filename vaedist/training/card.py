@@ -19,13 +19,16 @@ from vaedist.training.run import Run
 NOT_STATED = "not stated"
 
 
-def card(run: Run, *, licence: str, data_licence: str, missing: Mapping[str, str] | None) -> str:
+def card(
+    run: Run, *, licence: str, data_licence: str, missing: Mapping[str, str] | None, onnx: bool = False
+) -> str:
     """Markdown.
 
     Args:
         run: Opened.
         licence, data_licence: Of the weights, and of the images that they were trained on; empty: not stated.
         missing: Programs that are not there, and why; None: none were made.
+        onnx: Whether they are there as ONNX too.
     """
     shape = " x ".join(str(axis) for axis in run.spec[:3])
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
@@ -60,7 +63,7 @@ def card(run: Run, *, licence: str, data_licence: str, missing: Mapping[str, str
             }
         ),
         "## Files",
-        _files(run, missing),
+        _files(run, missing, onnx),
         "## How it was made",
         _made(run),
     ]
@@ -101,7 +104,7 @@ def _numbers(folder: Path) -> str:
     return "\n\n".join(parts) or "It was not evaluated: `vaedist-evaluate` was not run before the export."
 
 
-def _files(run: Run, missing: Mapping[str, str] | None) -> str:
+def _files(run: Run, missing: Mapping[str, str] | None, onnx: bool) -> str:
     files = {
         "`weights.safetensors`, `config.json`": "the weights by name, and the settings of the model",
         "`manifest.json`, `state.pt`": "the same for vaedist: `vaedist-sample DIR`, `init_from`, `vaedist.load(DIR)`",
@@ -111,6 +114,10 @@ def _files(run: Run, missing: Mapping[str, str] | None) -> str:
     files["`encoder.pt2`, `decoder.pt2`"] = (
         "programs for `torch.export.load`, which need torch and nothing else"
     )
+    if onnx:
+        files["`encoder.onnx`, `decoder.onnx`"] = (
+            "the same for ONNX Runtime and others that read ONNX (inputs by the names below)"
+        )
     files |= {f"`{name}` is not there": reason for name, reason in missing.items()}
     text = _lines(files)
     if not missing:

@@ -21,7 +21,7 @@ from vaedist.files import as_json, room, temporary, writable
 from vaedist.training.card import card
 from vaedist.training.checkpoint import Checkpoints, chosen_weights, load
 from vaedist.training.density import density_path
-from vaedist.training.programs import write_programs
+from vaedist.training.programs import check_onnx, write_programs
 from vaedist.training.run import Run, open_run
 
 
@@ -31,6 +31,7 @@ def export(
     *,
     weights: str | None = None,
     programs: bool = False,
+    onnx: bool = False,
     licence: str = "",
     data_licence: str = "",
 ) -> Path:
@@ -41,15 +42,18 @@ def export(
         folder: A new folder.
         weights: `ema` or `raw`; default: what the job says everything downstream uses.
         programs: Also what is of use without vaedist: safetensors, JSON, and `torch.export`'s programs.
+        onnx: These programs, and as ONNX too.
         licence, data_licence: Of the weights and of the training images, for the model card.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: there is no such run, or the folder exists.
+        UserError: there is no such run, the folder exists, or a library that ONNX needs is not there.
     """
     folder = Path(folder)
+    if onnx:
+        check_onnx()
     if folder.exists():
         raise UserError(f"{folder} is there already: give a new folder")
     opened = open_run(run, weights=weights)
@@ -78,8 +82,8 @@ def export(
             if density.exists():
                 (checkpoint / "density").mkdir()
                 shutil.copyfile(density, checkpoint / "density" / density.name)
-            missing = _for_others(opened, checkpoint) if programs else None
-            text = card(opened, licence=licence, data_licence=data_licence, missing=missing)
+            missing = _for_others(opened, checkpoint, onnx=onnx) if programs or onnx else None
+            text = card(opened, licence=licence, data_licence=data_licence, missing=missing, onnx=onnx)
             (checkpoint / "README.md").write_text(text, encoding="utf-8")
             checkpoint.chmod(0o755)  # made to be given away, unlike a run folder
             os.replace(checkpoint, folder)
@@ -88,7 +92,7 @@ def export(
     return folder
 
 
-def _for_others(run: Run, folder: Path) -> dict[str, str]:
+def _for_others(run: Run, folder: Path, *, onnx: bool) -> dict[str, str]:
     """Weights, settings and programs; programs that are not defined, and why."""
     from safetensors.torch import save_file
 
@@ -103,7 +107,8 @@ def _for_others(run: Run, folder: Path) -> dict[str, str]:
         "data_identity": run.data_identity,
     }
     (folder / "config.json").write_bytes(as_json(about))
-    return write_programs(run.model, (run.spec.channels, run.spec.height, run.spec.width), folder)
+    shape = (run.spec.channels, run.spec.height, run.spec.width)
+    return write_programs(run.model, shape, folder, onnx=onnx)
 
 
 def _without_paths(value: Any) -> Any:
