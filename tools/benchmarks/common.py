@@ -53,18 +53,18 @@ class Question:
     title: str
     unit: str
     contestants: Mapping[str, Rate]
-    reference: str
-    """The contestant whose median is 1 in the column of ratios."""
+    reference: str | None = None
+    """The contestant whose median is 1 in the column of ratios; none: no such column."""
     once: bool = False
     """One turn each, where a number hardly varies and costs much."""
 
 
-def packed(folder: Path, *, size: int, train: int, codec: str = "png") -> Path:
-    """A packed phantom; made once."""
+def packed(folder: Path, *, size: int, train: int, codec: str = "png", per_shard: int | None = None) -> Path:
+    """A packed phantom; made once. Its tars hold `per_shard` images each, by default a twelfth of all."""
     from vaedist.data.shards import Packing, pack
     from vaedist.data.sources import Settings
 
-    out = folder / f"phantom-{size}-{train}-{codec}"
+    out = folder / f"phantom-{size}-{train}-{codec}{f'-{per_shard}' if per_shard else ''}"
     if not (out / "index.json").exists():
         print(f"packing {train} phantom images of {size}x{size} as {codec}", file=sys.stderr)
         settings = Settings(size=size, count={"train": train, "validate": 32, "test": 32})
@@ -75,7 +75,7 @@ def packed(folder: Path, *, size: int, train: int, codec: str = "png") -> Path:
                 out=out,
                 size=size,
                 codec=codec,
-                per_shard=max(64, train // 12),
+                per_shard=per_shard or max(64, train // 12),
                 workers=2,
                 settings=settings,
             )
@@ -137,17 +137,18 @@ def number(value: float) -> str:
 
 
 def table(question: Question, found: Mapping[str, list[float]]) -> str:
-    base = statistics.median(found[question.reference])
+    base = statistics.median(found[question.reference]) if question.reference else None
+    heads = ["", question.unit, "least to most", *(["ratio"] if base else [])]
     lines = [
         f"### {question.title}",
         "",
-        f"| | {question.unit} | least to most | ratio |",
-        "|---|---:|---:|---:|",
+        f"| {' | '.join(heads)} |",
+        "|---" + "|---:" * (len(heads) - 1) + "|",
     ]
     for name, values in found.items():
         middle = statistics.median(values)
-        spread = f"{number(min(values))} to {number(max(values))}"
-        lines.append(f"| {name} | {number(middle)} | {spread} | {number(middle / base)} |")
+        cells = [name, number(middle), f"{number(min(values))} to {number(max(values))}"]
+        lines.append(f"| {' | '.join([*cells, *([number(middle / base)] if base else [])])} |")
     return "\n".join([*lines, ""])
 
 

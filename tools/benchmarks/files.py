@@ -1,8 +1,9 @@
 """Images/s of samples that end in files, beside those of the decoder alone.
 
-The pretrained VAE of MNIST, one thread: into one npz file, into WebDataset tars, and decoded and thrown away. Each
-image's latents come from a generator of its own (image i depends on the seed and i alone), for which the decoder's row
-does not pay.
+One thread, two models: the pretrained VAE of MNIST, whose 28x28 images cost less than the headers of a tar, and the
+convolutional VAE of jobs/vae_phantom.yaml at 64x64, untrained. Each into one npz file, into WebDataset tars, and
+decoded and thrown away. Each image's latents come from a generator of its own (image i depends on the seed and i alone),
+for which the decoder's row does not pay.
 """
 
 from __future__ import annotations
@@ -12,26 +13,50 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import Question, Rate
+from benchmarks.common import Question, Rate, packed
 
-COUNT = 4096
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
 ALONE = "the decoder alone"
 
 
-def questions(_folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
-    yield Question(f"{COUNT:,} samples of the pretrained VAE of MNIST", "images/s", ways(), ALONE)
+def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
+    import torch
+
+    from vaedist.training.run import open_run
+
+    torch.set_num_threads(1)
+    pretrained = open_run(JOBS / "pretrained" / "vae_mnist")
+    yield Question("4,096 samples of the pretrained VAE of MNIST", "images/s", ways(pretrained, 4096), ALONE)
+    untrained = open_run(one_step(folder))
+    yield Question("1,024 samples of a VAE of 64x64", "images/s", ways(untrained, 1024), ALONE)
 
 
-def ways() -> dict[str, Rate]:
+def one_step(folder: Path) -> Path:
+    """A run of jobs/vae_phantom.yaml, made once."""
+    from vaedist.config import load_job
+    from vaedist.training.attempt import FitOptions
+    from vaedist.training.dist import Group
+    from vaedist.training.loop import fit
+
+    run = folder / "vae_phantom"
+    if not run.exists():
+        told = [f"data.path={packed(folder, size=64, train=640)}", "train.epochs=null", "train.threads=1"]
+        told += [f"train.{name}=1" for name in ("steps", "log_every", "validate_every", "save_every")]
+        job = load_job(JOBS / "vae_phantom.yaml", told)
+        fit(job, run, group=Group.join("cpu"), options=FitOptions(quiet=True))
+    return run
+
+
+def ways(run: Any, count: int) -> dict[str, Rate]:
+    """Contestants that draw `count` images of a run; a multiple of those that are drawn together."""
     import torch
 
     from vaedist.metrics.drawing import TOGETHER, Sampler
     from vaedist.training import show
-    from vaedist.training.run import open_run
 
-    torch.set_num_threads(1)
-    run = open_run(Path(__file__).resolve().parents[2] / "jobs" / "pretrained" / "vae_mnist")
+    assert count % TOGETHER == 0
 
     def files(kind: str) -> Rate:
         def rate() -> float:
@@ -42,21 +67,21 @@ def ways() -> dict[str, Rate]:
                     run,
                     Sampler(run.model, seed=0),
                     show.Target(str(place / "s.png"), str(place / "s.npz") if kind == "npz" else None),
-                    count=COUNT,
+                    count=count,
                     columns=32,
                     tar=str(place / "tars") if kind == "tars" else None,
                 )
-                return COUNT / (time.perf_counter() - start)
+                return count / (time.perf_counter() - start)
 
         return rate
 
     def alone() -> float:
-        latents = torch.randn(TOGETHER, 16)
+        latents = torch.randn(TOGETHER, *run.model.latent_shape)
         start = time.perf_counter()
         with torch.no_grad():
-            for _ in range(COUNT // TOGETHER):
+            for _ in range(count // TOGETHER):
                 pixels = run.model.decode(latents).mean
-        assert pixels.shape[1:] == (1, 28, 28)
-        return COUNT / (time.perf_counter() - start)
+                assert len(pixels) == TOGETHER
+        return count / (time.perf_counter() - start)
 
     return {"into an npz file": files("npz"), "into tars": files("tars"), ALONE: alone}

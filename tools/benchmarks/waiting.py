@@ -1,0 +1,67 @@
+"""Share of the training time in which a job waited for data, by the loop's own counter (`data_wait`): the limit is 0.
+
+Each file of jobs/ that reads images, on phantoms of the size that its header packs, with its own batch; without the
+logging, validation and saving that fall between. The first epoch is read too: nothing is left out but the first line
+of the log, which holds the start of the readers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.common import Question, Rate, packed
+
+SHIPPED = Path(__file__).resolve().parents[2] / "jobs"
+SIZES = {"mnist": 28, "mnist50k": 28, "faces": 32, "phantom": 64, "oasis128": 128, "oasis": 256}
+"""Side of an image, by the folder that a job's header packs into."""
+LARGE = 128
+"""Pixels from which a step takes long enough to need few of them."""
+
+
+def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
+    yield Question("Share of a training step that waits for data", "%", jobs(folder))
+
+
+def jobs(folder: Path) -> dict[str, Rate]:
+    """A contestant for each job that reads images."""
+    found = {}
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        named = re.search(r"--out shards/(\w+)", path.read_text())
+        if "tokenizer:" not in path.read_text() and named:
+            found[path.stem] = share(path, packed(folder, size=SIZES[named[1]], train=640))
+    return found
+
+
+def share(path: Path, shards: Path) -> Rate:
+    import torch
+
+    from vaedist.config import load_job
+    from vaedist.data.index import Index
+    from vaedist.training.attempt import FitOptions
+    from vaedist.training.dist import Group
+    from vaedist.training.loop import fit
+
+    every = 4 if Index.open(shards).spec.height >= LARGE else 20
+    steps = 4 * every
+    told = [f"train.{name}={steps}" for name in ("steps", "validate_every", "save_every")]
+    told += ["train.epochs=null", f"train.log_every={every}", f"data.path={shards}", "init_from=null"]
+    job = load_job(path, told)
+
+    def percent() -> float:
+        threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as scratch:
+            run = Path(scratch) / "run"
+            fit(job, run, group=Group.join("cpu"), options=FitOptions(quiet=True))
+            torch.set_num_threads(threads)
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return 100 * statistics.mean(
+            row["data_wait"] for row in [one for one in rows if one["kind"] == "train"][1:]
+        )
+
+    return percent
