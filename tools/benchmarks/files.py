@@ -2,8 +2,8 @@
 
 One thread, two models: the pretrained VAE of MNIST, whose 28x28 images cost less than the headers of a tar, and the
 convolutional VAE of jobs/vae_phantom.yaml at 64x64, untrained. Each into one npz file, into WebDataset tars, and
-decoded and thrown away. Each image's latents come from a generator of its own (image i depends on the seed and i alone),
-for which the decoder's row does not pay.
+decoded and thrown away. Each image's latents come from a generator of its own (image i depends on the seed and on i
+alone), for which the decoder's row does not pay.
 """
 
 from __future__ import annotations
