@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,6 +99,24 @@ def job_of(name: str, shards: Path, steps: int, **data: Any) -> Any:
         "threads": len(os.sched_getaffinity(0)),
     }
     return Job.model_validate(content)
+
+
+def ticks_of(job: Any) -> list[float]:
+    """Train in this process; when each line of the log was written, in seconds of `time.perf_counter`."""
+    from vaedist.training.attempt import FitOptions
+    from vaedist.training.dist import Group
+    from vaedist.training.loop import fit
+
+    ticks: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        fit(
+            job,
+            Path(scratch) / "run",
+            group=Group.join("cpu"),
+            report=lambda _: ticks.append(time.perf_counter()),
+            options=FitOptions(quiet=True),
+        )
+    return ticks
 
 
 def logged_rate(run: Path) -> float:

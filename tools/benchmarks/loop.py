@@ -8,13 +8,12 @@ of all gradients and refuses steps that are not finite, as it always does.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BATCH, JOBS, Question, Rate, job_of, packed
+from benchmarks.common import BATCH, JOBS, Question, Rate, job_of, packed, ticks_of
 
 IMAGES = 640
 
@@ -32,9 +31,6 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
     from vaedist.data.index import Index
     from vaedist.data.stream import TrainingStream
     from vaedist.models.contract import build, model_config
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
-    from vaedist.training.loop import fit
 
     shards = packed(folder, size=64, train=IMAGES)
     skipped = -(-IMAGES // BATCH // 20) * 20
@@ -43,15 +39,7 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
     job = job.model_copy(update={"train": job.train.model_copy(update={"threads": 1})})
 
     def whole() -> float:
-        ticks: list[float] = []
-        with tempfile.TemporaryDirectory() as run:
-            fit(
-                job,
-                Path(run) / "run",
-                group=Group.join("cpu"),
-                report=lambda _: ticks.append(time.perf_counter()),
-                options=FitOptions(quiet=True),
-            )
+        ticks = ticks_of(job)
         # The log ticks from the end of the first epoch to that of training; validation and the last save come after.
         every = job.train.log_every
         first, last = skipped // every - 1, (skipped + steps) // every - 1

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import BATCH, Question, Rate, job_of, packed
+from benchmarks.common import BATCH, Question, Rate, job_of, packed, ticks_of
 
 JOB = "vae, mlp, 64x64"
 EVERY = 50
@@ -64,26 +64,14 @@ def stall() -> dict[str, Rate]:
 
 
 def rate(shards: Path, steps: int, every: int) -> Rate:
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
-    from vaedist.training.loop import fit
-
     total = 20 + 4 * steps
     job = job_of(JOB, shards, total, cache="memory")
     changes = {"threads": 1, "save_every": every or total}
     job = job.model_copy(update={"train": job.train.model_copy(update=changes)})
 
     def images_per_second() -> float:
-        ticks: list[float] = []
-        with tempfile.TemporaryDirectory() as run:
-            fit(
-                job,
-                Path(run) / "run",
-                group=Group.join("cpu"),
-                report=lambda _: ticks.append(time.perf_counter()),
-                options=FitOptions(quiet=True),
-            )
-        # From the first line of the log to the one before the last: validation and the last save come after.
+        ticks = ticks_of(job)
+        # From the first line of the log to the last one: validation and the last save come after.
         lines = total // job.train.log_every
         return (lines - 1) * job.train.log_every * BATCH / (ticks[lines - 1] - ticks[0])
 
