@@ -36,7 +36,8 @@ def questions(folder: Path, asked: argparse.Namespace) -> Iterator[Question]:
 def stall() -> dict[str, Rate]:
     import torch
 
-    from vaedist.training.checkpoint import Checkpoints, Committer, on_cpu
+    from vaedist.training.checkpoint import Checkpoints, Committer
+    from vaedist.training.loop import on_cpu
 
     # Weights and Adam's two moments of a network of 20 million numbers.
     state = {name: torch.randn(20, 1_000_000) for name in ("model", "mean", "square")}

@@ -242,15 +242,6 @@ class Committer:
         self.checkpoints.prune()
 
 
-def on_cpu(value: Any) -> Any:
-    """A copy of a state in the CPU's memory, which training can no longer change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_cpu(inner) for key, inner in value.items()}
-    return [on_cpu(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
 # Reading ----------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from vaedist.models.contract import Variant, build, model_config
 from vaedist.settings import expand
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.average import WeightAverage
-from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, on_cpu, to_bytes
+from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
 from vaedist.training.dist import Group, GroupLaneContext
 from vaedist.training.folder import Change, RunFolder, libraries
 from vaedist.training.inputs import Inputs
@@ -391,6 +391,15 @@ def _check_phases(job: Job, model: Variant) -> None:
             raise UserError(
                 f"train.optim.{name} is missing: this model trains the phases {', '.join(model.phases)}"
             )
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of a state in the CPU's memory, which training can no longer change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(inner) for key, inner in value.items()}
+    return [on_cpu(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _compiled(model: Variant) -> str:
