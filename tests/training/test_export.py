@@ -242,6 +242,19 @@ def test_a_program_that_differs_from_the_model_is_not_given_away(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_program_that_torch_cannot_write_is_one_sentence(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("SymInt graph input\nand a page more")
+
+    monkeypatch.setattr(torch.export, "save", fails)
+    with pytest.raises(
+        UserError, match=r"encoder\.pt2: torch .* \(SymInt graph input\): install a newer torch, or give --no"
+    ):
+        export(run, tmp_path / "new", programs=True)
+
+
 def test_onnx_without_its_libraries_is_refused_at_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,9 +38,13 @@ def stall() -> dict[str, Rate]:
 
     from vaedist.training.checkpoint import Checkpoints, Committer
     from vaedist.training.loop import on_cpu
+    from vaedist.training.memory import keep_freed_memory
 
-    # Weights and Adam's two moments of a network of 20 million numbers.
-    state = {name: torch.randn(20, 1_000_000) for name in ("model", "mean", "square")}
+    keep_freed_memory()  # as training does
+
+    # Weights and Adam's two moments of a network of 20 layers of a million weights each.
+    kinds = ("weight", "mean", "square")
+    state = {f"{kind}.{layer}": torch.randn(1000, 1000) for kind in kinds for layer in range(20)}
 
     def handed_over() -> float:
         with tempfile.TemporaryDirectory() as scratch:

@@ -267,7 +267,7 @@ def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     descriptor = os.environ.get("VAEDIST_STORE_FD") if rank == 0 else None
     options: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
-    if descriptor and torch.__version__ < (2, 8):
+    if descriptor and torch.__version__ < "2.8":
         options["use_libuv"] = False  # its store could not take over a socket before (pytorch#150215)
     try:
         store: Store = TCPStore(

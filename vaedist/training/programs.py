@@ -112,15 +112,22 @@ def _write(part: nn.Module, inputs: dict[str, Tensor], path: Path, output: str, 
     """`path` has no suffix yet; `output` names what comes out, for ONNX."""
     rows = torch.export.Dim("n", min=1, max=1 << 20)
     native = path.with_suffix(".pt2")
-    with _quiet():
-        program = torch.export.export(
-            part, (), inputs, dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
-        )
-        for graph in program.graph_module.modules():
-            for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
-                node.meta.pop("stack_trace", None)  # names files of this machine
-        torch.export.save(program, native)
-        read = torch.export.load(native).module()
+    try:
+        with _quiet():
+            program = torch.export.export(
+                part, (), inputs, dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
+            )
+            for graph in program.graph_module.modules():
+                for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # names files of this machine
+            torch.export.save(program, native)
+            read = torch.export.load(native).module()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{native.name}: torch {torch.__version__} cannot write this program ({reason:.200}): install a newer "
+            "torch, or give --no-programs"
+        ) from None
     _agree(part, read, inputs, native, "--no-programs")
     if onnx:
         _agree(
