@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from vaedist.files import sync_folder, temporary, writable
 
 _COPIED = 1 << 20
-_DATE = (1980, 1, 1, 0, 0, 0)
+_LEVEL = 1
+"""Of zlib: three times as fast as its default, for files of images that are a tenth larger."""
 
 
 class NpzWriter:
@@ -57,7 +58,7 @@ class NpzWriter:
         with writable(self.path):
             try:
                 with scratch.open("xb") as file:
-                    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as archive:
                         for name in self._parts:
                             self._member(archive, name)
                     file.flush()
@@ -69,11 +70,9 @@ class NpzWriter:
 
     def _member(self, archive: zipfile.ZipFile, name: str) -> None:
         dtype, shape = self._kinds[name]
-        info = zipfile.ZipInfo(f"{name}.npy", _DATE)
-        info.compress_type = zipfile.ZIP_DEFLATED
         part = self._parts[name]
         part.seek(0)
-        with archive.open(info, "w", force_zip64=True) as member:
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
             header = {
                 "descr": np.lib.format.dtype_to_descr(dtype),
                 "fortran_order": False,

@@ -1,15 +1,18 @@
 """What `vaedist-sample` shows of a run: samples, its latent space, and a person's own images through it.
 
 Each function makes one picture, writes it with its arrays, and says in a few lines what it is. Samples are drawn and
-written part by part, so that memory does not grow with their number.
+written part by part, so that memory does not grow with their number; another thread writes a part while the model
+draws the next.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -113,11 +116,10 @@ def samples(
     with contextlib.ExitStack() as stack:
         npz = stack.enter_context(NpzWriter(target.npz)) if target.npz else None
         shards = stack.enter_context(_shards(run, sampler, tar)) if tar else None
+        behind = stack.enter_context(_Behind())
         advance = (bars or Bars(quiet=True)).begin("drawing", count)
-        for first in range(0, count, TOGETHER):
-            numbers = range(first, min(count, first + TOGETHER))
-            labels = None if classes is None else [classes[i // columns % len(classes)] for i in numbers]
-            drawn = sampler.draw(len(numbers), first, labels)
+
+        def write(drawn: drawing.Drawn, first: int, labels: list[int] | None) -> None:
             if npz is not None:
                 npz.add(images=drawn.images)
                 if labels is not None:
@@ -126,9 +128,16 @@ def samples(
                     npz.add(codes=drawn.codes)
             if shards is not None:
                 shards.add(drawn.images, first, labels)
+
+        for first in range(0, count, TOGETHER):
+            numbers = range(first, min(count, first + TOGETHER))
+            labels = None if classes is None else [classes[i // columns % len(classes)] for i in numbers]
+            drawn = sampler.draw(len(numbers), first, labels)
+            behind.call(write, drawn, first, labels)
             if first < LARGEST_PICTURE:
                 pictures.append(beside(drawn.images, drawn.codes))
             advance(numbers.stop)
+        behind.join()
         write_whole(
             target.picture, png_bytes(grid(np.concatenate(pictures), columns * (2 if sampler.codes else 1)))
         )
@@ -145,6 +154,34 @@ def samples(
     if count > LARGEST_PICTURE:
         told.append(f"the picture shows the first {LARGEST_PICTURE}")
     return Page(told, [path for path in (target.picture, target.npz, tar) if path])
+
+
+class _Behind:
+    """Calls, in order, in one other thread; what one raises is raised by the next `call` or `join`.
+
+    A context manager: what waits when it is left by an error is not begun.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vaedist-writer")
+        self._waiting: collections.deque[Future[None]] = collections.deque()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Queue a call; waits while two are queued, so that memory does not fill up before a slow disk."""
+        while len(self._waiting) >= 2:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(function, *arguments))
+
+    def join(self) -> None:
+        """Wait for all of them."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _shards(run: Run, sampler: Sampler, folder: str) -> SampleShards:
