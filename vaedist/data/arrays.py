@@ -15,7 +15,7 @@ from vaedist.files import sync_folder, temporary, writable
 
 _COPIED = 1 << 20
 _LEVEL = 1
-"""Of zlib: three times as fast as its default, for files of images that are a tenth larger."""
+"""Of zlib: on samples of digits and brains twice to three times as fast as its default, 6 to 9 % larger."""
 
 
 class NpzWriter:
