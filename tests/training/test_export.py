@@ -14,6 +14,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import vaedist
 from tests.doors.conftest import MLP, pack_phantom, trained
@@ -32,6 +33,7 @@ from vaedist.training.attempt import FitOptions
 from vaedist.training.density import fit_density, stored_density
 from vaedist.training.export import export
 from vaedist.training.loop import fit
+from vaedist.training.programs import PROGRAMS_NEED
 from vaedist.training.run import Run, open_run
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -156,6 +158,10 @@ def test_the_shipped_run_is_as_good_as_told(shipped: Run, shared_data: Path) -> 
 
 # For those who have no vaedist --------------------------------------------------------------------------------
 
+programs = pytest.mark.skipif(
+    torch.__version__ < PROGRAMS_NEED, reason=f"programs need torch {PROGRAMS_NEED}"
+)
+
 ALONE = """
 import sys
 sys.modules["vaedist"] = None
@@ -170,6 +176,7 @@ torch.save((latent, again, sum(tensor.numel() for tensor in weights.values())), 
 """
 
 
+@programs
 @pytest.mark.parametrize("name", ["vae", "cvae", "map", "vqvae", "fsq"])
 def test_programs_need_torch_alone(name: str, packed: Path, tmp_path: Path) -> None:
     """In a Python that refuses to import vaedist, for another number of images than they were made with."""
@@ -198,6 +205,7 @@ def test_programs_need_torch_alone(name: str, packed: Path, tmp_path: Path) -> N
     assert torch.equal(vaedist.load(folder).encode(images, classes), opened.encode(images, classes))
 
 
+@programs
 @pytest.mark.parametrize("name", ["vae", "cvae", "map", "vqvae", "fsq"])
 def test_onnx_files_compute_what_the_run_does(name: str, packed: Path, tmp_path: Path) -> None:
     opened = vaedist.load(trained(tmp_path / "run", packed, KINDS[name]))
@@ -221,6 +229,7 @@ def test_onnx_files_compute_what_the_run_does(name: str, packed: Path, tmp_path:
     assert "`encoder.onnx`, `decoder.onnx`" in (folder / "README.md").read_text()
 
 
+@programs
 def test_a_program_that_differs_from_the_model_is_not_given_away(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +251,7 @@ def test_a_program_that_differs_from_the_model_is_not_given_away(
     assert not (tmp_path / "new").exists()
 
 
+@programs
 def test_a_program_that_torch_cannot_write_is_one_sentence(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +265,7 @@ def test_a_program_that_torch_cannot_write_is_one_sentence(
         export(run, tmp_path / "new", programs=True)
 
 
+@programs
 def test_onnx_without_its_libraries_is_refused_at_once(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +274,15 @@ def test_onnx_without_its_libraries_is_refused_at_once(
         export(run, tmp_path / "new", onnx=True)
 
 
+def test_programs_of_an_old_torch_are_refused_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    with pytest.raises(UserError, match=r"need torch 2\.8 or newer, and this is 2\.6\.0: give --no-programs"):
+        export(run, tmp_path / "new", programs=True)
+
+
+@programs
 def test_the_example_of_the_card_runs(packed: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", packed, KINDS["cvae"])
     folder = export(tmp_path / "run", tmp_path / "new", programs=True)
@@ -270,6 +290,7 @@ def test_the_example_of_the_card_runs(packed: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
+@programs
 def test_what_cannot_be_a_program_is_named_with_the_reason(packed: Path, tmp_path: Path) -> None:
     body = {"kind": "conv", "width": 8, "depth": 0, "downsample": 4}
     gan = {"kind": "gan", "latent": 3, "generator": body, "discriminator": body}

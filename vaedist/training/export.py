@@ -21,7 +21,7 @@ from vaedist.files import as_json, room, temporary, writable
 from vaedist.training.card import card
 from vaedist.training.checkpoint import Checkpoints, chosen_weights, load
 from vaedist.training.density import density_path
-from vaedist.training.programs import check_onnx, write_programs
+from vaedist.training.programs import check, write_programs
 from vaedist.training.run import Run, open_run
 
 
@@ -49,11 +49,11 @@ def export(
         The folder.
 
     Raises:
-        UserError: there is no such run, the folder exists, or a library that ONNX needs is not there.
+        UserError: there is no such run, the folder exists, or programs cannot be written here.
     """
     folder = Path(folder)
-    if onnx:
-        check_onnx()
+    if programs or onnx:
+        check(onnx=onnx)
     if folder.exists():
         raise UserError(f"{folder} is there already: give a new folder")
     opened = open_run(run, weights=weights)

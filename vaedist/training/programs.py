@@ -28,6 +28,8 @@ from vaedist.models.contract import Variant
 
 _ROWS = (1, 3)
 """Sizes of batches on which a program must agree with the model."""
+PROGRAMS_NEED = "2.8"
+"""Version of torch: 2.6 cannot store these programs, or not read what it stored."""
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 """Libraries that only ONNX files need."""
 
@@ -54,13 +56,20 @@ class _Decoder(nn.Module):
         return self.model.decode(latent, label).mean
 
 
-def check_onnx() -> None:
-    """Whether ONNX files can be written and checked here.
+def check(*, onnx: bool) -> None:
+    """Whether programs can be written and checked here.
+
+    Args:
+        onnx: As ONNX too.
 
     Raises:
-        UserError: a library is missing.
+        UserError: torch is too old, or a library is missing.
     """
-    if absent := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]:
+    if torch.__version__ < PROGRAMS_NEED:
+        raise UserError(
+            f"programs need torch {PROGRAMS_NEED} or newer, and this is {torch.__version__}: give --no-programs"
+        )
+    if onnx and (absent := [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]):
         raise UserError(
             f"--onnx needs {', '.join(ONNX_NEEDS)}, and {', '.join(absent)} cannot be found: "
             f"pip install {' '.join(absent)} (or vaedist[onnx])"
