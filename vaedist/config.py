@@ -50,11 +50,16 @@ class Data(Strict):
     lanes: int | None = Field(
         None, ge=1, description="Order lanes L; default: the largest divisor of the batch size up to 16."
     )
-    cache: Literal["none", "memory"] = Field("none", json_schema_extra=FREE)
-    workers: int = Field(
-        1,
+    cache: Literal["auto", "none", "memory"] = Field(
+        "auto",
+        description="Decode every image once, into memory that a node's processes share; auto: where images are "
+        "read again, and are few beside the free memory (vaedist.training.reading).",
+        json_schema_extra=FREE,
+    )
+    workers: int | None = Field(
+        None,
         ge=0,
-        description="Reader threads per process; 0 reads in the loop itself.",
+        description="Reader threads per process; 0 reads in the loop itself; default: by device and cache.",
         json_schema_extra=FREE,
     )
 

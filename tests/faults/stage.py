@@ -56,7 +56,7 @@ def job(data: Path, **train: Any) -> dict[str, Any]:
     return {
         "name": "faults",
         "seed": 3,
-        "data": {"path": str(data)},
+        "data": {"path": str(data), "cache": "none"},  # damage is met by a step, not while a cache is filled
         "model": model,
         "train": settings | train,
     }

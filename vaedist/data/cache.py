@@ -41,6 +41,7 @@ _log = logging.getLogger("vaedist")
 _SHARE = 0.8  # of what is free; the rest is for the model and for the shards being read
 _DEADLINE_S = 120.0  # for a process of this node to fetch the memory once all ranks have been told of it
 _BLOCK = 4 << 20  # bytes of shard read at once while filling
+_LONGEST_SENTENCE = 4096  # bytes
 _ROUND = 4096  # samples that a process decodes between two agreements
 
 
@@ -79,7 +80,7 @@ def fill_memory(
         The images, or none where they do not fit (a warning has said so).
 
     Raises:
-        DataError: a sample is damaged; raised on all ranks, by the others without its name.
+        DataError: a sample is damaged; raised on all ranks, with one sentence.
     """
     needed = split.count * index.sample_bytes
     first = node is None or node.local_rank == 0
@@ -114,16 +115,25 @@ def fill_memory(
             except DataError as error:
                 failure = error
         if node is not None and not alone:
-            failed = bool(node.largest(torch.tensor([float(failure is not None)])))
-            if failed and failure is None:
-                failure = DataError(
-                    f"another process found damage in {index.folder}; its message names the sample"
-                )
+            failure = _first_told(failure, node)
         if failure is not None:
             raise failure
     if images is not None:
         images.flags.writeable = False
     return images
+
+
+def _first_told(failure: DataError | None, node: Node) -> DataError | None:
+    """One rank's failure, on all ranks: whichever process is heard, it names the sample."""
+    teller = int(node.largest(torch.tensor([0.0 if failure is None else node.rank + 1.0])))
+    if not teller:
+        return None
+    sentence = torch.zeros(_LONGEST_SENTENCE)
+    if failure is not None and teller == node.rank + 1:
+        content = str(failure).encode()[:_LONGEST_SENTENCE]
+        sentence[: len(content)] = torch.tensor(list(content), dtype=torch.float32)
+    told = bytes(node.largest(sentence).to(torch.uint8).tolist())
+    return DataError(told.rstrip(b"\0").decode(errors="replace"))
 
 
 def _decode_into(

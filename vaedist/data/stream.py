@@ -274,8 +274,10 @@ class TrainingStream(_Stream):
         self.resident_peak = 0
         self._images: NDArray[Any] | None = None
         if cache == "memory":
+            # All cores of this process decode: nothing else is done meanwhile.
+            fillers = max(workers, torch.get_num_threads())
             self._images = fill_memory(
-                index, self.split, node=node, workers=workers, memory_limit=memory_limit
+                index, self.split, node=node, workers=fillers, memory_limit=memory_limit
             )
 
     def batches(self, start: int = 0) -> Iterator[Batch]:

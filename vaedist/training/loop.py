@@ -39,6 +39,7 @@ from vaedist.training.log import Log, Silent
 from vaedist.training.memory import enough_memory, keep_freed_memory
 from vaedist.training.progress import Progress
 from vaedist.training.pulse import Tell, on_stderr
+from vaedist.training.reading import Reading, reading
 from vaedist.training.run import data_section, resolved, resume
 from vaedist.training.start import Beginning, begin
 from vaedist.training.startup import told as told_of_start
@@ -157,21 +158,22 @@ def _fit(
         return _stopped_early(run, start, progress, tell)
     read = (job.data.train_split, job.data.validation_split)
     source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
-    reading: dict[str, Any] = {"workers": job.data.workers, "rank": group.rank, "world": group.world}
+    how = reading(job.data, source, (total - start) * batch_size, group, torch.get_num_threads())
+    mine: dict[str, Any] = {"workers": how.workers, "rank": group.rank, "world": group.world}
     stream = TrainingStream(
         source,
         job.data.train_split,
         batch_size=batch_size,
         lanes=lanes,
         seed=job.seed,
-        cache=job.data.cache,
+        cache=how.cache,
         device=group.device,
         node=group,
-        **reading,
+        **mine,
     )
     exits.callback(stream.close)
     held_out = EvaluationStream(
-        source, job.data.validation_split, batch_size=batch_size, device=group.device, **reading
+        source, job.data.validation_split, batch_size=batch_size, device=group.device, **mine
     )
 
     check_monitored_term(job, model, held_out)
@@ -217,7 +219,7 @@ def _fit(
             command=options.command or None,
         )
         log = Log(run, job, total_steps=total, start_step=start, quiet=options.quiet)
-        log.summary(_summary(job, index, stream, model, group, options, beginning, start, total))
+        log.summary(_summary(job, index, stream, how, model, group, options, beginning, start, total))
         if options.verbose:
             log.message(libraries())
         if beginning.report:
@@ -415,6 +417,7 @@ def _summary(
     job: Job,
     index: Index,
     stream: TrainingStream,
+    how: Reading,
     model: Variant,
     group: Group,
     options: FitOptions,
@@ -433,6 +436,7 @@ def _summary(
     return {
         "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
+        "reads": how.told,
         "model": f"{job.model['kind']}, {parameters:,} parameters"
         + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",

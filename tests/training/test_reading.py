@@ -1,0 +1,82 @@
+"""What a job leaves to the machine: cache and readers by rule, told in the start-up summary, and each overridden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from tests.runs import curve, small_job
+from vaedist.training.loop import fit
+from vaedist.training.reading import LARGEST, chosen_cache, chosen_readers
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("count", "sample_bytes", "to_read", "free", "cache", "why"),
+    [
+        (1000, MIB, 1001, 8 << 30, "memory", " (1,000 MiB)"),
+        (1000, MIB, 1000, 8 << 30, "none", " (no image is read twice)"),
+        (1000, MIB, 10**9, 3 << 30, "none", " (1,000 MiB: more than a quarter of the free memory)"),
+        (2048, MIB, 10**9, 64 << 30, "memory", " (2,048 MiB)"),
+        (2049, MIB, 10**9, 64 << 30, "none", " (2,049 MiB: more than are cached unasked)"),
+    ],
+)
+def test_the_cache_is_for_what_is_read_again_and_small(
+    count: int, sample_bytes: int, to_read: int, free: int, cache: str, why: str
+) -> None:
+    assert chosen_cache(count, sample_bytes, to_read, free) == (cache, why)
+    assert LARGEST == 2048 * MIB
+
+
+@pytest.mark.parametrize(
+    ("cache", "device", "threads", "readers"),
+    [
+        ("none", "cpu", 16, 1),
+        ("memory", "cuda", 16, 1),
+        ("none", "cuda", 1, 1),
+        ("none", "cuda", 4, 3),
+        ("none", "cuda", 64, 8),
+    ],
+)
+def test_readers_have_the_cores_that_a_gpu_leaves(
+    cache: Literal["none", "memory"], device: str, threads: int, readers: int
+) -> None:
+    assert chosen_readers(cache, torch.device(device), threads) == readers
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "told"),
+    [
+        (9, {}, "cache memory (1 MiB), 1 reader"),  # 64 images, 8 a step: the ninth step reads some again
+        (8, {}, "cache none (no image is read twice), 1 reader"),
+        (9, {"cache": "none", "workers": 0}, "cache none, read by the loop itself"),
+        (8, {"cache": "memory", "workers": 3}, "cache memory, 3 readers"),
+    ],
+)
+def test_a_start_tells_what_it_does(
+    steps: int,
+    given: dict[str, object],
+    told: str,
+    phantom: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = small_job(phantom, steps=steps)
+    job = job.model_copy(update={"data": job.data.model_copy(update=given)})
+    fit(job, tmp_path / "run")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reads ")]
+    assert line.split(maxsplit=1)[1] == told
+
+
+def test_the_choice_changes_no_number(phantom: Path, tmp_path: Path) -> None:
+    curves = []
+    for cache in ("auto", "none"):
+        job = small_job(phantom, steps=12)
+        job = job.model_copy(update={"data": job.data.model_copy(update={"cache": cache})})
+        fit(job, tmp_path / cache)
+        curves.append(curve(tmp_path / cache))
+    assert curves[0] == curves[1]

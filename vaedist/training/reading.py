@@ -1,0 +1,89 @@
+"""How a run reads its images, where the job leaves it to the machine: `data.cache: auto`, and `data.workers` unset.
+
+The cache (`vaedist.data.cache`) decodes every image once, before the first step; without it each is decoded once an
+epoch. So it is worth its memory where images are yet to be read more than once, and its wait where they are few:
+2 GiB of pixels, 33,000 images of 256x256, take about 20 s of one slow core. Nobody's memory is filled for it: at most a
+quarter of what is free on the first rank's node.
+
+Readers beside a GPU are as many as there are cores for, up to eight. On a CPU they take their time from the cores that
+train, so one is enough to read ahead; from the cache it only copies.
+
+Neither changes a number of the run (`vaedist.data.stream`), so both may differ from one start to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+
+from vaedist.config import Data
+from vaedist.data.cache import available_memory
+from vaedist.data.index import Index
+from vaedist.training.dist import Group
+
+LARGEST = 2 << 30
+"""Bytes of pixels that are cached unasked."""
+SHARE = 1 / 4
+"""Of a node's free memory, that a cache takes unasked."""
+MOST_READERS = 8
+
+
+class Reading(NamedTuple):
+    """What was chosen, and the line of the start-up summary that says it."""
+
+    cache: Literal["none", "memory"]
+    workers: int
+    told: str
+
+
+def reading(data: Data, index: Index, to_read: int, group: Group, threads: int) -> Reading:
+    """What the job says, and by rule what it leaves open; the same on every rank. Collective.
+
+    Args:
+        data: Of the job.
+        index: Of what is read: images, or codes.
+        to_read: Samples that this run still has to take, over all ranks.
+        group: The processes.
+        threads: Cores of one process.
+    """
+    cache, why = data.cache, ""
+    if cache == "auto":
+        free = int(group.from_leader(lambda: str(available_memory()).encode()))
+        split = index.split(data.train_split)
+        cache, why = chosen_cache(split.count, index.sample_bytes, to_read, free)
+    workers = data.workers
+    if workers is None:
+        workers = chosen_readers(cache, group.device, threads)
+    readers = f"{workers} reader{'s' * (workers != 1)}" if workers else "read by the loop itself"
+    return Reading(cache, workers, f"cache {cache}{why}, {readers}")
+
+
+def chosen_cache(
+    count: int, sample_bytes: int, to_read: int, free: int
+) -> tuple[Literal["none", "memory"], str]:
+    """`auto` settled, and the reason in brackets.
+
+    Args:
+        count: Samples of the split.
+        sample_bytes: Of one, decoded.
+        to_read: Samples still to be taken.
+        free: Bytes of memory.
+    """
+    size = count * sample_bytes
+    if to_read <= count:
+        return "none", " (no image is read twice)"
+    told = f"{math.ceil(size / 2**20):,} MiB"
+    if size > LARGEST:
+        return "none", f" ({told}: more than are cached unasked)"
+    if size > free * SHARE:
+        return "none", f" ({told}: more than a quarter of the free memory)"
+    return "memory", f" ({told})"
+
+
+def chosen_readers(cache: Literal["none", "memory"], device: torch.device, threads: int) -> int:
+    """Reader threads of a process that has `threads` cores; one of these launches the GPU's work."""
+    if cache == "memory" or device.type == "cpu":
+        return 1
+    return max(1, min(MOST_READERS, threads - 1))
