@@ -91,7 +91,7 @@ class StepResult(NamedTuple):
     terms: dict[str, Tensor]
     """Sums over this process's rows (float64, on the device), of the phases that ran."""
     scalars: dict[str, float]
-    """Norms of gradients (before clipping) and weights, by module where the step is logged; what `after_step` told."""
+    """Of a step that is logged: norms of gradients (before clipping) and weights; what `after_step` told."""
 
 
 def micro_batches(job: Job, model: Variant, rows: int) -> list[tuple[int, int]]:
@@ -165,7 +165,7 @@ class Stepper:
         sums: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
         accepted, reason, stop = True, "", False
-        # The norms of single modules cost a little: they are taken only where the loop will log this step.
+        # What is only shown is taken only where the loop will log this step.
         shown = (step + 1) % self.job.train.log_every == 0 or step + 1 == total
         batch = self.inputs(batch, self.context(step, "inputs"))
         for phase in self.phases:
@@ -184,9 +184,8 @@ class Stepper:
 
             # All ranks hear of every rank's non-finite numbers and stop requests, and then do the same.
             names = [*terms, "gradient"]
-            bad = [~torch.isfinite(value) for value in (*terms.values(), norm)]
-            flags = torch.stack([flag.to(torch.float32) for flag in bad])
-            flags = torch.cat([flags.cpu(), torch.tensor([float(stop_requested)])])
+            bad = ~torch.isfinite(torch.stack([*terms.values(), norm.double()]))
+            flags = torch.cat([bad.float().cpu(), torch.tensor([float(stop_requested)])])
             *heard, stopping = self.group.largest(flags).tolist()
             stop = stop or bool(stopping)
             culprits = [name for name, flag in zip(names, heard, strict=True) if flag]
@@ -203,10 +202,10 @@ class Stepper:
             with torch.no_grad():
                 told = self.model.after_step(ctx)
             sums |= {f"{name}{suffix}": value for name, value in terms.items()}
-            scalars[f"gradient_norm{suffix}"] = norm.item()
-            if shown:
+            if shown:  # reading a number waits for the device
+                scalars[f"gradient_norm{suffix}"] = norm.item()
                 scalars |= gradients
-            scalars |= {name: value.item() for name, value in told.items()}
+                scalars |= {name: value.item() for name, value in told.items()}
         if shown:
             scalars |= _norms(self._modules(self.model.parameters()), "weight_norm")
         return StepResult(accepted, reason, stop, sums, scalars)
