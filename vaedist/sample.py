@@ -67,8 +67,9 @@ def build_parser() -> Parser:
         help="images per row of the grid (default: %(default)s)",
     )
     parser.add_argument(
-        "--output-path",
         "--out",
+        "--output-path",
+        dest="out",
         metavar="PNG",
         help="the picture (default: samples.png, reconstructions.png, interpolation.png, ...)",
     )
@@ -220,7 +221,7 @@ def _page(run: Run, mode: str, arguments: argparse.Namespace, bars: Bars) -> Pag
             "leave it away"
         )
     classes = show.class_numbers(run, arguments.classes)
-    target = show.Target(arguments.output_path, arguments.npz)
+    target = show.Target(arguments.out, arguments.npz)
     if mode == "reconstruct":
         return show.reconstructions(
             run,
@@ -286,11 +287,9 @@ def _check(arguments: argparse.Namespace) -> str:
         raise UserError(
             "--data is for --sampler gmm, which may have to fit to the training data: leave it away"
         )
-    arguments.output_path = arguments.output_path or _OUTPUTS[mode]
-    if Path(arguments.output_path).suffix.lower() != ".png":
-        raise UserError(
-            f"--output-path is {arguments.output_path!r}; pictures are PNG files: let it end in .png"
-        )
+    arguments.out = arguments.out or _OUTPUTS[mode]
+    if Path(arguments.out).suffix.lower() != ".png":
+        raise UserError(f"--out is {arguments.out!r}; pictures are PNG files: let it end in .png")
     return mode
 
 

@@ -95,7 +95,7 @@ def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(order: 
         prior,
     )
     assert ran["evaluate"][1] == ("evaluate", prior, "--split", "test")
-    assert ran["sample"][1] == ("sample", prior, "--output-path", f"{prior}/samples.png")
+    assert ran["sample"][1] == ("sample", prior, "--out", f"{prior}/samples.png")
 
 
 def test_a_chain_may_begin_with_runs_that_are_there(order: Order) -> None:

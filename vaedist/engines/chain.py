@@ -210,7 +210,7 @@ def _after(verb: str, model: Task, given: str) -> Task:
     assert model.run is not None, "what trains has a run folder"
     arguments = [verb, str(model.run), *_words(given, f"--{verb}")]
     if verb == "sample" and not any(word.split("=")[0] in ("--output-path", "--out") for word in arguments):
-        arguments += ["--output-path", str(model.run / "samples.png")]
+        arguments += ["--out", str(model.run / "samples.png")]
     return Task(model.label, tuple(arguments), model.run)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ STRIPS, FRAMES = 4, 9
 MAPS = 8
 MOST_POINTS = 4000
 """Images on the map of the latents."""
+FEWEST_FOR_UMAP = 32
+"""Two neighbourhoods of 15; below 4 images it fails."""
 
 _CURVES = (
     ("loss", "loss"),
@@ -250,16 +254,20 @@ def _latents(
 
 def _plane(flat: Any) -> tuple[Any, tuple[str, str, str]]:
     """(N, 2), and what the two axes and the map are called."""
-    try:
-        from umap import UMAP  # type: ignore[import-not-found]  # used where a person has installed it
-    except ImportError:
-        from sklearn.decomposition import PCA
+    if len(flat) >= FEWEST_FOR_UMAP:
+        with contextlib.suppress(ImportError):
+            from umap import UMAP  # type: ignore[import-not-found]  # used where a person has installed it
 
-        fitted = PCA(2, svd_solver="full").fit(flat)
-        first, second = fitted.explained_variance_ratio_
-        axes = f"axis 1, {first:.0%} of the variance", f"axis 2, {second:.0%}", "principal axes"
-        return fitted.transform(flat), axes
-    return UMAP(random_state=0).fit_transform(flat), ("UMAP 1", "UMAP 2", "UMAP")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # points far from all others; they are drawn, too
+                fitted = UMAP(random_state=0, n_jobs=1).fit_transform(flat)
+            return fitted, ("UMAP 1", "UMAP 2", "UMAP")
+    from sklearn.decomposition import PCA
+
+    principal = PCA(2, svd_solver="full").fit(flat)
+    first, second = principal.explained_variance_ratio_
+    axes = f"axis 1, {first:.0%} of the variance", f"axis 2, {second:.0%}", "principal axes"
+    return principal.transform(flat), axes
 
 
 def _groups(held: latents.Latents, index: Index, document: Mapping[str, Any]) -> list[str]:
