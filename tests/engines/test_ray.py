@@ -20,7 +20,7 @@ import yaml
 
 from tests.runs import ROOT, Training, curve, held, last_step, small_job, train, write_job
 from vaedist.config import Job
-from vaedist.errors import EXIT_STOPPED, UserError
+from vaedist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from vaedist.models.contract import kinds, variant
 from vaedist.settings import parse
 from vaedist.train import main
@@ -128,6 +128,31 @@ def test_a_signal_to_the_driver_saves_and_another_engine_goes_on(
     code, _, err = train(job, run, "--workers", "2", "-q")
     assert (code, err) == (0, "")
     assert curve(run) == curve(whole)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_second_ctrl_c_leaves_nothing_at_work(
+    phantom: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=100_000))
+    run = tmp_path / "run"
+    ranks: list[psutil.Process] = []
+
+    def interrupt() -> None:
+        ranks.extend(workers())
+        for one in ranks:
+            one.suspend()  # or they would save and leave at the first
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Later(run, 3, interrupt)
+    assert ray_train(job, run, "--workers", "2", "-q") == EXIT_INTERRUPTED
+    assert capfd.readouterr().err == "vaedist-train: interrupted\n"
+    # A thread that waits for Ray when Ray is shut down ends the process, or starts a second Ray.
+    assert "ray-train" not in [one.name for one in threading.enumerate()]
+    assert len(ranks) == 2 and not psutil.wait_procs(ranks, 20)[1]
+    assert not (run / ".ray").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -64,7 +64,11 @@ from vaedist.training.startup import process_began
 _WORK = ".ray"
 """Folder inside the run folder for one attempt's console and errors, seen by the workers of every node."""
 
+_FAILURE = "failure.json"
+"""File in the work folder: the error that ended the run, if it has a name or is a bug."""
+
 _LOOK_SECONDS = 0.25
+_END_SECONDS = 10.0
 _RESIZE_SECONDS = 10.0
 """How often an elastic group asks whether the cluster has changed; Ray itself looks at its nodes every 20 s."""
 
@@ -142,18 +146,16 @@ def run(
             "threads": cpus_per_worker,
         }
         driving = _Driving(_trainer(orders, want, gpus, max_failures, work, private=found.private))
+        exits.callback(driving.end)
         watch = Watch(work, want, max_failures, hang_seconds, private=found.private, quiet=options.quiet)
         driving.start()
-        failure = work / "failure.json"
+        failure = work / _FAILURE
         passed_on = False
-        while driving.is_alive():
-            driving.join(_LOOK_SECONDS)
+        while not driving.wait(_LOOK_SECONDS):
             watch.look()
             if not passed_on and (early.requested or asked.requested):
                 passed_on = True
                 stop.ask(run_folder, attempt)
-            if found.private and failure.exists():
-                break  # a named error: no use in waiting for Ray to try again
         watch.look()
         if failure.exists():
             told = json.loads(failure.read_bytes())
@@ -210,6 +212,10 @@ def _trainer(
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in needless]
 
+        def _initialize_and_run_controller(self, **orders: Any) -> Any:
+            orders["failure_policy"] = _policy(orders["failure_policy"], work / _FAILURE)
+            return super()._initialize_and_run_controller(**orders)
+
     elastic = want.least < want.most
     return Trainer(
         _work,
@@ -232,11 +238,29 @@ def _trainer(
     )
 
 
-def _reporter(path: Path) -> Any:
-    """What Ray's controller runs when workers are lost: a line in a file.
+# The two classes below are made inside functions, so that they are sent as a whole: on a cluster of others Ray's
+# controller cannot import us.
 
-    The class is made here, so that it is sent as a whole: on a cluster of others the controller cannot import us.
-    """
+
+def _policy(of_ray: Any, failure: Path) -> Any:
+    """Ray's own policy of trying again, but for an error that has a name, or a bug: every try would meet it."""
+    place = str(failure)
+
+    class Policy(type(of_ray)):  # type: ignore[misc]
+        def make_decision(self, training_failed_error: Any) -> Any:
+            import os
+
+            from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+            if os.path.exists(place):
+                return FailureDecision.RAISE
+            return super().make_decision(training_failed_error)
+
+    return Policy(of_ray.failure_config)
+
+
+def _reporter(path: Path) -> Any:
+    """What Ray's controller runs when workers are lost: a line in a file."""
     from ray.train import UserCallback
 
     place = str(path)
@@ -262,6 +286,7 @@ class _Driving(threading.Thread):
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="ray-train", daemon=True)
         self._trainer = trainer
+        self._over = threading.Event()
         self.answer: dict[str, Any] = {}
         self.error: Exception | None = None
 
@@ -270,6 +295,27 @@ class _Driving(threading.Thread):
             self.answer = self._trainer.fit().return_value
         except Exception as error:  # noqa: BLE001 - handed to the main thread
             self.error = error
+        finally:
+            self._over.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is over, at the latest after so long. A join that Ctrl-C interrupts calls a live thread dead
+        (CPython 3.11)."""
+        return self._over.wait(seconds)
+
+    def end(self) -> None:
+        """Where the run is left before its time (a second Ctrl-C), end Ray's controller, which this thread waits for:
+        a thread that is inside Ray when Ray is shut down ends the whole process, with nothing told or tidied."""
+        if not self.is_alive() or self.wait(0):
+            return
+        import ray
+        from ray._private import state, worker
+
+        this: Any = worker.global_worker
+        for one in state.actors(actor_state_name="ALIVE").values():
+            if one["JobID"] == this.current_job_id.hex() and one["ActorClassName"] == "TrainController":
+                this.core_worker.kill_actor(ray.ActorID.from_hex(one["ActorID"]), True)
+        self.wait(_END_SECONDS)
 
 
 # A worker ---------------------------------------------------------------------------------------------------
@@ -280,9 +326,9 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     import ray.train
 
     work = Path(orders["work"])
-    failure = work / "failure.json"
+    failure = work / _FAILURE
     if failure.exists():
-        return None  # Ray tries once more after an error that has a name: the driver is about to tell it
+        return None  # a controller on another node may not have seen it yet, and tried again
     os.chdir(orders["folder"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -272,6 +272,7 @@ class _Driving(threading.Thread):
     def __init__(self, tuner: Any) -> None:
         super().__init__(name="ray-tune", daemon=True)
         self._tuner = tuner
+        self.over = threading.Event()  # a join that Ctrl-C interrupts calls a live thread dead (CPython 3.11)
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -279,6 +280,8 @@ class _Driving(threading.Thread):
             self._tuner.fit()
         except Exception as error:  # noqa: BLE001 - handed to the main thread
             self.error = error
+        finally:
+            self.over.set()
 
 
 def _drive(
@@ -286,8 +289,7 @@ def _drive(
 ) -> None:
     driving = _Driving(tuner)
     driving.start()
-    while driving.is_alive():
-        driving.join(_POLL_SECONDS)
+    while not driving.over.wait(_POLL_SECONDS):
         hearts.look(list(sweep.running))
         if early.requested or asked.requested:
             sweep.stop()
