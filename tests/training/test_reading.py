@@ -72,6 +72,16 @@ def test_a_start_tells_what_it_does(
     assert line.split(maxsplit=1)[1] == told
 
 
+def test_a_cache_that_does_not_fit_is_not_told_as_one(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaedist.data.cache.available_memory", lambda: 1000)
+    job = small_job(phantom, steps=2)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"cache": "memory"})})
+    fit(job, tmp_path / "run")
+    assert "reads   cache none (no room in memory), 1 reader\n" in capsys.readouterr().out
+
+
 def test_the_choice_changes_no_number(phantom: Path, tmp_path: Path) -> None:
     curves = []
     for cache in ("auto", "none"):

@@ -280,6 +280,11 @@ class TrainingStream(_Stream):
                 index, self.split, node=node, workers=fillers, memory_limit=memory_limit
             )
 
+    @property
+    def cached(self) -> bool:
+        """Whether batches are taken from memory, not from shards."""
+        return self._images is not None
+
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """This rank's rows of the global batches `start`, `start + 1`, ...; reads no earlier ones."""
         return self._run(self._batches(start))
@@ -287,7 +292,7 @@ class TrainingStream(_Stream):
     def _batches(self, start: int) -> Generator[Batch, None, None]:
         order = Order(self._counts, seed=self._seed, batch_size=self.batch_size, lanes=self.lanes)
         steps = (order.rows(step, self.start, self.stop) for step in itertools.count(start))
-        if self._images is not None:
+        if self.cached:
             yield from self._timed(_in_order(self._from_memory, steps, self.workers, self.device))
             return
         resident = _Resident(partial(Rows, self.index, self.split), self.resident_limit)

@@ -436,7 +436,7 @@ def _summary(
     return {
         "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
-        "reads": how.told,
+        "reads": how.told(stream.cached),
         "model": f"{job.model['kind']}, {parameters:,} parameters"
         + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",

@@ -31,11 +31,25 @@ MOST_READERS = 8
 
 
 class Reading(NamedTuple):
-    """What was chosen, and the line of the start-up summary that says it."""
+    """What was chosen."""
 
     cache: Literal["none", "memory"]
+    why: str
     workers: int
-    told: str
+
+    def told(self, cached: bool) -> str:
+        """The line of the start-up summary.
+
+        Args:
+            cached: Whether the images are in memory now: they may not have fitted.
+        """
+        cache, why = self.cache, self.why
+        if cache == "memory" and not cached:
+            cache, why = "none", " (no room in memory)"
+        readers = (
+            f"{self.workers} reader{'s' * (self.workers != 1)}" if self.workers else "read by the loop itself"
+        )
+        return f"cache {cache}{why}, {readers}"
 
 
 def reading(data: Data, index: Index, to_read: int, group: Group, threads: int) -> Reading:
@@ -56,8 +70,7 @@ def reading(data: Data, index: Index, to_read: int, group: Group, threads: int) 
     workers = data.workers
     if workers is None:
         workers = chosen_readers(cache, group.device, threads)
-    readers = f"{workers} reader{'s' * (workers != 1)}" if workers else "read by the loop itself"
-    return Reading(cache, workers, f"cache {cache}{why}, {readers}")
+    return Reading(cache, why, workers)
 
 
 def chosen_cache(
