@@ -26,7 +26,7 @@ def pack_phantom(folder: Path, seed: int = 0, size: int = SIZE) -> Path:
     return folder
 
 
-def trained(folder: Path, data: Path, model: dict[str, Any]) -> Path:
+def trained(folder: Path, data: Path, model: dict[str, Any], **more: Any) -> Path:
     train = {
         "steps": 4,
         "batch_size": 8,
@@ -34,6 +34,7 @@ def trained(folder: Path, data: Path, model: dict[str, Any]) -> Path:
         "save_every": 2,
         "ema_half_life": 50,
         "threads": 1,
+        **more,
     }
     job = Job(name=folder.name, data={"path": str(data)}, model=model, train=train)
     fit(job, folder, options=FitOptions(quiet=True))
