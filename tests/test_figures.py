@@ -31,7 +31,7 @@ def test_patients_through_every_variant(tmp_path: Path) -> None:
     tokenizer = str(runs / "vqvae_oasis_k512_32")
     trained(runs / "pixelcnn_oasis", data, {"kind": "pixelcnn", "tokenizer": tokenizer, "net": net})
     for name, model in {
-        "infovae_oasis": {"kind": "infovae"},
+        "infovae_oasis64": {"kind": "infovae"},
         "vae_oasis": {"kind": "vae"},
         "mmdvae_oasis": {"kind": "infovae", "alpha": 1.0},
     }.items():
