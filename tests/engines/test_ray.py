@@ -20,6 +20,7 @@ import yaml
 
 from tests.runs import ROOT, Training, curve, held, last_step, small_job, train, write_job
 from vaedist.config import Job
+from vaedist.engines.raycluster import free_cpus
 from vaedist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from vaedist.models.contract import kinds, variant
 from vaedist.settings import parse
@@ -153,6 +154,11 @@ def test_a_second_ctrl_c_leaves_nothing_at_work(
     assert "ray-train" not in [one.name for one in threading.enumerate()]
     assert len(ranks) == 2 and not psutil.wait_procs(ranks, 20)[1]
     assert not (run / ".ray").exists()
+    # Nor are its places kept from the next run, on a cluster that goes on.
+    deadline = time.monotonic() + 20
+    while free_cpus() < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert free_cpus() == 4
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -68,7 +68,7 @@ _FAILURE = "failure.json"
 """File in the work folder: the error that ended the run, if it has a name or is a bug."""
 
 _LOOK_SECONDS = 0.25
-_END_SECONDS = 10.0
+_END_SECONDS = 15.0
 _RESIZE_SECONDS = 10.0
 """How often an elastic group asks whether the cluster has changed; Ray itself looks at its nodes every 20 s."""
 
@@ -201,20 +201,35 @@ def work_folder(run_folder: Path) -> Iterator[Path]:
 def _trainer(
     orders: dict[str, Any], want: Want, gpus: int, max_failures: int, work: Path, *, private: bool
 ) -> Any:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api import data_parallel_trainer
+
+    trainer: Any = data_parallel_trainer
+    raylet: Any = ray._raylet
 
     # Ray gives each a process of its own, seconds of every start: one for Ray's data sets, of which we have none, and
     # one that tidies up should the controller die, which a cluster that ends with us does not need.
     needless = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if private else [])}
 
-    class Trainer(DataParallelTrainer):
+    class Trainer(data_parallel_trainer.DataParallelTrainer):
+        controller: Any = None
+
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in needless]
 
-        def _initialize_and_run_controller(self, **orders: Any) -> Any:
-            orders["failure_policy"] = _policy(orders["failure_policy"], work / _FAILURE)
-            return super()._initialize_and_run_controller(**orders)
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            """Ray's own, but for the policy, and that the controller is kept, so that the run can be left."""
+            settings["failure_policy"] = _policy(settings["failure_policy"], work / _FAILURE)
+            told = {
+                trainer.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0",
+                **trainer.get_env_vars_to_propagate(),
+            }
+            here = {raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+            remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": told})
+            self.controller = remote(trainer.TrainController).remote(**settings)
+            ray.get(self.controller.run.remote())
+            return ray.get(self.controller.get_result.remote())
 
     elastic = want.least < want.most
     return Trainer(
@@ -309,12 +324,10 @@ class _Driving(threading.Thread):
         if not self.is_alive() or self.wait(0):
             return
         import ray
-        from ray._private import state, worker
 
-        this: Any = worker.global_worker
-        for one in state.actors(actor_state_name="ALIVE").values():
-            if one["JobID"] == this.current_job_id.hex() and one["ActorClassName"] == "TrainController":
-                this.core_worker.kill_actor(ray.ActorID.from_hex(one["ActorID"]), True)
+        if self._trainer.controller is not None:
+            with contextlib.suppress(ray.exceptions.RayError):  # it answers by its end
+                ray.get(self._trainer.controller.abort.remote(), timeout=_END_SECONDS)
         self.wait(_END_SECONDS)
 
 
