@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,8 +123,18 @@ def test_a_stop_is_not_kept_waiting(index: Index, place: Path, told: Callable[[]
 def test_copying_has_a_deadline_and_the_next_start_goes_on(
     index: Index, place: Path, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first = next(iter(index.split(BOTH[0]).shards)).tar
+    blocks = staging._blocks
+
+    def late(path: Path) -> Iterator[bytes]:
+        """The first file comes when the others have found the time over: its thread only leaves."""
+        if path == first:
+            time.sleep(0.5)
+        return blocks(path)
+
     with monkeypatch.context() as patch:
         patch.setattr(staging, "_LIMIT_S", 0.0)
+        patch.setattr(staging, "_blocks", late)
         with staged(index, BOTH) as same:
             assert same is index
     [line] = told()

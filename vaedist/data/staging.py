@@ -134,6 +134,10 @@ class _Paused(CannotStage):
     """Copying ended before it was done; what there is serves the next start."""
 
 
+class _Left(_Paused):
+    """Another thread has failed, and has the reason."""
+
+
 class _Staging:
     """One process's attempt to have a selection of shards on the node's own disk."""
 
@@ -283,8 +287,8 @@ class _Staging:
                 failures.append(error)
             elif not copy.cancelled():
                 record.vouch(file)
-        # The first failure makes the other threads leave: it is the one that is not a mere leaving.
-        failures.sort(key=lambda error: isinstance(error, _Paused))
+        # The one to tell: a real failure before a stop or the deadline, and both before a mere leaving.
+        failures.sort(key=lambda error: (isinstance(error, _Paused), isinstance(error, _Left)))
         if failures and not isinstance(failures[0], _Paused):
             for file in files:  # they would fill the disk and serve nobody
                 (folder / file.name).unlink(missing_ok=True)
@@ -322,10 +326,11 @@ class _Progress:
         """Take in that so many bytes were read.
 
         Raises:
-            _Paused: it is time to leave, or another thread has failed.
+            _Paused: it is time to leave.
+            _Left: another thread has failed.
         """
         if self.over:
-            raise _Paused("another file could not be copied")
+            raise _Left("another file could not be copied")
         self.staging.go_on(self.folder)
         with self._lock:
             self.done += count
