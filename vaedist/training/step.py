@@ -25,6 +25,7 @@ from vaedist.config import Job, Optim, Plateau
 from vaedist.context import Batch, LaneContext
 from vaedist.errors import UserError
 from vaedist.models.contract import Variant
+from vaedist.training import optimizers
 from vaedist.training.dist import Group, GroupLaneContext
 from vaedist.training.inputs import Inputs
 from vaedist.training.schedules import PlateauState, factor
@@ -36,7 +37,7 @@ class Phase:
     def __init__(self, name: str, optim: Optim, parameters: Sequence[nn.Parameter], job: Job) -> None:
         self.name, self.optim = name, optim
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.name]
+        cls = {"adam": optimizers.Adam, "adamw": optimizers.AdamW}[optim.name]
         # One pass over the weights instead of one per operation: on a CPU eight times faster at 4 M parameters.
         self.optimizer = cls(self.parameters, fused=True, **self._settings())
         schedule = optim.schedule
@@ -126,6 +127,7 @@ class Stepper:
         self.phases = [
             Phase(name, job.train.optim[name], list(model.parameters_of(name)), job) for name in model.phases
         ]
+        self._parameters = list(model.parameters())
         trained = {id(parameter): parameter for phase in self.phases for parameter in phase.parameters}
         self._rivals = {
             phase.name: [trained[key] for key in trained.keys() - {id(one) for one in phase.parameters}]
@@ -133,6 +135,11 @@ class Stepper:
         }
         self.inputs = Inputs(job)
         self._passes = micro_batches(job, model, bounds[1] - bounds[0])
+
+    def _forget(self) -> None:
+        """Let go of all gradients; `Module.zero_grad` would look for them in every submodule first."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def context(self, step: int, phase: str, turn: int | None = None) -> GroupLaneContext:
         return GroupLaneContext(
@@ -158,7 +165,7 @@ class Stepper:
             self._passes, passes = self._passes[-1:], self._passes
             self._backward(batch, self.context(step, self.phases[0].name))
             self._passes = passes
-            self.model.zero_grad(set_to_none=True)
+            self._forget()
 
     def take(self, batch: Batch, step: int, total: int, stop_requested: bool) -> StepResult:
         """One pass over the phases on this process's rows of global batch `step`."""
@@ -191,14 +198,14 @@ class Stepper:
             culprits = [name for name, flag in zip(names, heard, strict=True) if flag]
             if culprits:
                 accepted, reason = False, f"{', '.join(culprits)} of phase {phase.name!r}"
-                self.model.zero_grad(set_to_none=True)
+                self._forget()
                 continue
 
             # Clip by the global norm, move, and let the model apply the step's statistics.
             if phase.optim.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(phase.parameters, phase.optim.clip, norm)
             phase.optimizer.step()
-            self.model.zero_grad(set_to_none=True)
+            self._forget()
             with torch.no_grad():
                 told = self.model.after_step(ctx)
             sums |= {f"{name}{suffix}": value for name, value in terms.items()}
