@@ -156,8 +156,11 @@ class Quantizer(nn.Module):
         ctx.accumulate(f"codes{self.tag}", counts.to(torch.float64))
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        """Perplexity exp(H) and number of the codes that the global batch used."""
-        counts = ctx.sum(ctx.statistic(f"codes{self.tag}"))
+        """Apply the step's statistics; what there is to tell: see `told`."""
+        return self.told(ctx.sum(ctx.statistic(f"codes{self.tag}")))
+
+    def told(self, counts: Tensor) -> dict[str, Tensor]:
+        """Perplexity exp(H) and number of the codes that the global batch used, from its (K,) counts."""
         share = counts / counts.sum()
         return {
             f"perplexity{self.tag}": torch.special.entr(share).sum().exp(),
@@ -251,9 +254,11 @@ class EmaQuantizer(_Codebook):
         codes, distance = nearest(rows, self.vectors)
         codes = codes.view(z.shape[0], *z.shape[2:])
         if ctx.training:
-            self.count(codes, ctx)
-            sums = torch.zeros_like(self.embedding, dtype=torch.float64)
-            ctx.accumulate(f"sums{self.tag}", add_rows(sums, codes.flatten(), rows))
+            # (K, 1 + D), counts and sums in one: of several processes each sum over them costs a millisecond.
+            taken = torch.zeros(self.num_codes, 1 + self.dim, dtype=torch.float64, device=rows.device)
+            taken[:, 0] = torch.bincount(codes.flatten(), minlength=self.num_codes)
+            add_rows(taken[:, 1:], codes.flatten(), rows)
+            ctx.accumulate(f"codes{self.tag}", taken)
             if self.config.expire > 0:
                 ctx.collect(f"candidates{self.tag}", self._candidates(rows, distance, z.shape[0], ctx))
         return codes, self.embed(codes)
@@ -270,9 +275,8 @@ class EmaQuantizer(_Codebook):
 
     @torch.no_grad()
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        shown = super().after_step(ctx)
-        counts = ctx.sum(ctx.statistic(f"codes{self.tag}"))
-        sums = ctx.sum(ctx.statistic(f"sums{self.tag}"))
+        taken = ctx.sum(ctx.statistic(f"codes{self.tag}"))
+        counts, sums = taken[:, 0], taken[:, 1:]
         decay = self.config.decay
         self.count_average.mul_(decay).add_((1 - decay) * counts.to(self.count_average.dtype))
         self.sum_average.mul_(decay).add_((1 - decay) * sums.to(self.sum_average.dtype))
@@ -286,7 +290,7 @@ class EmaQuantizer(_Codebook):
         if self.config.expire > 0:
             candidates = ctx.gather(ctx.statistic(f"candidates{self.tag}")).flatten(0, 1)
             self._expire(candidates)
-        return shown
+        return self.told(counts)
 
     def _expire(self, candidates: Tensor) -> None:
         """Move dead codes onto candidates (n, 1 + D), taken in the order of their first column, a random key.

@@ -32,6 +32,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from vaedist import errors
 from vaedist.context import LaneContext, SampleContext
+from vaedist.data.order import slice_bounds
 from vaedist.errors import UserError
 from vaedist.training.pulse import Pulse, Tell
 
@@ -394,11 +395,7 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, group: Group) -> Tensor:
-        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(group.world)]
-        with group.pulse.meeting():
-            dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
-            rows = [int(count) for count in counts]
+    def forward(context: Any, x: Tensor, group: Group, rows: Sequence[int]) -> Tensor:
         context.start, context.rows, context.pulse = sum(rows[: group.rank]), x.shape[0], group.pulse
         padded = x.new_zeros((max(rows), *x.shape[1:]))
         padded[: x.shape[0]] = x
@@ -408,11 +405,11 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradient.contiguous().clone()
         with context.pulse.meeting():
             dist.all_reduce(gradient)
-        return gradient[context.start : context.start + context.rows], None
+        return gradient[context.start : context.start + context.rows], None, None
 
 
 class _Collectives:
@@ -421,7 +418,18 @@ class _Collectives:
     group: Group
 
     def gather(self, x: Tensor) -> Tensor:
-        return x if self.group.world == 1 else _GatherRows.apply(x, self.group)  # type: ignore[no-untyped-call]
+        if self.group.world == 1:
+            return x
+        rows: Tensor = _GatherRows.apply(x, self.group, self._shares(len(x)))  # type: ignore[no-untyped-call]
+        return rows
+
+    def _shares(self, rows: int) -> Sequence[int]:
+        """How many rows each rank has, where this one has `rows`."""
+        group = self.group
+        counts = [torch.zeros(1, dtype=torch.int64, device=group.device) for _ in range(group.world)]
+        with group.pulse.meeting():
+            dist.all_gather(counts, torch.tensor([rows], device=group.device))
+            return [int(count) for count in counts]
 
     def sum(self, x: Tensor) -> Tensor:
         return x if self.group.world == 1 else _SumOverRanks.apply(x, self.group.pulse)  # type: ignore[no-untyped-call]
@@ -433,6 +441,13 @@ class GroupLaneContext(_Collectives, LaneContext):
     def __init__(self, group: Group, **options: Any) -> None:
         super().__init__(device=group.device, **options)
         self.group = group
+
+    def _shares(self, rows: int) -> Sequence[int]:
+        """Of a whole step they are known, the slices of the global batch: nobody is asked, nor waited for."""
+        bounds = [slice_bounds(self.batch_size, rank, self.group.world) for rank in range(self.group.world)]
+        if (self.start, self.stop) == bounds[self.group.rank] and rows == self.stop - self.start:
+            return [stop - start for start, stop in bounds]
+        return super()._shares(rows)
 
 
 class GroupSampleContext(_Collectives, SampleContext):
