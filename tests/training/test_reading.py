@@ -36,6 +36,7 @@ def test_the_cache_is_for_what_is_read_again_and_small(
     ("cache", "device", "threads", "readers"),
     [
         ("none", "cpu", 16, 1),
+        ("memory", "cpu", 16, 0),
         ("memory", "cuda", 16, 1),
         ("none", "cuda", 1, 1),
         ("none", "cuda", 4, 3),
@@ -51,7 +52,11 @@ def test_readers_have_the_cores_that_a_gpu_leaves(
 @pytest.mark.parametrize(
     ("steps", "given", "told"),
     [
-        (9, {}, "cache memory (1 MiB), 1 reader"),  # 64 images, 8 a step: the ninth step reads some again
+        (
+            9,
+            {},
+            "cache memory (1 MiB), read by the loop itself",
+        ),  # 64 images, 8 a step: the ninth step reads some again
         (8, {}, "cache none (no image is read twice), 1 reader"),
         (9, {"cache": "none", "workers": 0}, "cache none, read by the loop itself"),
         (8, {"cache": "memory", "workers": 3}, "cache memory, 3 readers"),

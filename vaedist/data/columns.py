@@ -61,6 +61,13 @@ class Strings(Sequence[str]):
             raise IndexError(i)
         return self.take(np.array([i % len(self)]))[0]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Strings]) -> Strings:
+        """One column of several, one after the other; at least one."""
+        firsts = np.cumsum([0, *(len(part._text) for part in parts[:-1])], dtype=np.uint64)
+        ends = np.concatenate([part._ends + first for part, first in zip(parts, firsts, strict=True)])
+        return cls(ends, memoryview(b"".join(part._text for part in parts)), parts[0]._where)
+
     def take(self, rows: NDArray[np.integer]) -> list[str]:
         """The strings of many rows at once."""
         starts = np.where(rows > 0, self._ends[rows - 1], 0).tolist() if len(rows) else []

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from vaedist.context import Batch
 from vaedist.data.cache import Node, fill_memory
-from vaedist.data.index import Index
+from vaedist.data.columns import Strings
+from vaedist.data.index import Index, Split
 from vaedist.data.order import Order, Samples, default_lanes, epoch_order, slice_bounds
 from vaedist.data.reading import Rows
 from vaedist.errors import UserError
@@ -184,12 +185,7 @@ class _Stream:
         ]
 
     def _batch(self, content: Tensor, samples: Samples, parts: list[_Part]) -> Batch:
-        described = self._describe(samples, parts)
-        described[self._field] = content
-        return described
-
-    def _describe(self, samples: Samples, parts: list[_Part]) -> Batch:
-        """Everything but the content: (B_r,) labels, keys and sample numbers."""
+        """The content with its (B_r,) labels, keys and sample numbers, looked up shard by shard."""
         label = np.empty(len(samples), np.int64)
         keys = [""] * len(samples)
         for shard, places, rows in parts:
@@ -197,11 +193,27 @@ class _Stream:
             label[places] = columns.label[rows]
             for place, key in zip(places.tolist(), columns.keys.take(rows), strict=True):
                 keys[place] = key
+        return self._described(content, samples, label, keys)
+
+    def _described(
+        self, content: Tensor, samples: Samples, label: NDArray[np.int64], keys: list[str]
+    ) -> Batch:
         np.maximum(label, 0, out=label)  # -1 says that a sample has no class
         labels = torch.from_numpy(label)
         if self.device.type == "cuda":
             labels = labels.pin_memory()
-        return {"label": labels, "key": keys, "sample": samples.tolist()}
+        batch: Batch = {"label": labels, "key": keys, "sample": samples.tolist()}
+        batch[self._field] = content
+        return batch
+
+
+class _Whole:
+    """What is known of every sample of a split, beside its images in memory: one look instead of one per shard."""
+
+    def __init__(self, split: Split) -> None:
+        columns = [split.columns(shard) for shard in range(len(split.shards))]
+        self.label = np.concatenate([one.label for one in columns])
+        self.keys = Strings.joined([one.keys for one in columns])
 
 
 class TrainingStream(_Stream):
@@ -273,12 +285,14 @@ class TrainingStream(_Stream):
         self.resident_limit = 2 * (-(-self.stop // width) - self.start // width) + max(1, workers)
         self.resident_peak = 0
         self._images: NDArray[Any] | None = None
+        self._whole: _Whole | None = None
         if cache == "memory":
             # All cores of this process decode: nothing else is done meanwhile.
             fillers = max(workers, torch.get_num_threads())
             self._images = fill_memory(
                 index, self.split, node=node, workers=fillers, memory_limit=memory_limit
             )
+            self._whole = None if self._images is None else _Whole(self.split)
 
     @property
     def cached(self) -> bool:
@@ -323,13 +337,14 @@ class TrainingStream(_Stream):
         return self._batch(content, samples, parts)
 
     def _from_memory(self, samples: Samples) -> Batch:
-        assert self._images is not None
+        assert self._images is not None and self._whole is not None
         content, pixels = self._empty(len(samples))
         if pixels.dtype == self._images.dtype:
             np.take(self._images, samples, axis=0, out=pixels, mode="clip")
         else:
             pixels[:] = self._images[samples]
-        return self._batch(content, samples, self._by_shard(samples))
+        whole = self._whole
+        return self._described(content, samples, whole.label[samples], whole.keys.take(samples))
 
 
 class EvaluationStream(_Stream):

@@ -159,7 +159,7 @@ def _fit(
     read = (job.data.train_split, job.data.validation_split)
     source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
     how = reading(job.data, source, (total - start) * batch_size, group, torch.get_num_threads())
-    mine: dict[str, Any] = {"workers": how.workers, "rank": group.rank, "world": group.world}
+    mine: dict[str, Any] = {"device": group.device, "rank": group.rank, "world": group.world}
     stream = TrainingStream(
         source,
         job.data.train_split,
@@ -167,13 +167,15 @@ def _fit(
         lanes=lanes,
         seed=job.seed,
         cache=how.cache,
-        device=group.device,
+        workers=how.workers,
         node=group,
         **mine,
     )
     exits.callback(stream.close)
+    if not stream.cached:
+        stream.workers = how.workers_of_shards  # a cache may not have fitted
     held_out = EvaluationStream(
-        source, job.data.validation_split, batch_size=batch_size, device=group.device, **mine
+        source, job.data.validation_split, batch_size=batch_size, workers=how.workers_of_shards, **mine
     )
 
     check_monitored_term(job, model, held_out)
@@ -253,10 +255,10 @@ def _fit(
     # The loop. `done` counts finished steps; global batch `done` is the next one to take.
     batches = stream.batches(start)
     done, finished = start, False
+    model.train()
     reached("resumed")
     ready = time.time()
     while not finished:
-        model.train()
         batch = next(batches)
         if done == start:
             stepper.warm_up(batch, done)
@@ -322,6 +324,7 @@ def _fit(
             log.validate(done, numbers, best=improved)
             with log.pause():
                 watch.validated(done, chosen, seen)
+            model.train()
             if report:
                 report(
                     {"step": float(done), **{f"validation/{name}": value for name, value in numbers.items()}}
