@@ -14,8 +14,8 @@ IMAGES = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (10, 3, 4, 5))
 LABELS = np.arange(10)
 
 
-def write(path: Path, sizes: tuple[int, ...]) -> None:
-    with NpzWriter(path) as writer:
+def write(path: Path, sizes: tuple[int, ...], rows: int | None = None) -> None:
+    with NpzWriter(path, rows) as writer:
         start = 0
         for size in sizes:
             writer.add(images=IMAGES[start : start + size], labels=LABELS[start : start + size])
@@ -35,7 +35,21 @@ def test_numpy_reads_it(tmp_path: Path) -> None:
 def test_the_bytes_do_not_depend_on_the_parts(tmp_path: Path) -> None:
     write(tmp_path / "a.npz", (3, 7))
     write(tmp_path / "b.npz", (10,))
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    write(tmp_path / "c.npz", (1, 4, 5), rows=10)
+    for other in ("b.npz", "c.npz"):
+        assert (tmp_path / "a.npz").read_bytes() == (tmp_path / other).read_bytes()
+
+
+def test_rows_of_a_known_number_are_compressed_as_they_come(tmp_path: Path) -> None:
+    many = np.random.Generator(np.random.PCG64(2)).integers(0, 256, (64, 1 << 16)).astype(np.uint8)
+    with NpzWriter(tmp_path / "a.npz", rows=65) as writer:
+        writer.add(images=many)
+        [scratch] = tmp_path.iterdir()
+        assert scratch.stat().st_size > many.nbytes / 2
+        writer.add(images=many[:1])
+        writer.finish()
+    assert len(np.load(tmp_path / "a.npz")["images"]) == 65
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 def test_rows_that_do_not_lie_in_memory_in_order_are_written_in_order(tmp_path: Path) -> None:
@@ -45,10 +59,11 @@ def test_rows_that_do_not_lie_in_memory_in_order_are_written_in_order(tmp_path: 
     assert (np.load(tmp_path / "a.npz")["images"] == IMAGES.transpose(0, 3, 1, 2)).all()
 
 
-def test_unfinished_it_leaves_what_was_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [None, 10, 11])
+def test_unfinished_it_leaves_what_was_there(tmp_path: Path, rows: int | None) -> None:
     write(tmp_path / "a.npz", (10,))
     before = (tmp_path / "a.npz").read_bytes()
-    with NpzWriter(tmp_path / "a.npz") as writer:
+    with NpzWriter(tmp_path / "a.npz", rows) as writer:
         writer.add(images=IMAGES)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     assert (tmp_path / "a.npz").read_bytes() == before

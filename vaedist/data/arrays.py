@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import zipfile
@@ -21,18 +22,23 @@ _LEVEL = 1
 class NpzWriter:
     """Writes a compressed .npz, whole or not at all; the same parts give the same bytes.
 
-    Parts wait in unnamed files in the target's folder, because the members of a zip archive follow each other. A
+    The members of a zip archive follow each other, and each begins with its array's length. So the first array is
+    compressed as it comes, if its length is known; parts of others wait in unnamed files in the target's folder. A
     context manager: what is not finished leaves nothing behind.
 
     Args:
         path: Where to; its folder is made if it is missing.
+        rows: How many the first array will have; None: not known.
 
     Raises:
         UserError: the file cannot be written; so do all methods.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, rows: int | None = None) -> None:
+        self.path, self._rows = Path(path), rows
+        self._scratch = temporary(self.path)
+        self._open = contextlib.ExitStack()
+        self._first: IO[bytes] | None = None
         self._parts: dict[str, IO[bytes]] = {}
         self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._counts: dict[str, int] = {}
@@ -40,6 +46,10 @@ class NpzWriter:
             if self.path.is_dir():
                 raise IsADirectoryError(None, "it is a folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._open.enter_context(self._scratch.open("xb"))
+            self._archive = self._open.enter_context(
+                zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL)
+            )
 
     def add(self, **arrays: NDArray[Any]) -> None:
         """Append rows (n, ...) to the arrays of these names; the first part decides dtype and shape."""
@@ -48,43 +58,53 @@ class NpzWriter:
                 kind = (rows.dtype, rows.shape[1:])
                 assert self._kinds.setdefault(name, kind) == kind, f"{name}: parts of different kinds"
                 if name not in self._parts:
-                    self._parts[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - closed at exit
+                    self._counts[name] = 0
+                    self._parts[name] = self._begin(name)
                 self._parts[name].write(np.ascontiguousarray(rows).data)
-                self._counts[name] = self._counts.get(name, 0) + len(rows)
+                self._counts[name] += len(rows)
+
+    def _begin(self, name: str) -> IO[bytes]:
+        """Where the rows of a new array go: into the archive if its header can be written now."""
+        if self._first is None and self._rows is not None:
+            self._first = self._member(name, self._rows)
+            return self._first
+        return self._open.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
+
+    def _member(self, name: str, rows: int) -> IO[bytes]:
+        """A new member of the archive, past its header."""
+        dtype, shape = self._kinds[name]
+        member = self._archive.open(f"{name}.npy", "w", force_zip64=True)
+        descr = np.lib.format.dtype_to_descr(dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (rows, *shape)}
+        np.lib.format.write_array_header_1_0(member, header)
+        return member
 
     def finish(self) -> None:
-        """Write the archive and put it in its place."""
-        scratch = temporary(self.path)
+        """Complete the archive and put it in its place."""
         with writable(self.path):
-            try:
-                with scratch.open("xb") as file:
-                    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as archive:
-                        for name in self._parts:
-                            self._member(archive, name)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(scratch, self.path)
-                sync_folder(self.path.parent)
-            finally:
-                scratch.unlink(missing_ok=True)
-
-    def _member(self, archive: zipfile.ZipFile, name: str) -> None:
-        dtype, shape = self._kinds[name]
-        part = self._parts[name]
-        part.seek(0)
-        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (self._counts[name], *shape),
-            }
-            np.lib.format.write_array_header_1_0(member, header)
-            while data := part.read(_COPIED):
-                member.write(data)
+            if self._first is not None:
+                self._first.close()
+            for name, part in self._parts.items():
+                if part is self._first:
+                    assert self._counts[name] == self._rows, f"{name}: {self._rows} rows were promised"
+                    continue
+                part.seek(0)
+                with self._member(name, self._counts[name]) as member:
+                    while data := part.read(_COPIED):
+                        member.write(data)
+            self._archive.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self._scratch, self.path)
+            sync_folder(self.path.parent)
 
     def __enter__(self) -> NpzWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for part in self._parts.values():
-            part.close()
+        # What an unfinished archive says to being closed matters to nobody: it is thrown away.
+        for held in (self._first, self._open):
+            if held is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    held.close()
+        self._scratch.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ def samples(
     count = count or (SAMPLES if classes is None or len(classes) == 1 else len(classes) * columns)
     pictures: list[Pixels] = []
     with contextlib.ExitStack() as stack:
-        npz = stack.enter_context(NpzWriter(target.npz)) if target.npz else None
+        npz = stack.enter_context(NpzWriter(target.npz, count)) if target.npz else None
         shards = stack.enter_context(_shards(run, sampler, tar)) if tar else None
         behind = stack.enter_context(_Behind())
         advance = (bars or Bars(quiet=True)).begin("drawing", count)
@@ -129,6 +129,10 @@ def samples(
             if shards is not None:
                 shards.add(drawn.images, first, labels)
 
+        def show(pictures: Sequence[Pixels]) -> None:
+            sheet = grid(np.concatenate(pictures), columns * (2 if sampler.codes else 1))
+            write_whole(target.picture, png_bytes(sheet))
+
         for first in range(0, count, TOGETHER):
             numbers = range(first, min(count, first + TOGETHER))
             labels = None if classes is None else [classes[i // columns % len(classes)] for i in numbers]
@@ -136,11 +140,10 @@ def samples(
             behind.call(write, drawn, first, labels)
             if first < LARGEST_PICTURE:
                 pictures.append(beside(drawn.images, drawn.codes))
+            if numbers.stop == min(count, LARGEST_PICTURE):
+                behind.call(show, pictures)
             advance(numbers.stop)
         behind.join()
-        write_whole(
-            target.picture, png_bytes(grid(np.concatenate(pictures), columns * (2 if sampler.codes else 1)))
-        )
         if npz is not None:
             npz.finish()
         if shards is not None:
