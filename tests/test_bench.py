@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.runs import ROOT
 
 
@@ -20,6 +22,18 @@ def test_a_question_becomes_a_table(tmp_path: Path) -> None:
     assert all(len(seen) == 1 and seen[0] > 0 for seen in times.values())
     text = (tmp_path / "bench.md").read_text()
     assert "### Start of the doors" in text and "| python -c pass |" in text and "| 1.00 |" in text
+
+
+@pytest.mark.slow
+def test_the_questions_of_a_gpu_are_asked_without_one_in_small(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "tools/bench", "gpu", "--device", "cpu", "--small", "--repeats", "1"]
+    subprocess.run([*command, "--out", tmp_path], check=True, cwd=tmp_path, capture_output=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    training = next(found[name] for name in found if name.startswith("Training vqvae_oasis"))
+    assert set(training) > {"eager fp32", "bf16"} and all(seen[0] > 0 for seen in training.values())
+    bounds = next(found[name] for name in found if name.startswith("What bounds vqvae_oasis"))
+    assert 0 < bounds["eager fp32: model FLOP utilisation"][0] < 100
+    assert 0 < bounds["eager fp32: device time in products and convolutions"][0] <= 100
 
 
 def test_every_module_is_a_question() -> None:

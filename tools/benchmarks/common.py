@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,11 +173,14 @@ def table(question: Question, found: Mapping[str, list[float]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def machine() -> dict[str, Any]:
-    import ray
-    import torch
-    import webdataset
+def _versions(*libraries: str) -> Iterator[tuple[str, str]]:
+    """Of those that are installed: a machine with a GPU may have torch alone."""
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
+
+def machine() -> dict[str, Any]:
     from vaedist.training.folder import git_commit
 
     model = "unknown processor"
@@ -189,6 +194,6 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "libraries": {one.__name__: str(one.__version__) for one in (torch, ray, webdataset)},
+        "libraries": dict(_versions("torch", "ray", "webdataset")),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
