@@ -50,10 +50,11 @@ class Data(Strict):
     lanes: int | None = Field(
         None, ge=1, description="Order lanes L; default: the largest divisor of the batch size up to 16."
     )
-    cache: Literal["auto", "none", "memory"] = Field(
+    cache: Literal["auto", "none", "memory", "device"] = Field(
         "auto",
-        description="Decode every image once, into memory that a node's processes share; auto: where images are "
-        "read again, and are few beside the free memory (vaedist.training.reading).",
+        description="Decode every image once, into memory that a node's processes share, or from there onto each GPU "
+        "(device); auto: into memory where images are read again, and are few beside what is free of it "
+        "(vaedist.training.reading).",
         json_schema_extra=FREE,
     )
     workers: int | None = Field(

@@ -25,7 +25,7 @@ def readers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("vaedist-reader")]
 
 
-@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize("cache", ["none", "memory", "device"])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(
     ("codec", "shape"), [("png", (1, 8, 8)), ("png", (3, 5, 7)), ("npy", (1, 6, 4)), ("npy", (2, 3, 4))]
@@ -51,7 +51,7 @@ def test_batches_hold_the_right_images(tmp_path, pack, expected, cache, workers,
     step=st.integers(0, 40),
     batch_size=st.integers(5, 33),
     workers=st.integers(0, 2),
-    cache=st.sampled_from(["none", "memory"]),
+    cache=st.sampled_from(["none", "memory", "device"]),
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
 from tests.runs import curve, small_job
+from vaedist.data.cache import Cache, on_device
 from vaedist.training.loop import fit
-from vaedist.training.reading import LARGEST, chosen_cache, chosen_readers
+from vaedist.training.reading import LARGEST, Reading, chosen_cache, chosen_readers
 
 MIB = 1 << 20
 
@@ -38,13 +39,14 @@ def test_the_cache_is_for_what_is_read_again_and_small(
         ("none", "cpu", 16, 1),
         ("memory", "cpu", 16, 0),
         ("memory", "cuda", 16, 1),
+        ("device", "cuda", 16, 0),
         ("none", "cuda", 1, 1),
         ("none", "cuda", 4, 3),
         ("none", "cuda", 64, 8),
     ],
 )
 def test_readers_have_the_cores_that_a_gpu_leaves(
-    cache: Literal["none", "memory"], device: str, threads: int, readers: int
+    cache: Cache, device: str, threads: int, readers: int
 ) -> None:
     assert chosen_readers(cache, torch.device(device), threads) == readers
 
@@ -60,6 +62,7 @@ def test_readers_have_the_cores_that_a_gpu_leaves(
         (8, {}, "cache none (no image is read twice), 1 reader"),
         (9, {"cache": "none", "workers": 0}, "cache none, read by the loop itself"),
         (8, {"cache": "memory", "workers": 3}, "cache memory, 3 readers"),
+        (8, {"cache": "device"}, "cache device, read by the loop itself"),
     ],
 )
 def test_a_start_tells_what_it_does(
@@ -89,9 +92,20 @@ def test_a_cache_that_does_not_fit_is_not_told_as_one(
 
 def test_the_choice_changes_no_number(phantom: Path, tmp_path: Path) -> None:
     curves = []
-    for cache in ("auto", "none"):
+    for cache in ("auto", "none", "device"):
         job = small_job(phantom, steps=12)
         job = job.model_copy(update={"data": job.data.model_copy(update={"cache": cache})})
         fit(job, tmp_path / cache)
         curves.append(curve(tmp_path / cache))
-    assert curves[0] == curves[1]
+    assert curves[0] == curves[1] == curves[2]
+
+
+def test_a_gpu_without_room_leaves_them_in_the_nodes_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * MIB, 9 * MIB))
+    assert on_device(np.zeros((2, 1, 1024, 1024), np.uint8), torch.device("cuda")) is None
+    assert "cache: device needs 2.0 MiB and 1.5 MiB of the GPU may be used for it" in caplog.text
+    asked = Reading("device", "", 0, 1)
+    assert asked.told("memory") == "cache memory (no room on the device), read by the loop itself"
+    assert asked.told("none") == "cache none (no room in memory), 1 reader"

@@ -119,7 +119,7 @@ def test_the_order_of_training_is_that_of_the_images(tokenizer: Path, phantom: P
     train(prior_job(phantom, tokenizer, steps=1), tmp_path / "prior")
     run = open_run(tokenizer)
     both = Index.open(phantom), Index.open(codes_of(tokenizer), "codes")
-    for cache in ("none", "memory"):
+    for cache in ("none", "memory", "device"):
         streams = [
             TrainingStream(one, "train", batch_size=8, lanes=8, seed=3, cache=cache)  # type: ignore[arg-type]
             for one in both

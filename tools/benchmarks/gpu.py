@@ -5,11 +5,11 @@
 First the ceilings: TFLOP/s of a large matrix product in each precision, GB/s of a large copy. (By torch's defaults,
 which are left alone, a GPU's fp32 convolutions may take TF32, which has a higher ceiling than its fp32 products.) Then:
 
-- Training. `fit` itself, reading from the cache, on phantoms of the job's size, with a batch that fills a GPU: eager
-  fp32, then bf16, channels_last and compiled bodies one after the other. Beside images/s: the model FLOP utilisation
-  (floating-point operations of a forward and backward pass, counted by torch, over the ceiling of the precision), the
-  share of device time in products and convolutions (which arithmetic bounds; memory bounds the rest), and the share of
-  a step that waits for data.
+- Training. `fit` itself, from the cache on the device, on phantoms of the job's size, with a batch that fills a GPU:
+  eager fp32, then bf16, channels_last and compiled bodies one after the other. Beside images/s: the model FLOP
+  utilisation (floating-point operations of a forward and backward pass, counted by torch, over the ceiling of the
+  precision), the share of device time in products and convolutions (which arithmetic bounds; memory bounds the rest),
+  and the share of a step that waits for data.
 - The transformer prior: 64 maps of 32x32 codes. Each code needs every weight once, which at the measured bandwidth
   would be the limit.
 - The MMD of 4,096 latents of 128 numbers with its gradient, beside every difference written out.
@@ -175,7 +175,7 @@ class _Training:
     def job(self, options: list[str]) -> Any:
         from vaedist.config import load_job
 
-        told = [f"data.path={self.shards}", "data.cache=memory", f"train.batch_size={self.batch}"]
+        told = [f"data.path={self.shards}", "data.cache=device", f"train.batch_size={self.batch}"]
         told += [f"train.steps={self.steps}", "train.precision=fp32", "train.channels_last=false"]
         told += [f"train.{when}_every={self.steps}" for when in ("validate", "save")]
         return load_job(self.file, [*told, f"train.log_every={self.every}", *options])

@@ -11,6 +11,9 @@ part of the node's copy), agree that all went well. The layer below torch.distri
 needed of the process group comes in as `Node`; one process needs none.
 
 Where the memory is too small, the stream reads shards as without a cache, and says so in one sentence.
+
+A GPU can hold the split itself (`cache: device`): each process then sends it there once, and a batch is taken from it
+by one kernel. Where the GPU has no room for it, it stays in the node's memory, and one sentence says so.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -39,10 +42,15 @@ from vaedist.errors import DataError, UserError
 
 _log = logging.getLogger("vaedist")
 _SHARE = 0.8  # of what is free; the rest is for the model and for the shards being read
+_SHARE_OF_DEVICE = 0.5  # of what is free there; the rest is for activations
 _DEADLINE_S = 120.0  # for a process of this node to fetch the memory once all ranks have been told of it
 _BLOCK = 4 << 20  # bytes of shard read at once while filling
 _LONGEST_SENTENCE = 4096  # bytes
 _ROUND = 4096  # samples that a process decodes between two agreements
+
+
+Cache = Literal["none", "memory", "device"]
+"""Where a split lies, decoded."""
 
 
 class Node(Protocol):
@@ -121,6 +129,30 @@ def fill_memory(
     if images is not None:
         images.flags.writeable = False
     return images
+
+
+def on_device(images: NDArray[Any], device: torch.device) -> Tensor | None:
+    """The same on the device, or none where it has no room (a warning has said so).
+
+    Codes become int32, in which a device can look things up.
+    """
+    kind = np.uint8 if images.dtype == np.uint8 else np.int32
+    needed = images.size * np.dtype(kind).itemsize
+    if device.type == "cuda":
+        allowed = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE)
+        if needed > allowed:
+            _log.warning(
+                "cache: device needs %s and %s of the GPU may be used for it: the images stay in the node's memory, as "
+                "with cache: memory",
+                _size(needed),
+                _size(allowed),
+            )
+            return None
+    content = torch.empty(images.shape, dtype=torch.uint8 if kind == np.uint8 else torch.int32, device=device)
+    step = max(1, _BLOCK * len(images) // needed)
+    for start in range(0, len(images), step):  # not all at once: it would be in the node's memory twice
+        content[start : start + step] = torch.from_numpy(images[start : start + step].astype(kind))
+    return content
 
 
 def _first_told(failure: DataError | None, node: Node) -> DataError | None:

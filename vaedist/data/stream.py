@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaedist.context import Batch
-from vaedist.data.cache import Node, fill_memory
+from vaedist.data.cache import Cache, Node, fill_memory, on_device
 from vaedist.data.columns import Strings
 from vaedist.data.index import Index, Split
 from vaedist.data.order import Order, Samples, default_lanes, epoch_order, slice_bounds
@@ -226,14 +226,15 @@ class TrainingStream(_Stream):
         lanes: Order lanes L; none: `default_lanes(batch_size)`.
         seed: The job's seed.
         rank, world: This process among all.
-        cache: `memory` decodes every image once into memory that the node's processes share.
+        cache: `memory` decodes every image once into memory that the node's processes share; `device` sends them on
+            to the device.
         workers: Reader threads, which keep up to 2 * workers batches ready; 0 reads in the caller's thread.
         device: Where batches go; pinned and sent without waiting for a GPU.
         memory_limit: Bytes that the cache may take on this node; default: 80 % of what is free.
-        node: The process group, needed by `cache: memory` of several processes. The constructor is then
-            collective.
+        node: The process group, needed by the cache of several processes. The constructor is then collective.
 
     Attributes:
+        cache: What is in effect: less than was asked for where there is no room.
         steps_per_epoch: N // B.
         wait_seconds: Time that the consumer has waited for batches.
         resident_limit: The most shards in memory at once.
@@ -253,7 +254,7 @@ class TrainingStream(_Stream):
         seed: int,
         rank: int = 0,
         world: int = 1,
-        cache: Literal["none", "memory"] = "none",
+        cache: Cache = "none",
         workers: int = 1,
         device: torch.device | str = "cpu",
         memory_limit: int | None = None,
@@ -285,19 +286,21 @@ class TrainingStream(_Stream):
         self.resident_limit = 2 * (-(-self.stop // width) - self.start // width) + max(1, workers)
         self.resident_peak = 0
         self._images: NDArray[Any] | None = None
+        self._there: Tensor | None = None
         self._whole: _Whole | None = None
-        if cache == "memory":
+        if cache != "none":
             # All cores of this process decode: nothing else is done meanwhile.
             fillers = max(workers, torch.get_num_threads())
             self._images = fill_memory(
                 index, self.split, node=node, workers=fillers, memory_limit=memory_limit
             )
-            self._whole = None if self._images is None else _Whole(self.split)
-
-    @property
-    def cached(self) -> bool:
-        """Whether batches are taken from memory, not from shards."""
-        return self._images is not None
+        if self._images is not None:
+            self._whole = _Whole(self.split)
+            if cache == "device":
+                self._there = on_device(self._images, self.device)
+        self.cache: Cache = "device" if self._there is not None else "memory" if self._whole else "none"
+        if self._there is not None:
+            self._images = None  # the node's memory is free again once its last process has done so
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """This rank's rows of the global batches `start`, `start + 1`, ...; reads no earlier ones."""
@@ -306,7 +309,7 @@ class TrainingStream(_Stream):
     def _batches(self, start: int) -> Generator[Batch, None, None]:
         order = Order(self._counts, seed=self._seed, batch_size=self.batch_size, lanes=self.lanes)
         steps = (order.rows(step, self.start, self.stop) for step in itertools.count(start))
-        if self.cached:
+        if self._whole is not None:
             yield from self._timed(_in_order(self._from_memory, steps, self.workers, self.device))
             return
         resident = _Resident(partial(Rows, self.index, self.split), self.resident_limit)
@@ -337,13 +340,19 @@ class TrainingStream(_Stream):
         return self._batch(content, samples, parts)
 
     def _from_memory(self, samples: Samples) -> Batch:
-        assert self._images is not None and self._whole is not None
-        content, pixels = self._empty(len(samples))
-        if pixels.dtype == self._images.dtype:
-            np.take(self._images, samples, axis=0, out=pixels, mode="clip")
-        else:
-            pixels[:] = self._images[samples]
         whole = self._whole
+        assert whole is not None
+        if self._there is not None:
+            content = self._there[torch.from_numpy(samples).to(self.device)]
+            if self._field == "codes":
+                content = content[:, 0].long()
+        else:
+            assert self._images is not None
+            content, pixels = self._empty(len(samples))
+            if pixels.dtype == self._images.dtype:
+                np.take(self._images, samples, axis=0, out=pixels, mode="clip")
+            else:
+                pixels[:] = self._images[samples]
         return self._described(content, samples, whole.label[samples], whole.keys.take(samples))
 
 

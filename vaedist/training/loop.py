@@ -172,7 +172,7 @@ def _fit(
         **mine,
     )
     exits.callback(stream.close)
-    if not stream.cached:
+    if stream.cache == "none":
         stream.workers = how.workers_of_shards  # a cache may not have fitted
     held_out = EvaluationStream(
         source, job.data.validation_split, batch_size=batch_size, workers=how.workers_of_shards, **mine
@@ -439,7 +439,7 @@ def _summary(
     return {
         "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
-        "reads": how.told(stream.cached),
+        "reads": how.told(stream.cache),
         "model": f"{job.model['kind']}, {parameters:,} parameters"
         + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",

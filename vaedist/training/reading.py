@@ -3,7 +3,8 @@
 The cache (`vaedist.data.cache`) decodes every image once, before the first step; without it each is decoded once an
 epoch. So it is worth its memory where images are yet to be read more than once, and its wait where they are few:
 2 GiB of pixels, 33,000 images of 256x256, take about 20 s of one slow core. Nobody's memory is filled for it: at most a
-quarter of what is free on the first rank's node.
+quarter of what is free on the first rank's node. A cache on the device is for who asks for it: the node's memory is
+rarely what a GPU waits for.
 
 Readers beside a GPU are as many as there are cores for, up to eight; from the cache one is enough, which only copies.
 On a CPU they take their time from the cores that train: one reads ahead. From the cache the loop reads itself: a batch
@@ -20,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from vaedist.config import Data
-from vaedist.data.cache import available_memory
+from vaedist.data.cache import Cache, available_memory
 from vaedist.data.index import Index
 from vaedist.training.dist import Group
 
@@ -34,23 +35,22 @@ MOST_READERS = 8
 class Reading(NamedTuple):
     """What was chosen."""
 
-    cache: Literal["none", "memory"]
+    cache: Cache
     why: str
     workers: int
     """Reader threads of the training stream, if the cache is what it is to be."""
     workers_of_shards: int
     """Reader threads of whatever reads shards."""
 
-    def told(self, cached: bool) -> str:
+    def told(self, cache: Cache) -> str:
         """The line of the start-up summary.
 
         Args:
-            cached: Whether the images are in memory now: they may not have fitted.
+            cache: Where the images are now: they may not have fitted.
         """
-        cache, why = self.cache, self.why
-        if cache == "memory" and not cached:
-            cache, why = "none", " (no room in memory)"
-        count = self.workers if cached else self.workers_of_shards
+        short = "in memory" if cache == "none" else "on the device"
+        why = self.why if cache == self.cache else f" (no room {short})"
+        count = self.workers_of_shards if cache == "none" else self.workers
         readers = f"{count} reader{'s' * (count != 1)}" if count else "read by the loop itself"
         return f"cache {cache}{why}, {readers}"
 
@@ -99,8 +99,10 @@ def chosen_cache(
     return "memory", f" ({told})"
 
 
-def chosen_readers(cache: Literal["none", "memory"], device: torch.device, threads: int) -> int:
+def chosen_readers(cache: Cache, device: torch.device, threads: int) -> int:
     """Reader threads of a process that has `threads` cores; one of these launches the GPU's work."""
+    if cache == "device":
+        return 0
     if device.type == "cpu":
         return 0 if cache == "memory" else 1
     if cache == "memory":
