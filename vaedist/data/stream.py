@@ -237,7 +237,7 @@ class TrainingStream(_Stream):
         cache: What is in effect: less than was asked for where there is no room.
         steps_per_epoch: N // B.
         wait_seconds: Time that the consumer has waited for batches.
-        resident_limit: The most shards in memory at once.
+        workers: May be set until the first batch is asked for.
 
     Raises:
         UserError: the batch does not fit the data, the lanes or the processes; says what would.
@@ -282,8 +282,6 @@ class TrainingStream(_Stream):
         self.start, self.stop = slice_bounds(batch_size, rank, world)
         self._counts, self._seed = self.split.counts, seed
         self.steps_per_epoch = count // batch_size
-        width = batch_size // lanes
-        self.resident_limit = 2 * (-(-self.stop // width) - self.start // width) + max(1, workers)
         self.resident_peak = 0
         self._images: NDArray[Any] | None = None
         self._there: Tensor | None = None
@@ -301,6 +299,12 @@ class TrainingStream(_Stream):
         self.cache: Cache = "device" if self._there is not None else "memory" if self._whole else "none"
         if self._there is not None:
             self._images = None  # the node's memory is free again once its last process has done so
+
+    @property
+    def resident_limit(self) -> int:
+        """The most shards in memory at once: two for each lane that is read, and one for each reader."""
+        width = self.batch_size // self.lanes
+        return 2 * (-(-self.stop // width) - self.start // width) + max(1, self.workers)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """This rank's rows of the global batches `start`, `start + 1`, ...; reads no earlier ones."""
