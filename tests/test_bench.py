@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def test_the_questions_of_a_gpu_are_asked_without_one_in_small(tmp_path: Path) -
     bounds = next(found[name] for name in found if name.startswith("What bounds vqvae_oasis"))
     assert 0 < bounds["eager fp32: model FLOP utilisation"][0] < 100
     assert 0 < bounds["eager fp32: device time in products and convolutions"][0] <= 100
+
+
+def test_every_job_that_reads_images_is_asked_whether_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    side_of = importlib.import_module("benchmarks.waiting").side_of
+    for job in (ROOT / "jobs").glob("*.yaml"):
+        text = job.read_text()
+        assert (side_of(text) is None) == ("tokenizer:" in text), job.name
 
 
 def test_every_module_is_a_question() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.common import Question, Rate, packed
 
 SHIPPED = Path(__file__).resolve().parents[2] / "jobs"
-SIZES = {"mnist": 28, "mnist50k": 28, "faces": 32, "phantom": 64, "oasis128": 128, "oasis": 256}
-"""Side of an image, by the folder that a job's header packs into."""
+SIZES = {"mnist": 28, "mnist50k": 28, "oasis": 256}
+"""Side of an image where a job's header packs it as it is, by the folder."""
 LARGE = 128
 """Pixels from which a step takes long enough to need few of them."""
 
@@ -32,10 +32,20 @@ def jobs(folder: Path) -> dict[str, Rate]:
     """A contestant for each job that reads images."""
     found = {}
     for path in sorted(SHIPPED.glob("*.yaml")):
-        named = re.search(r"--out shards/(\w+)", path.read_text())
-        if "tokenizer:" not in path.read_text() and named:
-            found[path.stem] = share(path, packed(folder, size=SIZES[named[1]], train=640))
+        if side := side_of(path.read_text()):
+            found[path.stem] = share(path, packed(folder, size=side, train=640))
     return found
+
+
+def side_of(job: str) -> int | None:
+    """Pixels along the images that a job file reads; None where it reads codes."""
+    command = re.search(r"vaedist-shard .*--out shards/\w+.*", job)
+    if "tokenizer:" in job or command is None:
+        return None
+    asked = re.search(r"--size (\d+)", command[0])
+    kept = re.search(r"--out shards/(\w+)", command[0])
+    assert kept is not None
+    return int(asked[1]) if asked else SIZES[kept[1]]
 
 
 def share(path: Path, shards: Path) -> Rate:
