@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vaedist.data.order import Order
-from vaedist.data.stream import EvaluationStream, TrainingStream
+from vaedist.data.stream import EvaluationStream, TrainingStream, _in_order
 from vaedist.errors import DataError, UserError
 
 COUNTS = [7, 1, 12, 4, 9]  # 33 samples
@@ -231,3 +231,12 @@ def test_sums_over_masked_rows_do_not_depend_on_processes(tmp_path, pack):
                 total, count = total + int(kept.long().sum()), count + len(kept)
         totals.add((total, count))
     assert len(totals) == 1 and next(iter(totals))[1] == 128
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", 3), ("cuda:1", 1)])
+def test_readers_enter_the_gpu_that_is_meant(monkeypatch, device, wanted):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
+    made = _in_order(lambda plan: plan, iter(range(6)), 2, torch.device(device))
+    assert [call() for call in made] == list(range(6)) and set(entered) == {wanted}

@@ -104,9 +104,14 @@ def _in_order(
             yield partial(make, plan)
         return
 
+    # Pinned memory belongs to the context of a thread's current GPU, and a new thread's is the first one.
+    gpu = device.index
+    if device.type == "cuda" and gpu is None:
+        gpu = torch.cuda.current_device()
+
     def enter_thread() -> None:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # pinned memory belongs to the current device's context
+            torch.cuda.set_device(gpu)
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vaedist-reader", initializer=enter_thread)
     waiting: collections.deque[Future[_Made]] = collections.deque()
