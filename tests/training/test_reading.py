@@ -54,11 +54,8 @@ def test_readers_have_the_cores_that_a_gpu_leaves(
 @pytest.mark.parametrize(
     ("steps", "given", "told"),
     [
-        (
-            9,
-            {},
-            "cache memory (1 MiB), read by the loop itself",
-        ),  # 64 images, 8 a step: the ninth step reads some again
+        # 64 images, 8 a step: the ninth step reads some again.
+        (9, {}, "cache memory (1 MiB), read by the loop itself"),
         (8, {}, "cache none (no image is read twice), 1 reader"),
         (9, {"cache": "none", "workers": 0}, "cache none, read by the loop itself"),
         (8, {"cache": "memory", "workers": 3}, "cache memory, 3 readers"),
@@ -106,6 +103,6 @@ def test_a_gpu_without_room_leaves_them_in_the_nodes_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * MIB, 9 * MIB))
     assert on_device(np.zeros((2, 1, 1024, 1024), np.uint8), torch.device("cuda")) is None
     assert "cache: device needs 2.0 MiB and 1.5 MiB of the GPU may be used for it" in caplog.text
-    asked = Reading("device", "", 0, 1)
+    asked = Reading("device", "", {"none": 1, "memory": 0, "device": 0})
     assert asked.told("memory") == "cache memory (no room on the device), read by the loop itself"
     assert asked.told("none") == "cache none (no room in memory), 1 reader"

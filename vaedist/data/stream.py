@@ -212,10 +212,20 @@ class _Stream:
         return batch
 
 
-class _Whole:
-    """What is known of every sample of a split, beside its images in memory: one look instead of one per shard."""
+class _Held:
+    """A split in memory, with what is known of every sample: one look instead of one per shard.
 
-    def __init__(self, split: Split) -> None:
+    Args:
+        split: Whose.
+        images: All of them, as `fill_memory` gives them.
+        device: Where they are to lie, if there is room; none: where they are.
+    """
+
+    def __init__(self, split: Split, images: NDArray[Any], device: torch.device | None) -> None:
+        there = None if device is None else on_device(images, device)
+        self.cache: Cache = "memory" if there is None else "device"
+        # Once they are there, the node's memory is free again when its last process has let go.
+        self.images = images if there is None else there
         columns = [split.columns(shard) for shard in range(len(split.shards))]
         self.label = np.concatenate([one.label for one in columns])
         self.keys = Strings.joined([one.keys for one in columns])
@@ -288,22 +298,14 @@ class TrainingStream(_Stream):
         self._counts, self._seed = self.split.counts, seed
         self.steps_per_epoch = count // batch_size
         self.resident_peak = 0
-        self._images: NDArray[Any] | None = None
-        self._there: Tensor | None = None
-        self._whole: _Whole | None = None
+        self._held: _Held | None = None
         if cache != "none":
             # All cores of this process decode: nothing else is done meanwhile.
             fillers = max(workers, torch.get_num_threads())
-            self._images = fill_memory(
-                index, self.split, node=node, workers=fillers, memory_limit=memory_limit
-            )
-        if self._images is not None:
-            self._whole = _Whole(self.split)
-            if cache == "device":
-                self._there = on_device(self._images, self.device)
-        self.cache: Cache = "device" if self._there is not None else "memory" if self._whole else "none"
-        if self._there is not None:
-            self._images = None  # the node's memory is free again once its last process has done so
+            images = fill_memory(index, self.split, node=node, workers=fillers, memory_limit=memory_limit)
+            if images is not None:
+                self._held = _Held(self.split, images, self.device if cache == "device" else None)
+        self.cache: Cache = "none" if self._held is None else self._held.cache
 
     @property
     def resident_limit(self) -> int:
@@ -318,8 +320,9 @@ class TrainingStream(_Stream):
     def _batches(self, start: int) -> Generator[Batch, None, None]:
         order = Order(self._counts, seed=self._seed, batch_size=self.batch_size, lanes=self.lanes)
         steps = (order.rows(step, self.start, self.stop) for step in itertools.count(start))
-        if self._whole is not None:
-            yield from self._timed(_in_order(self._from_memory, steps, self.workers, self.device))
+        if self._held is not None:
+            take = partial(self._from_memory, self._held)
+            yield from self._timed(_in_order(take, steps, self.workers, self.device))
             return
         resident = _Resident(partial(Rows, self.index, self.split), self.resident_limit)
         make = partial(self._from_shards, resident)
@@ -348,21 +351,19 @@ class TrainingStream(_Stream):
             resident.done(shard)
         return self._batch(content, samples, parts)
 
-    def _from_memory(self, samples: Samples) -> Batch:
-        whole = self._whole
-        assert whole is not None
-        if self._there is not None:
-            content = self._there[torch.from_numpy(samples).to(self.device)]
+    def _from_memory(self, held: _Held, samples: Samples) -> Batch:
+        images = held.images
+        if isinstance(images, Tensor):
+            content = images[torch.from_numpy(samples).to(self.device)]
             if self._field == "codes":
                 content = content[:, 0].long()
         else:
-            assert self._images is not None
             content, pixels = self._empty(len(samples))
-            if pixels.dtype == self._images.dtype:
-                np.take(self._images, samples, axis=0, out=pixels, mode="clip")
+            if pixels.dtype == images.dtype:
+                np.take(images, samples, axis=0, out=pixels, mode="clip")
             else:
-                pixels[:] = self._images[samples]
-        return self._described(content, samples, whole.label[samples], whole.keys.take(samples))
+                pixels[:] = images[samples]
+        return self._described(content, samples, held.label[samples], held.keys.take(samples))
 
 
 class EvaluationStream(_Stream):

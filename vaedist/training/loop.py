@@ -167,15 +167,14 @@ def _fit(
         lanes=lanes,
         seed=job.seed,
         cache=how.cache,
-        workers=how.workers,
+        workers=how.readers[how.cache],
         node=group,
         **mine,
     )
     exits.callback(stream.close)
-    if stream.cache == "none":
-        stream.workers = how.workers_of_shards  # a cache may not have fitted
+    stream.workers = how.readers[stream.cache]  # a cache may not have fitted
     held_out = EvaluationStream(
-        source, job.data.validation_split, batch_size=batch_size, workers=how.workers_of_shards, **mine
+        source, job.data.validation_split, batch_size=batch_size, workers=how.readers["none"], **mine
     )
 
     check_monitored_term(job, model, held_out)

@@ -16,7 +16,8 @@ Neither changes a number of the run (`vaedist.data.stream`), so both may differ 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -37,10 +38,8 @@ class Reading(NamedTuple):
 
     cache: Cache
     why: str
-    workers: int
-    """Reader threads of the training stream, if the cache is what it is to be."""
-    workers_of_shards: int
-    """Reader threads of whatever reads shards."""
+    readers: Mapping[Cache, int]
+    """Reader threads of what is read from there: the cache may come to less than it is to be."""
 
     def told(self, cache: Cache) -> str:
         """The line of the start-up summary.
@@ -50,7 +49,7 @@ class Reading(NamedTuple):
         """
         short = "in memory" if cache == "none" else "on the device"
         why = self.why if cache == self.cache else f" (no room {short})"
-        count = self.workers_of_shards if cache == "none" else self.workers
+        count = self.readers[cache]
         readers = f"{count} reader{'s' * (count != 1)}" if count else "read by the loop itself"
         return f"cache {cache}{why}, {readers}"
 
@@ -70,11 +69,12 @@ def reading(data: Data, index: Index, to_read: int, group: Group, threads: int) 
         free = int(group.from_leader(lambda: str(available_memory()).encode()))
         split = index.split(data.train_split)
         cache, why = chosen_cache(split.count, index.sample_bytes, to_read, free)
-    cached, uncached = (
-        chosen_readers(kind, group.device, threads) if data.workers is None else data.workers
-        for kind in (cache, "none")
-    )
-    return Reading(cache, why, cached, uncached)
+    kinds: tuple[Cache, ...] = get_args(Cache)
+    readers = {
+        kind: chosen_readers(kind, group.device, threads) if data.workers is None else data.workers
+        for kind in kinds
+    }
+    return Reading(cache, why, readers)
 
 
 def chosen_cache(
