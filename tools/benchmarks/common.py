@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,15 +170,8 @@ def table(question: Question, found: Mapping[str, list[float]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _versions(*libraries: str) -> Iterator[tuple[str, str]]:
-    """Of those that are installed: a machine with a GPU may have torch alone."""
-    for name in libraries:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
-
-
 def machine() -> dict[str, Any]:
-    from vaedist.training.folder import git_commit
+    from vaedist.training.folder import git_commit, libraries
 
     model = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -193,7 +183,6 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "libraries": dict(_versions("torch", "ray", "webdataset")),
+        "libraries": libraries(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
