@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -23,8 +24,9 @@ class NpzWriter:
     """Writes a compressed .npz, whole or not at all; the same parts give the same bytes.
 
     The members of a zip archive follow each other, and each begins with its array's length. So the first array is
-    compressed as it comes, if its length is known; parts of others wait in unnamed files in the target's folder. A
-    context manager: what is not finished leaves nothing behind.
+    compressed as it comes, if its length is known, and parts of others wait; all in files without a name in the
+    target's folder, of which a kill leaves nothing. A context manager: what is not finished leaves nothing behind
+    either.
 
     Args:
         path: Where to; its folder is made if it is missing.
@@ -36,7 +38,6 @@ class NpzWriter:
 
     def __init__(self, path: str | Path, rows: int | None = None) -> None:
         self.path, self._rows = Path(path), rows
-        self._scratch = temporary(self.path)
         self._open = contextlib.ExitStack()
         self._first: IO[bytes] | None = None
         self._parts: dict[str, IO[bytes]] = {}
@@ -46,7 +47,7 @@ class NpzWriter:
             if self.path.is_dir():
                 raise IsADirectoryError(None, "it is a folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._open.enter_context(self._scratch.open("xb"))
+            self._file = self._unnamed()
             self._archive = self._open.enter_context(
                 zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL)
             )
@@ -68,6 +69,9 @@ class NpzWriter:
         if self._first is None and self._rows is not None:
             self._first = self._member(name, self._rows)
             return self._first
+        return self._unnamed()
+
+    def _unnamed(self) -> IO[bytes]:
         return self._open.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
 
     def _member(self, name: str, rows: int) -> IO[bytes]:
@@ -93,10 +97,17 @@ class NpzWriter:
                     while data := part.read(_COPIED):
                         member.write(data)
             self._archive.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            os.replace(self._scratch, self.path)
-            sync_folder(self.path.parent)
+            self._file.seek(0)
+            scratch = temporary(self.path)
+            try:
+                with scratch.open("xb") as file:
+                    shutil.copyfileobj(self._file, file, _COPIED)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(scratch, self.path)
+                sync_folder(self.path.parent)
+            finally:
+                scratch.unlink(missing_ok=True)
 
     def __enter__(self) -> NpzWriter:
         return self
@@ -107,4 +118,3 @@ class NpzWriter:
             if held is not None:
                 with contextlib.suppress(OSError, ValueError):
                     held.close()
-        self._scratch.unlink(missing_ok=True)
