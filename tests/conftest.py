@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import importlib.util
 import random
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -89,13 +90,24 @@ def global_generators_untouched() -> Iterator[None]:
     assert not moved, f"moved a global random generator: {', '.join(moved)}"
 
 
-# Rows of the fault matrix -------------------------------------------------------------------------------------
+# Rows of the fault matrix, and what a process said that failed a test -----------------------------------------
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     outcome = yield
-    note(item, outcome.get_result())  # type: ignore[attr-defined]
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    note(item, report)
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, subprocess.CalledProcessError | subprocess.TimeoutExpired):
+        for name, said in (("output", error.stdout), ("standard error", error.stderr)):
+            if said:
+                text = said if isinstance(said, str) else said.decode(errors="replace")
+                report.sections.append((f"{name} of the process", text[-_SAID:]))
+
+
+_SAID = 8_000
+"""Characters of a process's output that a report shows: its end."""
 
 
 # Minutes by area, printed above pytest's last line --------------------------------------------------------------

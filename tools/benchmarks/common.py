@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vaedist.data.images import Codec
 
 BATCH = 32
 _TRAIN = "train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}"
@@ -59,7 +62,9 @@ class Question:
     """One turn each, where a number hardly varies and costs much."""
 
 
-def packed(folder: Path, *, size: int, train: int, codec: str = "png", per_shard: int | None = None) -> Path:
+def packed(
+    folder: Path, *, size: int, train: int, codec: Codec = "png", per_shard: int | None = None
+) -> Path:
     """A packed phantom; made once. Its tars hold `per_shard` images each, by default a twelfth of all."""
     from vaedist.data.shards import Packing, pack
     from vaedist.data.sources import Settings
@@ -170,7 +175,22 @@ def table(question: Question, found: Mapping[str, list[float]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def machine() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Machine:
+    """What a table says beside its numbers."""
+
+    commit: str | None
+    processor: str
+    cores: int
+    load_before: float
+    torch: str
+    libraries: str
+    date: str
+
+
+def machine() -> Machine:
+    import torch
+
     from vaedist.training.folder import git_commit, libraries
 
     model = "unknown processor"
@@ -178,11 +198,12 @@ def machine() -> dict[str, Any]:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return {
-        "commit": git_commit(),
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-        "libraries": libraries(),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
+    return Machine(
+        commit=git_commit(),
+        processor=model,
+        cores=len(os.sched_getaffinity(0)),
+        load_before=os.getloadavg()[0],
+        torch=torch.__version__,
+        libraries=libraries(),
+        date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )

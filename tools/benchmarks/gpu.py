@@ -202,8 +202,8 @@ class _Training:
     def shares(self) -> dict[str, Rate]:
         found: dict[str, Rate] = {}
         for name in WAYS:
-            found[f"{name}: model FLOP utilisation"] = lambda name=name: self.utilisation(name)
-            found[f"{name}: share of a step that waits for data"] = lambda name=name: 100 * self.waits[name]
+            found[f"{name}: model FLOP utilisation"] = functools.partial(self.utilisation, name)
+            found[f"{name}: share of a step that waits for data"] = functools.partial(self.waiting, name)
         found["eager fp32: device time in products and convolutions"] = lambda: self.arithmetic(EAGER)
         found["bf16: device time in products and convolutions"] = lambda: self.arithmetic("bf16")
         return found
@@ -212,6 +212,10 @@ class _Training:
         """Percent of the ceiling of its precision that the fastest round reached."""
         peak = self.chip.peaks["bf16" if "bf16" in name else "fp32"]
         return 100 * self.operations / self.batch * max(self.rates[name]) / peak
+
+    def waiting(self, name: str) -> float:
+        """Percent of the steps' time that was spent waiting for data, in the line of the log with the least."""
+        return 100 * self.waits[name]
 
     @functools.cached_property
     def operations(self) -> int:

@@ -205,7 +205,7 @@ def dataloader(paths: list[Path], images: int, workers: int) -> Rate:
     from torch.utils.data import DataLoader
 
     def rate() -> float:
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             Files(paths),  # type: ignore[arg-type]
             batch_size=BATCH,
             shuffle=True,
