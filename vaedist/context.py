@@ -38,7 +38,7 @@ class Batch(TypedDict, total=False):
     """(B, h, w) int64, in place of `image`, for variants that read codes."""
     label: Tensor
     """(B,) int64; 0 where the data have no classes."""
-    key: list[str]
+    key: Sequence[str]
     sample: list[int]
     """Global sample numbers: the row's place in index order over its split."""
     mask: Tensor

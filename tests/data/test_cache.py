@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
+from vaedist.data import cache as module
 from vaedist.data.cache import available_memory, fill_memory
 from vaedist.data.stream import TrainingStream
 from vaedist.errors import DataError
@@ -106,6 +107,25 @@ def test_one_process_needs_no_group(tmp_path, pack, expected, caplog):
         assert fill_memory(index, index.split("train"), memory_limit=13 * 64 - 1) is None
     assert "cache: memory needs 0.0 MiB for the split 'train'" in caplog.text
     assert fill_memory(index, index.split("train"), memory_limit=13 * 64) is not None
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_images_are_finished_once_each_by_their_own_keys(tmp_path, pack, expected, monkeypatch, workers):
+    monkeypatch.setattr(module, "_VALUES", 4 * 64)
+    seen = []
+
+    def finish(images, keys):
+        assert len(images) == len(keys) <= 4
+        seen.extend(keys)
+        for image, key in zip(images, keys, strict=True):
+            image[0, 0, 0] = int(key[-2:])
+
+    index = pack(tmp_path, {"train": [9, 4]})
+    images = fill_memory(index, index.split("train"), finish=finish, workers=workers)
+    wanted = expected("train", range(13)).copy()
+    wanted[:, 0, 0, 0] = range(13)
+    assert np.array_equal(images, wanted)
+    assert sorted(seen) == [f"train-{number:05d}" for number in range(13)]
 
 
 def test_damage_ends_all_filling_threads(tmp_path, pack):

@@ -38,7 +38,11 @@ def test_batches_hold_the_right_images(tmp_path, pack, expected, cache, workers,
     for step, batch in zip(range(3, 14), stream.batches(3), strict=False):
         wanted = order.rows(step).tolist()
         assert batch["sample"] == wanted
-        assert batch["key"] == [f"train-{n:05d}" for n in wanted]
+        assert list(batch["key"]) == [f"train-{n:05d}" for n in wanted]
+        assert (
+            batch["key"][-1] == f"train-{wanted[-1]:05d}"
+            and list(batch["key"][2:4]) == list(batch["key"])[2:4]
+        )
         assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [n % 3 for n in wanted]
         assert batch["image"].dtype == torch.uint8
         assert np.array_equal(batch["image"].numpy(), expected("train", wanted, shape))

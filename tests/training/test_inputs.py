@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -130,6 +131,26 @@ def test_static_belongs_to_seed_and_key_and_dynamic_to_the_step() -> None:
 
     assert not torch.equal(dynamic(rows, lanes(0))["image"], dynamic(rows, lanes(1))["image"])
     assert torch.equal(dynamic(rows, measured())["image"], first), "what is measured is always static"
+
+
+@pytest.mark.parametrize("law", ["static", "threshold"])
+def test_a_cache_holds_binarised_images_and_nothing_draws_for_them_again(
+    law: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = batch(random_images())
+    shown = Inputs(job(law, flip=0.5))(rows, lanes())["image"]
+    held = rows["image"].clone().numpy()
+    finish = Inputs(job(law)).finish
+    assert finish is not None
+    finish(held, rows["key"])
+    assert set(np.unique(held)) == {0, 255}
+    monkeypatch.setattr(Inputs, "binarised", None)
+    again = Inputs(job(law, flip=0.5), finished=True)({**rows, "image": torch.from_numpy(held)}, lanes())
+    assert torch.equal(again["image"], shown)
+
+
+def test_what_differs_from_step_to_step_is_not_held() -> None:
+    assert Inputs(job("none", flip=0.5)).finish is None and Inputs(job("dynamic")).finish is None
 
 
 def test_threshold() -> None:

@@ -87,11 +87,13 @@ def test_a_cache_that_does_not_fit_is_not_told_as_one(
     assert "reads   cache none (no room in memory), 1 reader\n" in capsys.readouterr().out
 
 
-def test_the_choice_changes_no_number(phantom: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("binarise", ["none", "static", "threshold", "dynamic"])
+def test_the_choice_changes_no_number(phantom: Path, tmp_path: Path, binarise: str) -> None:
     curves = []
     for cache in ("auto", "none", "device"):
         job = small_job(phantom, steps=12)
-        job = job.model_copy(update={"data": job.data.model_copy(update={"cache": cache})})
+        read = {"cache": cache, "binarise": binarise}
+        job = job.model_copy(update={"data": job.data.model_copy(update=read)})
         fit(job, tmp_path / cache)
         curves.append(curve(tmp_path / cache))
     assert curves[0] == curves[1] == curves[2]

@@ -10,6 +10,8 @@ All processes of the job take part, in the same order: agree on the secret, shar
 part of the node's copy), agree that all went well. The layer below torch.distributed may not use it, so what is
 needed of the process group comes in as `Node`; one process needs none.
 
+What a job does to an image at every step alike (`Finish`) is done here, once.
+
 Where the memory is too small, the stream reads shards as without a cache, and says so in one sentence.
 
 A GPU can hold the split itself (`cache: device`): each process then sends it there once, and a batch is taken from it
@@ -26,7 +28,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -45,12 +47,15 @@ _SHARE = 0.8  # of what is free; the rest is for the model and for the shards be
 _SHARE_OF_DEVICE = 0.5  # of what is free there; the rest is for activations
 _DEADLINE_S = 120.0  # for a process of this node to fetch the memory once all ranks have been told of it
 _BLOCK = 4 << 20  # bytes of shard read at once while filling
+_VALUES = 1 << 17  # pixels that are finished at once: it may take many bytes for each
 _LONGEST_SENTENCE = 4096  # bytes
 _ROUND = 4096  # samples that a process decodes between two agreements
 
 
 Cache = Literal["none", "memory", "device"]
 """Where a split lies, decoded."""
+Finish = Callable[[NDArray[np.uint8], Sequence[str]], None]
+"""Changes (n, C, H, W) uint8 images in place; the names are their keys."""
 
 
 class Node(Protocol):
@@ -72,7 +77,13 @@ class Node(Protocol):
 
 
 def fill_memory(
-    index: Index, split: Split, *, node: Node | None = None, workers: int = 1, memory_limit: int | None = None
+    index: Index,
+    split: Split,
+    *,
+    finish: Finish | None = None,
+    node: Node | None = None,
+    workers: int = 1,
+    memory_limit: int | None = None,
 ) -> NDArray[Any] | None:
     """All images of the split, (N, C, H, W) uint8, shared by the processes of this node; or all codes, (N, 1, h, w).
 
@@ -80,6 +91,7 @@ def fill_memory(
 
     Args:
         index, split: What to decode.
+        finish: What is done to every image after it.
         node: The process group; none: this process alone.
         workers: Decoding threads of this process.
         memory_limit: Bytes that the cache may take on this node; default: 80 % of what is free.
@@ -119,7 +131,7 @@ def fill_memory(
         failure: DataError | None = None
         if images is not None:
             try:
-                _decode_into(images, index, split, low, min(low + _ROUND, stop), workers)
+                _decode_into(images, index, split, low, min(low + _ROUND, stop), workers, finish)
             except DataError as error:
                 failure = error
         if node is not None and not alone:
@@ -169,13 +181,24 @@ def _first_told(failure: DataError | None, node: Node) -> DataError | None:
 
 
 def _decode_into(
-    images: NDArray[Any], index: Index, split: Split, start: int, stop: int, workers: int
+    images: NDArray[Any],
+    index: Index,
+    split: Split,
+    start: int,
+    stop: int,
+    workers: int,
+    finish: Finish | None,
 ) -> None:
     def decode(block: tuple[int, int, int]) -> None:
         shard, low, high = block
         rows, base = Rows(index, split, shard, low, high), int(split.starts[shard])
         for row in range(low, high):
             rows.decode(row, images[base + row])
+        if finish is not None:
+            many = max(1, _VALUES // index.sample_bytes)
+            for first in range(low, high, many):
+                last = min(first + many, high)
+                finish(images[base + first : base + last], rows.columns.keys[first:last])
 
     if workers <= 1:
         for block in _blocks(split, start, stop):

@@ -25,6 +25,7 @@ reader that checks them as it goes notices any damage and can say at which sampl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -77,6 +78,32 @@ class Strings(Sequence[str]):
             ]
         except UnicodeDecodeError:
             raise DataError(f"{self._where}: a text in it is not UTF-8; pack the data again") from None
+
+
+class Taken(Sequence[str]):
+    """Some strings of a column, decoded when the first of them is looked at: few steps of training ever look.
+
+    Args:
+        strings: The column.
+        rows: Which of it.
+    """
+
+    def __init__(self, strings: Strings, rows: NDArray[np.integer]) -> None:
+        self._strings, self._rows = strings, rows
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        return self._strings.take(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> Taken: ...
+    def __getitem__(self, i: int | slice) -> str | Taken:
+        return Taken(self._strings, self._rows[i]) if isinstance(i, slice) else self._texts[i]
 
 
 class Columns:

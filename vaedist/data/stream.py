@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaedist.context import Batch
-from vaedist.data.cache import Cache, Node, fill_memory, on_device
-from vaedist.data.columns import Strings
+from vaedist.data.cache import Cache, Finish, Node, fill_memory, on_device
+from vaedist.data.columns import Strings, Taken
 from vaedist.data.index import Index, Split
 from vaedist.data.order import Order, Samples, default_lanes, epoch_order, slice_bounds
 from vaedist.data.reading import Rows
@@ -198,18 +198,22 @@ class _Stream:
             label[places] = columns.label[rows]
             for place, key in zip(places.tolist(), columns.keys.take(rows), strict=True):
                 keys[place] = key
-        return self._described(content, samples, label, keys)
+        return self._described(content, samples, _classes(label), keys)
 
     def _described(
-        self, content: Tensor, samples: Samples, label: NDArray[np.int64], keys: list[str]
+        self, content: Tensor, samples: Samples, label: NDArray[np.int64], keys: Sequence[str]
     ) -> Batch:
-        np.maximum(label, 0, out=label)  # -1 says that a sample has no class
         labels = torch.from_numpy(label)
         if self.device.type == "cuda":
             labels = labels.pin_memory()
         batch: Batch = {"label": labels, "key": keys, "sample": samples.tolist()}
         batch[self._field] = content
         return batch
+
+
+def _classes(label: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels as a batch has them: in the columns, -1 says that a sample has no class."""
+    return np.maximum(label, 0)
 
 
 class _Held:
@@ -227,7 +231,7 @@ class _Held:
         # Once they are there, the node's memory is free again when its last process has let go.
         self.images = images if there is None else there
         columns = [split.columns(shard) for shard in range(len(split.shards))]
-        self.label = np.concatenate([one.label for one in columns])
+        self.label = _classes(np.concatenate([one.label for one in columns]))
         self.keys = Strings.joined([one.keys for one in columns])
 
 
@@ -243,6 +247,7 @@ class TrainingStream(_Stream):
         rank, world: This process among all.
         cache: `memory` decodes every image once into memory that the node's processes share; `device` sends them on
             to the device.
+        finish: What is done to each image once, where a cache holds it: a function of the image and its key alone.
         workers: Reader threads, which keep up to 2 * workers batches ready; 0 reads in the caller's thread.
         device: Where batches go; pinned and sent without waiting for a GPU.
         memory_limit: Bytes that the cache may take on this node; default: 80 % of what is free.
@@ -250,6 +255,7 @@ class TrainingStream(_Stream):
 
     Attributes:
         cache: What is in effect: less than was asked for where there is no room.
+        finished: Whether `finish` was done to the images that come.
         steps_per_epoch: N // B.
         wait_seconds: Time that the consumer has waited for batches.
         workers: May be set until the first batch is asked for.
@@ -270,6 +276,7 @@ class TrainingStream(_Stream):
         rank: int = 0,
         world: int = 1,
         cache: Cache = "none",
+        finish: Finish | None = None,
         workers: int = 1,
         device: torch.device | str = "cpu",
         memory_limit: int | None = None,
@@ -302,10 +309,13 @@ class TrainingStream(_Stream):
         if cache != "none":
             # All cores of this process decode: nothing else is done meanwhile.
             fillers = max(workers, torch.get_num_threads())
-            images = fill_memory(index, self.split, node=node, workers=fillers, memory_limit=memory_limit)
+            images = fill_memory(
+                index, self.split, finish=finish, node=node, workers=fillers, memory_limit=memory_limit
+            )
             if images is not None:
                 self._held = _Held(self.split, images, self.device if cache == "device" else None)
         self.cache: Cache = "none" if self._held is None else self._held.cache
+        self.finished = finish is not None and self._held is not None
 
     @property
     def resident_limit(self) -> int:
@@ -358,12 +368,12 @@ class TrainingStream(_Stream):
             if self._field == "codes":
                 content = content[:, 0].long()
         else:
-            content, pixels = self._empty(len(samples))
-            if pixels.dtype == images.dtype:
-                np.take(images, samples, axis=0, out=pixels, mode="clip")
-            else:
-                pixels[:] = images[samples]
-        return self._described(content, samples, held.label[samples], held.keys.take(samples))
+            # Between two steps nothing of this is in the processor's caches: few calls, not few copies, make it fast.
+            taken = images.take(samples, axis=0)
+            content = torch.from_numpy(taken if self._field == "image" else taken[:, 0].astype(np.int64))
+            if self.device.type == "cuda":
+                content = content.pin_memory()
+        return self._described(content, samples, held.label.take(samples), Taken(held.keys, samples))
 
 
 class EvaluationStream(_Stream):

@@ -167,12 +167,14 @@ def _fit(
         lanes=lanes,
         seed=job.seed,
         cache=how.cache,
+        finish=Inputs(job).finish if model.reads == "images" else None,
         workers=how.readers[how.cache],
         node=group,
         **mine,
     )
     exits.callback(stream.close)
     stream.workers = how.readers[stream.cache]  # a cache may not have fitted
+    inputs = Inputs(job, finished=stream.finished)
     held_out = EvaluationStream(
         source, job.data.validation_split, batch_size=batch_size, workers=how.readers["none"], **mine
     )
@@ -185,7 +187,7 @@ def _fit(
             group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes,
             start=bounds[0], stop=bounds[1],
         )  # fmt: skip
-        inputs, first = Inputs(job), stream.batches(0)
+        first = stream.batches(0)
         with torch.no_grad():
             model.prepare([inputs(next(first), ctx) for _ in range(model.prepare_batches)], ctx)
         beginning.again(model)
@@ -200,7 +202,7 @@ def _fit(
             body.forward = torch.compile(body.forward)
 
     # Optimizers, and what they and the average had learnt.
-    stepper = Stepper(job, group, model, lanes, bounds)
+    stepper = Stepper(job, group, model, lanes, bounds, inputs)
     beginning.hand_over(stepper.phases)
     if found and average and found.state["ema"]:
         average.model.load_state_dict(found.state["ema"])

@@ -121,7 +121,15 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
 class Stepper:
     """Takes optimizer steps of one model in one group."""
 
-    def __init__(self, job: Job, group: Group, model: Variant, lanes: int, bounds: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        group: Group,
+        model: Variant,
+        lanes: int,
+        bounds: tuple[int, int],
+        inputs: Inputs | None = None,
+    ) -> None:
         self.job, self.group, self.model, self.lanes, self.bounds = job, group, model, lanes, bounds
         self.parallel = group.parallel(model, len(model.phases))
         self.phases = [
@@ -133,7 +141,7 @@ class Stepper:
             phase.name: [trained[key] for key in trained.keys() - {id(one) for one in phase.parameters}]
             for phase in self.phases
         }
-        self.inputs = Inputs(job)
+        self.inputs = inputs or Inputs(job)
         self._passes = micro_batches(job, model, bounds[1] - bounds[0])
 
     def _forget(self) -> None:
