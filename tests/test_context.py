@@ -69,10 +69,10 @@ def test_statistics_add_up_over_micro_batches_and_die_with_the_step() -> None:
         part = ctx.part(start, stop)
         part.accumulate("count", torch.tensor(float(stop - start)))
         part.collect("rows", torch.arange(start, stop))
-    assert ctx.statistic("count") == 12
-    assert torch.equal(ctx.statistic("rows"), torch.arange(12))
+    assert ctx.total("count") == 12
+    assert torch.equal(ctx.collected("rows"), torch.arange(12))
     with pytest.raises(KeyError):
-        lanes().statistic("count")
+        lanes().total("count")
 
 
 def test_no_global_generator_is_touched() -> None:

@@ -80,8 +80,11 @@ class Context(Protocol):
     def collect(self, name: str, rows: Tensor) -> None:
         """Append `rows` to this step's statistic `name`, micro-batch after micro-batch."""
 
-    def statistic(self, name: str) -> Tensor:
-        """What this process accumulated or collected under `name` in this step."""
+    def total(self, name: str) -> Tensor:
+        """After the step: what was accumulated under `name`, summed over processes. No gradient."""
+
+    def collected(self, name: str) -> Tensor:
+        """After the step: what was collected under `name`, of all processes in the order of the global batch."""
 
 
 def generator(*identity: object) -> torch.Generator:
@@ -126,7 +129,8 @@ class LaneContext:
         self.batch_size, self.lanes = batch_size, lanes
         self.start, self.stop = start, batch_size if stop is None else stop
         self.device = torch.device(device)
-        self._statistics: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
 
     def part(self, start: int, stop: int) -> LaneContext:
         """The context of a micro-batch: rows start..stop of this process, the same step and statistics."""
@@ -166,16 +170,19 @@ class LaneContext:
 
     def accumulate(self, name: str, value: Tensor) -> None:
         value = value.detach()
-        held = self._statistics.get(name)
-        self._statistics[name] = value if held is None else held + value
+        held = self._sums.get(name)
+        self._sums[name] = value if held is None else held + value
 
     def collect(self, name: str, rows: Tensor) -> None:
         rows = rows.detach()
-        held = self._statistics.get(name)
-        self._statistics[name] = rows if held is None else torch.cat([held, rows])
+        held = self._rows.get(name)
+        self._rows[name] = rows if held is None else torch.cat([held, rows])
 
-    def statistic(self, name: str) -> Tensor:
-        return self._statistics[name]
+    def total(self, name: str) -> Tensor:
+        return self._sums[name]
+
+    def collected(self, name: str) -> Tensor:
+        return self._rows[name]
 
 
 class SampleContext(LaneContext):

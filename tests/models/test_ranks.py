@@ -40,7 +40,8 @@ import json, sys
 import torch
 from tests.models.test_ranks import B, LANES, MASK, SECTIONS, batch, model_of, numbers
 from vaedist.data.stream import slice_bounds
-from vaedist.training.dist import Group, GroupLaneContext, GroupSampleContext
+from vaedist.training.contexts import GroupLaneContext, GroupSampleContext
+from vaedist.training.dist import Group
 
 group = Group.join("cpu", 60)
 start, stop = slice_bounds(B, group.rank, group.world)

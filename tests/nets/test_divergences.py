@@ -242,7 +242,8 @@ def test_kernels_of_a_job_file() -> None:
 RANK = """
 import json, torch
 from tests.nets.test_divergences import gathered_mmd
-from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.contexts import GroupLaneContext
+from vaedist.training.dist import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]

@@ -308,7 +308,8 @@ def test_a_denoiser_measures_its_target() -> None:
 RANK = """
 import json
 from tests.nets.test_likelihoods import optimal_step
-from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.contexts import GroupLaneContext
+from vaedist.training.dist import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]

@@ -160,9 +160,9 @@ def test_forward_and_evaluation_write_no_state(config: EmaCodebook | GradientCod
     evaluation = SampleContext(seed=0, samples=range(4))
     module(z, evaluation)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
-    ctx.statistic("codes")
+    ctx.total("codes")
     with pytest.raises(KeyError):
-        evaluation.statistic("codes")
+        evaluation.total("codes")
 
 
 class Joined(LaneContext):
@@ -172,15 +172,11 @@ class Joined(LaneContext):
         super().__init__(seed=0, step=step, batch_size=batch, lanes=2, start=start, stop=stop)
         self.peers: list[Joined] = [self]
 
-    def _of_all(self, x: Tensor) -> list[Tensor]:
-        (name,) = [name for name, held in self._statistics.items() if held is x]
-        return [peer.statistic(name) for peer in self.peers]
+    def total(self, name: str) -> Tensor:
+        return torch.stack([super(Joined, peer).total(name) for peer in self.peers]).sum(0)
 
-    def sum(self, x: Tensor) -> Tensor:
-        return torch.stack(self._of_all(x)).sum(0)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._of_all(x))
+    def collected(self, name: str) -> Tensor:
+        return torch.cat([super(Joined, peer).collected(name) for peer in self.peers])
 
 
 def test_any_cut_of_the_batch_leaves_the_same_codebook() -> None:
@@ -253,7 +249,7 @@ def test_candidates_are_far_vectors() -> None:
     z[:, :, 5, 6] = 30.0
     ctx = LaneContext(seed=0, step=0, batch_size=2, lanes=2)
     module(z, ctx)
-    assert (ctx.statistic("candidates")[..., 1:] == 30).all()
+    assert (ctx.collected("candidates")[..., 1:] == 30).all()
 
 
 @pytest.mark.parametrize("kind", ["residual", "cosine"])

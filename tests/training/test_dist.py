@@ -16,7 +16,8 @@ GRADIENTS = """
 import torch
 from torch import nn
 from vaedist.data.stream import slice_bounds
-from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.contexts import GroupLaneContext
+from vaedist.training.dist import Group
 torch.set_num_threads(1)
 group = Group.join("cpu", 60)
 B = 7
@@ -54,6 +55,48 @@ def test_batch_statistics_have_the_gradient_of_one_process_even_with_unequal_sha
     for world in (2, 3):
         for output in run_ranks(GRADIENTS, world):
             assert numbers(output) == pytest.approx(numbers(alone), rel=1e-12)
+
+
+STATISTICS = """
+import sys
+import torch
+from vaedist.data.order import slice_bounds
+from vaedist.training.contexts import GroupLaneContext
+from vaedist.training.dist import Group
+
+B, begun = 7, sys.argv[1] == "begun"
+group = Group.join("cpu", 60)
+start, stop = slice_bounds(B, group.rank, group.world)
+ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, start=start, stop=stop)
+for first, last in [(0, 1), (1, stop - start)]:
+    part = ctx.part(first, last)
+    part.accumulate("same name", torch.full((2,), float(last - first), requires_grad=True))
+    part.collect("same name", torch.arange(start + first, start + last)[:, None] * torch.ones(1, 3))
+if begun:
+    ctx.begin()
+largest = group.begin_largest(torch.tensor([float(group.rank), float("nan")]))
+print(group.total(torch.ones(1)).item(), "others may meet meanwhile")
+ctx.finish()
+met = group.pulse.met
+print(ctx.total("same name").tolist(), ctx.total("same name").requires_grad)
+print(ctx.collected("same name").tolist())
+assert group.pulse.met == met, "nobody is waited for when they are read"
+print(largest().tolist())
+group.close()
+"""
+
+
+@pytest.mark.parametrize("begun", ["begun", "never"])
+def test_statistics_travel_between_forward_and_their_use(begun: str) -> None:
+    for world in (1, 2, 3):
+        rows = [[float(row)] * 3 for row in range(7)]
+        for output in run_ranks(STATISTICS, world, begun):
+            assert output.splitlines() == [
+                f"{float(world)} others may meet meanwhile",
+                "[7.0, 7.0] False",
+                str(rows),
+                f"[{world - 1.0}, nan]",
+            ]
 
 
 AGREEMENT = """

@@ -127,7 +127,10 @@ class Variant(nn.Module):
     """How many global batches `prepare` wants to see."""
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        """After an accepted step, under no_grad: apply `ctx.statistic(...)`; returned scalars are logged."""
+        """After an accepted step, under no_grad: apply its statistics (`ctx.total`, `ctx.collected`).
+
+        The scalars returned are logged.
+        """
         return {}
 
     @property

@@ -264,7 +264,7 @@ class Observation(nn.Module):
             return {"sigma": _above_rounding(self.raw_sigma)}
         if self.config.sigma != "optimal":
             return {}
-        total, count = ctx.sum(ctx.statistic("squared error")).unbind()
+        total, count = ctx.total("squared error").unbind()
         steps = int(self.steps)
         keep = min(_KEEP, (1 + steps) / (10 + steps))  # a young mean forgets the first steps faster
         variance = keep * self.scale.double() ** 2 + (1 - keep) * (total / count + ROUNDING**2)

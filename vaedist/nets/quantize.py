@@ -157,7 +157,7 @@ class Quantizer(nn.Module):
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
         """Apply the step's statistics; what there is to tell: see `told`."""
-        return self.told(ctx.sum(ctx.statistic(f"codes{self.tag}")))
+        return self.told(ctx.total(f"codes{self.tag}"))
 
     def told(self, counts: Tensor) -> dict[str, Tensor]:
         """Perplexity exp(H) and number of the codes that the global batch used, from its (K,) counts."""
@@ -254,7 +254,7 @@ class EmaQuantizer(_Codebook):
         codes, distance = nearest(rows, self.vectors)
         codes = codes.view(z.shape[0], *z.shape[2:])
         if ctx.training:
-            # (K, 1 + D), counts and sums in one: of several processes each sum over them costs a millisecond.
+            # (K, 1 + D), counts and sums in one: one sum over processes instead of two.
             taken = torch.zeros(self.num_codes, 1 + self.dim, dtype=torch.float64, device=rows.device)
             taken[:, 0] = torch.bincount(codes.flatten(), minlength=self.num_codes)
             add_rows(taken[:, 1:], codes.flatten(), rows)
@@ -275,7 +275,7 @@ class EmaQuantizer(_Codebook):
 
     @torch.no_grad()
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        taken = ctx.sum(ctx.statistic(f"codes{self.tag}"))
+        taken = ctx.total(f"codes{self.tag}")
         counts, sums = taken[:, 0], taken[:, 1:]
         decay = self.config.decay
         self.count_average.mul_(decay).add_((1 - decay) * counts.to(self.count_average.dtype))
@@ -288,8 +288,7 @@ class EmaQuantizer(_Codebook):
         )
         self.embedding.copy_(torch.where(moved[:, None], mean, self.embedding))
         if self.config.expire > 0:
-            candidates = ctx.gather(ctx.statistic(f"candidates{self.tag}")).flatten(0, 1)
-            self._expire(candidates)
+            self._expire(ctx.collected(f"candidates{self.tag}").flatten(0, 1))
         return self.told(counts)
 
     def _expire(self, candidates: Tensor) -> None:

@@ -7,8 +7,8 @@ variables, as an interactive allocation leaves behind, never count.
 Every decision of a run is made once: on rank 0 (`from_leader`) or from small vectors that all ranks combine to
 identical bits (`total`, `largest`). Nothing here pickles an object.
 
-The contexts below give a model sums, means and gathered rows of the global batch whose gradients are those of
-one process: with the loop's weighting (see `vaedist.context`) their backward passes sum over ranks.
+Who has something to do while others answer asks in two parts (`begin_sum`, `begin_rows`, `begin_largest`). All ranks
+begin the same collectives in the same order; what DDP begins during a backward pass comes after them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vaedist import errors
-from vaedist.context import LaneContext, SampleContext
-from vaedist.data.order import slice_bounds
 from vaedist.errors import UserError
 from vaedist.training.pulse import Pulse, Tell
 
@@ -40,6 +38,8 @@ _PART = 256 << 20
 _STORE_SECONDS = 10.0
 _COLLECTIVE_SECONDS = 1800.0
 """Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
+Later = Callable[[], Tensor]
+"""A collective that has begun: waits for it, and gives what it made."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -137,11 +137,42 @@ class Group:
         The blocks are gathered and added in rank order, so the bits are the same on all ranks and do not depend
         on what else the tensor holds (a ring all-reduce adds in an order that depends on the position).
         """
-        return values if self.world == 1 else self._blocks(values).sum(0)
+        return values if self.world == 1 else self._begin_blocks(values)().sum(0).to(values.device)
 
     def largest(self, values: Tensor) -> Tensor:
         """Elementwise maximum over ranks; no gradient."""
-        return values if self.world == 1 else self._blocks(values).amax(0)
+        return self.begin_largest(values)()
+
+    def begin_sum(self, values: Tensor) -> Later:
+        """Begin to sum over ranks, to the same bits on each; no gradient."""
+        result = values.detach().clone(memory_format=torch.contiguous_format)
+        return self._later(dist.all_reduce(result, async_op=True), lambda: result)
+
+    def begin_largest(self, values: Tensor) -> Later:
+        """Begin to find the elementwise maximum over ranks; no gradient."""
+        if self.world == 1:
+            return lambda: values
+        blocks = self._begin_blocks(values)
+        return lambda: blocks().amax(0).to(values.device)
+
+    def begin_rows(self, values: Tensor, rows: Sequence[int]) -> Later:
+        """Begin to concatenate the rows of all ranks, `rows[r]` of rank r; no gradient."""
+        # Collectives want blocks of one size.
+        padded = values.new_zeros((max(rows), *values.shape[1:]))
+        padded[: len(values)] = values.detach()
+        blocks = [torch.empty_like(padded) for _ in rows]
+        work = dist.all_gather(blocks, padded, async_op=True)
+        return self._later(
+            work, lambda: torch.cat([block[:n] for block, n in zip(blocks, rows, strict=True)])
+        )
+
+    def _later(self, work: Any, result: Callable[[], Tensor]) -> Later:
+        def wait() -> Tensor:
+            with self.pulse.meeting():
+                work.wait()
+            return result()
+
+        return wait
 
     def from_leader(self, work: Callable[[], bytes]) -> bytes:
         """Do `work` on rank 0 alone; every rank gets its bytes, or raises its error.
@@ -232,13 +263,9 @@ class Group:
             self._ours = False
             dist.destroy_process_group()
 
-    def _blocks(self, values: Tensor) -> Tensor:
-        """(world, ...) stack of every rank's values, where the values are."""
-        held = values.detach().to(self.device).contiguous()
-        blocks = [torch.empty_like(held) for _ in range(self.world)]
-        with self.pulse.meeting():
-            dist.all_gather(blocks, held)
-            return torch.stack(blocks).to(values.device)
+    def _begin_blocks(self, values: Tensor) -> Later:
+        """(world, ...) stack of every rank's values, on the group's device."""
+        return self.begin_rows(values.detach().to(self.device)[None], [1] * self.world)
 
 
 def _device(device: str | torch.device, local_rank: int) -> torch.device:
@@ -364,95 +391,3 @@ class _Counts:
         except (RuntimeError, ValueError, dist.DistError):
             self._store = None  # its process is gone or stopped, which is for others to notice
             return None
-
-
-# What a model sees of the group ---------------------------------------------------------------------------
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose backward is an all-reduce: every rank's objective depends on every rank's input."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, pulse: Pulse) -> Tensor:
-        context.pulse = pulse
-        result = x.clone()
-        with pulse.meeting():
-            dist.all_reduce(result)
-        return result
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous().clone()
-        with context.pulse.meeting():
-            dist.all_reduce(gradient)
-        return gradient, None
-
-
-class _GatherRows(torch.autograd.Function):
-    """Concatenate rows of all ranks; backward sums the gradients of this rank's rows over ranks.
-
-    Ranks may hold one row more or less than each other: every block is padded to the longest.
-    """
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, group: Group, rows: Sequence[int]) -> Tensor:
-        context.start, context.rows, context.pulse = sum(rows[: group.rank]), x.shape[0], group.pulse
-        padded = x.new_zeros((max(rows), *x.shape[1:]))
-        padded[: x.shape[0]] = x
-        blocks = [torch.empty_like(padded) for _ in range(group.world)]
-        with group.pulse.meeting():
-            dist.all_gather(blocks, padded)
-        return torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradient.contiguous().clone()
-        with context.pulse.meeting():
-            dist.all_reduce(gradient)
-        return gradient[context.start : context.start + context.rows], None, None
-
-
-class _Collectives:
-    """`gather` and `sum` over a group; mixed into both kinds of context."""
-
-    group: Group
-
-    def gather(self, x: Tensor) -> Tensor:
-        if self.group.world == 1:
-            return x
-        rows: Tensor = _GatherRows.apply(x, self.group, self._shares(len(x)))  # type: ignore[no-untyped-call]
-        return rows
-
-    def _shares(self, rows: int) -> Sequence[int]:
-        """How many rows each rank has, where this one has `rows`."""
-        group = self.group
-        counts = [torch.zeros(1, dtype=torch.int64, device=group.device) for _ in range(group.world)]
-        with group.pulse.meeting():
-            dist.all_gather(counts, torch.tensor([rows], device=group.device))
-            return [int(count) for count in counts]
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x if self.group.world == 1 else _SumOverRanks.apply(x, self.group.pulse)  # type: ignore[no-untyped-call]
-
-
-class GroupLaneContext(_Collectives, LaneContext):
-    """Training context of one rank of a group."""
-
-    def __init__(self, group: Group, **options: Any) -> None:
-        super().__init__(device=group.device, **options)
-        self.group = group
-
-    def _shares(self, rows: int) -> Sequence[int]:
-        """Of a whole step they are known, the slices of the global batch: nobody is asked, nor waited for."""
-        bounds = [slice_bounds(self.batch_size, rank, self.group.world) for rank in range(self.group.world)]
-        if (self.start, self.stop) == bounds[self.group.rank] and rows == self.stop - self.start:
-            return [stop - start for start, stop in bounds]
-        return super()._shares(rows)
-
-
-class GroupSampleContext(_Collectives, SampleContext):
-    """Evaluation context of one rank of a group."""
-
-    def __init__(self, group: Group, **options: Any) -> None:
-        super().__init__(device=group.device, **options)
-        self.group = group

@@ -31,7 +31,8 @@ from vaedist.settings import expand
 from vaedist.training.attempt import FitOptions, Outcome
 from vaedist.training.average import WeightAverage
 from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
-from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.contexts import GroupLaneContext
+from vaedist.training.dist import Group
 from vaedist.training.folder import Change, RunFolder, libraries
 from vaedist.training.inputs import Inputs
 from vaedist.training.lock import RunLock

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from vaedist.config import Job, Optim, Plateau
-from vaedist.context import Batch, LaneContext
+from vaedist.context import Batch
 from vaedist.errors import UserError
 from vaedist.models.contract import Variant
 from vaedist.training import optimizers
-from vaedist.training.dist import Group, GroupLaneContext
+from vaedist.training.contexts import GroupLaneContext
+from vaedist.training.dist import Group, Later
 from vaedist.training.inputs import Inputs
 from vaedist.training.schedules import PlateauState, factor
 
@@ -171,7 +172,7 @@ class Stepper:
         """
         if self.group.world > 1 and len(self.phases) == 1:
             self._passes, passes = self._passes[-1:], self._passes
-            self._backward(batch, self.context(step, self.phases[0].name))
+            self._backward(batch, self.context(step, self.phases[0].name), False)[1]()
             self._passes = passes
             self._forget()
 
@@ -192,16 +193,15 @@ class Stepper:
             # Forward and backward, micro-batch by micro-batch; the loss of every row counts 1/B.
             ctx = self.context(step, phase.name, phase.turn(step))
             with self._alone(phase):
-                terms = self._backward(batch, ctx)
+                terms, told = self._backward(batch, ctx, stop_requested)
             norm = torch.nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
             if shown:
                 gradients = _norms(self._modules(phase.parameters), f"gradient_norm{suffix}", gradient=True)
 
-            # All ranks hear of every rank's non-finite numbers and stop requests, and then do the same.
+            # All ranks hear of every rank's non-finite numbers and stop requests, and then do the same. The averaged
+            # gradient is the same on all of them.
             names = [*terms, "gradient"]
-            bad = ~torch.isfinite(torch.stack([*terms.values(), norm.double()]))
-            flags = torch.cat([bad.float().cpu(), torch.tensor([float(stop_requested)])])
-            *heard, stopping = self.group.largest(flags).tolist()
+            stopping, *heard = torch.cat([told(), (~torch.isfinite(norm)).float()[None]]).tolist()
             stop = stop or bool(stopping)
             culprits = [name for name, flag in zip(names, heard, strict=True) if flag]
             if culprits:
@@ -215,12 +215,12 @@ class Stepper:
             phase.optimizer.step()
             self._forget()
             with torch.no_grad():
-                told = self.model.after_step(ctx)
+                shows = self.model.after_step(ctx)
             sums |= {f"{name}{suffix}": value for name, value in terms.items()}
             if shown:  # reading a number waits for the device
                 scalars[f"gradient_norm{suffix}"] = norm.item()
                 scalars |= gradients
-                scalars |= {name: value.item() for name, value in told.items()}
+                scalars |= {name: value.item() for name, value in shows.items()}
         if shown:
             scalars |= _norms(self._modules(self.model.parameters()), "weight_norm")
         return StepResult(accepted, reason, stop, sums, scalars)
@@ -246,8 +246,16 @@ class Stepper:
                 modules.setdefault(name.partition(".")[0], []).append(parameter)
         return modules
 
-    def _backward(self, batch: Batch, ctx: LaneContext) -> dict[str, Tensor]:
-        """Gradients of the mean loss over the global batch; returns the sums of the terms over these rows."""
+    def _backward(
+        self, batch: Batch, ctx: GroupLaneContext, stop_requested: bool
+    ) -> tuple[dict[str, Tensor], Later]:
+        """Gradients of the mean loss over the global batch.
+
+        Returns:
+            The sums of the terms over these rows; and a call that waits for what was sent to all ranks between the last
+            forward and its backward pass, the step's statistics and some flags, which it returns: whether any rank is
+            to stop, and for each term, whether it is not finite on any.
+        """
         sums: dict[str, Tensor] = {}
         scale = self.group.world / self.job.train.batch_size
         for number, (start, stop) in enumerate(self._passes):
@@ -258,13 +266,23 @@ class Stepper:
             with quiet:
                 with precision(self.job, self.group.device):
                     terms = self.parallel(cut(batch, start, stop), ctx.part(start, stop))
+                for name, value in terms.items():
+                    # A scalar is a statistic of the whole batch: it stands for each of its rows.
+                    value = value.detach().double()
+                    value = value.sum() if value.ndim else value * (stop - start)
+                    sums[name] = sums[name] + value if name in sums else value
+                if last:
+                    bad = ~torch.isfinite(torch.stack(list(sums.values())))
+                    stopping = torch.full((1,), float(stop_requested), device=bad.device)
+                    flags = self.group.begin_largest(torch.cat([stopping, bad.float()]))
+                    ctx.begin()
                 (terms["loss"].sum() * scale).backward()
-            for name, value in terms.items():
-                # A scalar is a statistic of the whole batch: it stands for each of its rows.
-                value = value.detach().double()
-                value = value.sum() if value.ndim else value * (stop - start)
-                sums[name] = sums[name] + value if name in sums else value
-        return sums
+
+        def told() -> Tensor:
+            ctx.finish()
+            return flags()
+
+        return sums, told
 
 
 def _norms(

@@ -34,7 +34,8 @@ from vaedist.models._tokenizer import Tokenizer
 from vaedist.models.contract import Variant
 from vaedist.settings import expand, parse
 from vaedist.training.checkpoint import resolve, run_folder_of, weights_digest
-from vaedist.training.dist import Group, GroupSampleContext
+from vaedist.training.contexts import GroupSampleContext
+from vaedist.training.dist import Group
 from vaedist.training.inputs import Inputs
 from vaedist.training.lock import Held, RunLock
 from vaedist.training.run import open_run

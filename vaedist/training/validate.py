@@ -27,7 +27,8 @@ from vaedist.metrics.distribution import is_sample_metric, pick, plain, sample_m
 from vaedist.models.contract import Posterior, Variant
 from vaedist.pictures import as_numpy, to_uint8
 from vaedist.training.collapse import Usage, UsageCounter
-from vaedist.training.dist import Group, GroupSampleContext
+from vaedist.training.contexts import GroupSampleContext
+from vaedist.training.dist import Group
 from vaedist.training.inputs import Inputs
 from vaedist.training.step import precision
 

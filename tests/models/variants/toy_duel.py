@@ -57,6 +57,6 @@ class Model(Variant):
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
         if ctx.phase != "critic":
             return {}
-        self.brightness.copy_(ctx.sum(ctx.statistic("brightness")) / (ctx.batch_size * self.spec.pixels))
+        self.brightness.copy_(ctx.total("brightness") / (ctx.batch_size * self.spec.pixels))
         self.updates += 1
         return {"brightness": self.brightness}
