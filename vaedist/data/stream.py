@@ -136,6 +136,7 @@ class _Stream:
         self.index, self.split = index, index.split(split)
         self.rank, self.world, self.workers = rank, world, workers
         self.device = torch.device(device)
+        self._pinned = self.device.type == "cuda"
         self._field: Literal["image", "codes"] = index.content
         self.wait_seconds = 0.0
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
@@ -175,7 +176,7 @@ class _Stream:
             self.index.shape[1:] if codes else self.index.shape,
             torch.int64 if codes else torch.uint8,
         )
-        content = torch.empty((rows, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        content = torch.empty((rows, *shape), dtype=dtype, pin_memory=self._pinned)
         return content, content.numpy().reshape(rows, *self.index.shape)
 
     def _by_shard(self, samples: Samples) -> list[_Part]:
@@ -204,7 +205,7 @@ class _Stream:
         self, content: Tensor, samples: Samples, label: NDArray[np.int64], keys: Sequence[str]
     ) -> Batch:
         labels = torch.from_numpy(label)
-        if self.device.type == "cuda":
+        if self._pinned:
             labels = labels.pin_memory()
         batch: Batch = {"label": labels, "key": keys, "sample": samples.tolist()}
         batch[self._field] = content
@@ -371,7 +372,7 @@ class TrainingStream(_Stream):
             # Between two steps nothing of this is in the processor's caches: few calls, not few copies, make it fast.
             taken = images.take(samples, axis=0)
             content = torch.from_numpy(taken if self._field == "image" else taken[:, 0].astype(np.int64))
-            if self.device.type == "cuda":
+            if self._pinned:
                 content = content.pin_memory()
         return self._described(content, samples, held.label.take(samples), Taken(held.keys, samples))
 
