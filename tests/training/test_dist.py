@@ -99,6 +99,65 @@ def test_statistics_travel_between_forward_and_their_use(begun: str) -> None:
             ]
 
 
+POISON = """
+import json
+import torch
+from vaedist.config import Job, Spec
+from vaedist.data.order import slice_bounds
+from vaedist.models.contract import build, model_config
+from vaedist.training.dist import Group
+from vaedist.training.step import Stepper
+
+class Poison(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+group = Group.join("cpu", 60)
+model = {"kind": "vae", "latent": 2, "encoder": {"kind": "mlp", "width": 8}}
+job = Job.model_validate({"model": model, "train": {"steps": 9, "batch_size": 8}})
+model = build(model_config(job.model), Spec(1, 8, 8), 0)
+sound = model.forward
+
+def forward(batch, ctx):
+    terms = sound(batch, ctx)
+    if (group.rank, ctx.step) == (1, 1):
+        terms["loss"] = Poison.apply(terms["loss"])
+    if (group.rank, ctx.step) == (0, 2):
+        terms["loss"] = terms["loss"] * float("inf")
+    return terms
+
+model.forward = forward
+bounds = slice_bounds(8, group.rank, group.world)
+stepper = Stepper(job, group, model, 8, bounds)
+rows = range(*bounds)
+image = torch.arange(8 * 64).view(8, 1, 8, 8).to(torch.uint8)[bounds[0] : bounds[1]]
+label = torch.zeros(len(rows), dtype=torch.int64)
+batch = {"image": image, "label": label, "key": [""] * len(rows), "sample": list(rows)}
+for step in range(4):
+    result = stepper.take(batch, step, 9, step == 3 and group.rank == 1)
+    print(result.accepted, result.refused_because, result.stop)
+print(sum(parameter.double().sum() for parameter in model.parameters()).item().hex())
+group.close()
+"""
+
+
+def test_what_one_rank_finds_all_ranks_refuse() -> None:
+    """Step 1: the second rank's gradient is NaN, its loss is not; step 2: the first rank's loss; step 3: a stop."""
+    first, second = run_ranks(POISON, 2)
+    assert first == second
+    assert first.splitlines()[:-1] == [
+        "True  False",
+        "False gradient of phase 'main' False",
+        "False loss, gradient of phase 'main' False",
+        "True  True",
+    ]
+
+
 AGREEMENT = """
 import torch
 from vaedist.errors import DataError
