@@ -22,8 +22,8 @@ SIZES = {"mnist": 28, "mnist50k": 28, "oasis": 256}
 """Side of an image where a job's header packs it as it is, by the folder."""
 LARGE = 128
 """Pixels from which a step takes long enough to need few of them."""
-IMAGES = {False: 6_000, True: 640}
-"""Of a split, by whether they are large: of an epoch's start, a step bears about the share that it has in the job."""
+FEW, MANY = 640, 6_000
+"""Large images of a split, and small ones: with few, a step bears more of an epoch's start than in the job."""
 
 
 def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
@@ -35,7 +35,7 @@ def jobs(folder: Path) -> dict[str, Rate]:
     found = {}
     for path in sorted(SHIPPED.glob("*.yaml")):
         if side := side_of(path.read_text()):
-            found[path.stem] = share(path, packed(folder, size=side, train=IMAGES[side >= LARGE]))
+            found[path.stem] = share(path, packed(folder, size=side, train=FEW if side >= LARGE else MANY))
     return found
 
 

@@ -137,7 +137,7 @@ class Group:
         The blocks are gathered and added in rank order, so the bits are the same on all ranks and do not depend
         on what else the tensor holds (a ring all-reduce adds in an order that depends on the position).
         """
-        return values if self.world == 1 else self._begin_blocks(values)().sum(0).to(values.device)
+        return values if self.world == 1 else self._begin_blocks(values)().sum(0)
 
     def largest(self, values: Tensor) -> Tensor:
         """Elementwise maximum over ranks; no gradient."""
@@ -153,7 +153,7 @@ class Group:
         if self.world == 1:
             return lambda: values
         blocks = self._begin_blocks(values)
-        return lambda: blocks().amax(0).to(values.device)
+        return lambda: blocks().amax(0)
 
     def begin_rows(self, values: Tensor, rows: Sequence[int]) -> Later:
         """Begin to concatenate the rows of all ranks, `rows[r]` of rank r; no gradient."""
@@ -264,8 +264,9 @@ class Group:
             dist.destroy_process_group()
 
     def _begin_blocks(self, values: Tensor) -> Later:
-        """(world, ...) stack of every rank's values, on the group's device."""
-        return self.begin_rows(values.detach().to(self.device)[None], [1] * self.world)
+        """(world, ...) stack of every rank's values, where the values are."""
+        blocks = self.begin_rows(values.detach().to(self.device)[None], [1] * self.world)
+        return lambda: blocks().to(values.device)
 
 
 def _device(device: str | torch.device, local_rank: int) -> torch.device:

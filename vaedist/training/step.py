@@ -5,10 +5,11 @@ gradient of the mean loss over the global batch whatever the shares (slices diff
 size does not divide the batch). A share larger than `micro_batch_size` is taken in several passes whose
 gradients add up; only the last one talks to the other ranks.
 
-A step is accepted on all ranks or on none. Non-finite losses, non-finite gradients and stop requests travel in
-one small vector per phase; a refused step leaves weights, optimizer and model statistics as they were, because
-`forward` writes nothing and statistics live in the step's context. With several phases each is accepted or refused
-for itself, and the step counts as accepted where all that were due are.
+A step is accepted on all ranks or on none. Non-finite losses and stop requests travel in one small vector per phase,
+sent with the step's statistics before the last backward pass; whether the gradient is finite each rank sees for itself,
+because the averaged one has the same bits on all. A refused step leaves weights, optimizer and model statistics as
+they were, because `forward` writes nothing and statistics live in the step's context. With several phases each is
+accepted or refused for itself, and the step counts as accepted where all that were due are.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ class Stepper:
         """
         if self.group.world > 1 and len(self.phases) == 1:
             self._passes, passes = self._passes[-1:], self._passes
-            self._backward(batch, self.context(step, self.phases[0].name), False)[1]()
+            _, told = self._backward(batch, self.context(step, self.phases[0].name), False)
+            told()
             self._passes = passes
             self._forget()
 
