@@ -45,7 +45,7 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pack_phantom(folder: Path, size: int) -> Path:
     """A small packed phantom of any size."""
-    from vaedist.data.shards import Packing, pack
+    from vaedist.data.packing.pack import Packing, pack
     from vaedist.data.sources import Settings
 
     count = {"train": 64, "validate": 32, "test": 32}
@@ -61,7 +61,7 @@ def ray_cluster() -> Iterator[None]:
         if os.environ.get("CI"):
             pytest.fail("Ray must be there in continuous integration")
         pytest.skip("Ray is not installed")
-    from vaedist.engines.raycluster import cluster
+    from vaedist.launchers.ray.cluster import cluster
 
     with cluster(cpus=4):
         yield

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import yaml
 
-from vaedist.config import Job
-from vaedist.settings import parse
-from vaedist.training.stop import POLL_SECONDS
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.runs.stop_request import POLL_SECONDS
 
 ROOT = Path(__file__).parents[1]
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 4}

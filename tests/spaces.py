@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from vaedist.settings import parse
+from vaedist.config.settings import parse
 from vaedist.tuning.objectives import METRICS
 from vaedist.tuning.space import Space
-from vaedist.tuning.trials import Status, Trial
+from vaedist.tuning.trial_log import Status, Trial
 
 MODEL: dict[str, Any] = {
     "kind": "vae",

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from tests.runs import ROOT, load_tool
-from vaedist.data.shards import Packing, pack
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vaedist import config
-from vaedist.config import Job, Spec, Train, load_job
-from vaedist.errors import UserError
-from vaedist.settings import apply_overrides, expand, marks, read_yaml
+from vaedist.config import job as config
+from vaedist.config.job import Job, Spec, Train, load_job
+from vaedist.config.settings import apply_overrides, expand, marks, read_yaml
+from vaedist.core.errors import UserError
 
 JOB = "model: {kind: vae}\ntrain: {steps: 10}\n"
 

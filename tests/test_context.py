@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vaedist.context import LaneContext, SampleContext
-from vaedist.data.stream import slice_bounds
+from vaedist.core.context import LaneContext, SampleContext
+from vaedist.data.loading.stream import slice_bounds
 
 
 def lanes(start: int = 0, stop: int | None = None, **changes: object) -> LaneContext:

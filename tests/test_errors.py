@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vaedist import errors
-from vaedist.errors import DataError, Diverged, NotDefined, UserError, door, nearest
+from vaedist.core import errors
+from vaedist.core.errors import DataError, Diverged, NotDefined, UserError, door, nearest
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.errors import CannotWrite
-from vaedist.files import room
+from vaedist.core.errors import CannotWrite
+from vaedist.core.files import room
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from vaedist.config import Job
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import pack_phantom
-from vaedist.config import load_job
+from vaedist.config.job import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -39,8 +39,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_two_steps(path: Path, runs: Path) -> Path:
     """The run of a shipped job, shortened; the runs that it builds on are trained first, by their own jobs."""
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
+    from vaedist.distributed.process_group import Group
+    from vaedist.runs.fit_options import FitOptions
     from vaedist.training.loop import fit
 
     def trained(named: str) -> str:
@@ -75,7 +75,7 @@ def test_a_job_trains_two_steps(path: Path, tiny: Path, runs: Path, monkeypatch:
     """Trained with its own model, optimizer and schedules on images of another size; then opened again."""
     import torch
 
-    from vaedist.training.run import open_run
+    from vaedist.runs.open_run import open_run
 
     monkeypatch.setenv("VAEDIST_DATA", str(tiny))
     assert load_job(path).name == path.stem, "the run folder is named after the job"
@@ -118,7 +118,7 @@ def test_the_earlier_infovae_has_the_sizes_that_its_file_tells() -> None:
     """As it is, and as fine as the original was, at 128x128 and at its own 256x256."""
     import torch
 
-    from vaedist.config import Spec
+    from vaedist.config.job import Spec
     from vaedist.models.contract import model_config, variant
 
     path = ROOT / "jobs" / "baselines" / "earlier_infovae_oasis.yaml"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vaedist.errors import UserError
-from vaedist.pictures import (
+from vaedist.core.errors import UserError
+from vaedist.core.imaging import (
     channels_last,
     code_maps,
     gif_bytes,

@@ -19,10 +19,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from vaedist.config import Job
-from vaedist.errors import UserError
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.core.errors import UserError
 from vaedist.models.contract import model_config
-from vaedist.settings import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def test_links_and_files_of_the_readme_exist() -> None:
 
 
 def test_exit_codes_of_the_readme_are_those_of_the_code() -> None:
-    from vaedist import errors
+    from vaedist.core import errors
 
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
     classes = [UserError, *UserError.__subclasses__()]

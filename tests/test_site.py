@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.engines.script import cluster_folder
-from vaedist.errors import UserError
-from vaedist.site import Site, load_site, seconds
+from vaedist.config.site import Site, load_site, seconds
+from vaedist.core.errors import UserError
+from vaedist.slurm.script import cluster_folder
 
 SITES = sorted((cluster_folder() / "sites").glob("*.yaml"))
 

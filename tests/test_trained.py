@@ -13,12 +13,12 @@ import torch
 
 import vaedist
 from tests.doors.conftest import MLP, pack_phantom, trained
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
-from vaedist.errors import NotDefined, UserError
-from vaedist.pictures import to_uint8
+from vaedist.core.errors import NotDefined, UserError
+from vaedist.core.imaging import to_uint8
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.inference.trained import Trained
 from vaedist.sample import main as sample
-from vaedist.trained import Trained
 
 SMALL: dict[str, dict[str, Any]] = {
     "vae": {"kind": "vae", "encoder": MLP, "latent": 3},

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from vaedist.errors import UserError
-from vaedist.settings import Strict, parse
-from vaedist.weights import Cyclical, Ramp, Weight, ramp_end, weight_at
+from vaedist.config.loss_weights import Cyclical, Ramp, Weight, ramp_end, weight_at
+from vaedist.config.settings import Strict, parse
+from vaedist.core.errors import UserError
 
 
 def test_ramps() -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vaedist.errors import EXIT_FINISHED, UserError, door
-from vaedist.options import Parser
+from vaedist.cli.parser import Parser
+from vaedist.core.errors import EXIT_FINISHED, UserError, door
 
 
 def build_parser() -> Parser:

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.errors import UserError, door
-from vaedist.options import Parser, add_loudness
-from vaedist.terminal import Bars, teller
+from vaedist.cli.parser import Parser, add_loudness
+from vaedist.core.errors import UserError, door
+from vaedist.core.terminal import Bars, teller
 
 if TYPE_CHECKING:
-    from vaedist.data.index import Index
-    from vaedist.metrics.compare import Entry
-    from vaedist.metrics.findings import Batches, Findings, Wanted
-    from vaedist.reporting.contents import Contents
-    from vaedist.training.run import Run
+    from vaedist.data.format.index import Index
+    from vaedist.evaluation.comparison import Entry
+    from vaedist.evaluation.evaluation import Batches, Findings, Wanted
+    from vaedist.evaluation.html_report.sections import Contents
+    from vaedist.runs.open_run import Run
 
 SHOWN_PAIRS = 8
 AUDITED = 1000
@@ -140,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _check(arguments)
 
-    from vaedist.metrics.compare import Comparison
-    from vaedist.metrics.groups import read_groups
-    from vaedist.training.checkpoint import resolve
-    from vaedist.training.memory import keep_freed_memory
+    from vaedist.distributed.memory import keep_freed_memory
+    from vaedist.evaluation.comparison import Comparison
+    from vaedist.evaluation.groups import read_groups
+    from vaedist.runs.checkpoint import resolve
 
     keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
             }
             tell("\n" + "\n".join(_write(Path(arguments.out), contents)))
     if arguments.report:
-        from vaedist.reporting.page import page
+        from vaedist.evaluation.html_report.page import page
 
         report = Path(arguments.report)
         tell("\n" + "\n".join(_write(report.parent, {report.name: page(opened, entries, shown)})))
@@ -204,8 +204,8 @@ def _takes_files(option: str, folder: Path) -> None:
 
 
 def _wanted(arguments: argparse.Namespace, device: str) -> Wanted:
-    from vaedist.metrics.features import Extractor, default
-    from vaedist.metrics.findings import Wanted
+    from vaedist.evaluation.evaluation import Wanted
+    from vaedist.evaluation.metrics.features import Extractor, default
 
     samples = arguments.samples or (AUDITED if arguments.audit else 0)
     features = None
@@ -251,13 +251,13 @@ def _evaluate(
 
     import torch
 
-    from vaedist.metrics.compare import Entry
-    from vaedist.metrics.findings import Training, examine
-    from vaedist.metrics.groups import grouped
-    from vaedist.metrics.report import report
-    from vaedist.training.density import density
-    from vaedist.training.inputs import whole_split
-    from vaedist.training.run import open_run
+    from vaedist.data.loading.inputs import whole_split
+    from vaedist.evaluation.comparison import Entry
+    from vaedist.evaluation.evaluation import Training, examine
+    from vaedist.evaluation.groups import grouped
+    from vaedist.evaluation.text_report import report
+    from vaedist.inference.stored_mixture import density
+    from vaedist.runs.open_run import open_run
 
     run = open_run(path, weights=arguments.weights, device=device)
     index = open_data(run, arguments.data, arguments.other_data)
@@ -313,7 +313,7 @@ def _evaluate(
     tell("\n" + "\n".join(written))
     opened.append(run)
     if arguments.report:
-        from vaedist.reporting.contents import gather
+        from vaedist.evaluation.html_report.sections import gather
 
         shown.append(gather(run, index, batches, found, document))
     return Entry(run.job.name, run.job.seed, _experiment(opened), document)
@@ -332,8 +332,8 @@ def _split(index: Index, given: str | None) -> str:
 
 
 def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:
-    from vaedist.metrics.evaluation import pairs, pick_evenly
-    from vaedist.metrics.figures import pair_figure, pair_title
+    from vaedist.evaluation.metrics.per_image import pairs, pick_evenly
+    from vaedist.inference.figures import pair_figure, pair_title
 
     rows = pick_evenly(found.evaluation.rows, SHOWN_PAIRS)
     originals, others = pairs(run.model, batches, [row.sample for row in rows])
@@ -344,14 +344,14 @@ def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:
 
 def _experiment(opened: list[Run]) -> int:
     """Number of the first run that differs from the last one by its seed alone."""
-    from vaedist.training.run import same_experiment
+    from vaedist.runs.open_run import same_experiment
 
     return next(number for number, run in enumerate(opened) if same_experiment(run, opened[-1]))
 
 
 def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
     """Write files into a folder that is private to the user; a line for each."""
-    from vaedist.pictures import write_whole
+    from vaedist.core.imaging import write_whole
 
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -380,7 +380,7 @@ def open_data(run: Run, given: str | None, other_data: bool | None) -> Index:
         given: Its folder now; None: where the run read it.
         other_data: Whether another is allowed; None: that is no question here.
     """
-    from vaedist.data.index import INDEX_NAME, Index
+    from vaedist.data.format.index import INDEX_NAME, Index
 
     if given is None and not (Path(run.data_path) / INDEX_NAME).exists():
         raise UserError(

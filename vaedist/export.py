@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vaedist.errors import EXIT_FINISHED, door
-from vaedist.options import Parser, add_loudness
+from vaedist.cli.parser import Parser, add_loudness
+from vaedist.core.errors import EXIT_FINISHED, door
 
 
 def build_parser() -> Parser:
@@ -42,7 +42,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
-    from vaedist.training.export import export
+    from vaedist.inference.export.export_run import export
 
     folder = export(
         arguments.run,

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaedist.errors import EXIT_FINISHED, UserError, door, nearest
-from vaedist.options import Parser, count
+from vaedist.cli.parser import Parser, count
+from vaedist.core.errors import EXIT_FINISHED, UserError, door, nearest
 
 if TYPE_CHECKING:
-    from vaedist.engines.chain import Link, Order
-    from vaedist.engines.slurm import Launch
-    from vaedist.site import Site
+    from vaedist.config.site import Site
+    from vaedist.slurm.chain import Link, Order
+    from vaedist.slurm.submit import Launch
 
 VIEWS = ("status", "cancel", "logs")
 PASSED_ON = {
@@ -179,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _site(given: str | None, *, local: bool = False) -> tuple[Site, Path]:
     """The site and its file; a bare name is that of a file that comes with vaedist."""
-    from vaedist.engines.script import cluster_folder
-    from vaedist.site import load_site
+    from vaedist.config.site import load_site
+    from vaedist.slurm.script import cluster_folder
 
     named = given or os.environ.get("VAEDIST_SITE") or ("generic" if local else None)
     if named is None:
@@ -200,7 +200,8 @@ def _site(given: str | None, *, local: bool = False) -> tuple[Site, Path]:
 
 
 def _launch(arguments: argparse.Namespace, further: list[str], site: Site, site_file: Path) -> int:
-    from vaedist.engines import chain, record
+    from vaedist.slurm import chain
+    from vaedist.slurm import launch_record as record
 
     order = _order(arguments, further, site)
     links = chain.links(order)
@@ -210,7 +211,7 @@ def _launch(arguments: argparse.Namespace, further: list[str], site: Site, site_
     copies = record.copies(folder, order.jobs, order.prior)
     links = [link.reading(copies) for link in links]
 
-    from vaedist.engines import slurm
+    from vaedist.slurm import submit as slurm
 
     launch = slurm.Launch(
         folder=folder,
@@ -247,7 +248,7 @@ def _launch(arguments: argparse.Namespace, further: list[str], site: Site, site_
 
 
 def _order(arguments: argparse.Namespace, further: list[str], site: Site) -> Order:
-    from vaedist.engines import chain
+    from vaedist.slurm import chain
 
     _check_arguments(arguments, further)
     settings = [word for word in arguments.words if chain.is_setting(word)]
@@ -277,7 +278,7 @@ def _check_arguments(arguments: argparse.Namespace, further: list[str]) -> None:
     import shlex
 
     from vaedist import evaluate, sample, shard, train, tune
-    from vaedist.options import Refused
+    from vaedist.cli.parser import Refused
 
     doors = {"shard": shard, "train": train, "tune": tune, "evaluate": evaluate, "sample": sample}
     given = {verb: getattr(arguments, verb) for verb in ("shard", "evaluate", "sample")}
@@ -306,7 +307,7 @@ def _check_arguments(arguments: argparse.Namespace, further: list[str]) -> None:
 
 
 def _scratch(site: Site) -> Path:
-    from vaedist.settings import expand
+    from vaedist.config.settings import expand
 
     return Path() if site.scratch is None else expand(site.scratch, "scratch of the site file")
 
@@ -334,7 +335,7 @@ def _name(given: str | None, order: Order) -> str:
 
 def _dry_run(links: list[Link], launch: Launch) -> int:
     """The bytes on standard output; what is said about them, on standard error."""
-    from vaedist.engines import slurm
+    from vaedist.slurm import submit as slurm
 
     for link, text, waiting in slurm.plan(links, launch):
         print(
@@ -371,7 +372,7 @@ def _tell(links: list[Link], folder: Path) -> None:
 
 
 def _print_env(site: Site, site_file: Path) -> int:
-    from vaedist.engines.script import environment_exports
+    from vaedist.slurm.script import environment_exports
 
     lines, left = environment_exports(site, site_file)
     print("\n".join(lines))
@@ -384,7 +385,7 @@ def _print_env(site: Site, site_file: Path) -> int:
 
 
 def _check(site: Site, site_file: Path, wait: float) -> int:
-    from vaedist.engines import preflight
+    from vaedist.slurm import preflight
 
     findings = preflight.check(site, site_file, Path(sys.executable).parent, wait)
     print(preflight.table(findings))
@@ -397,7 +398,8 @@ def _check(site: Site, site_file: Path, wait: float) -> int:
 def _view(view: str, words: list[str]) -> int:
     arguments = build_view_parser(view).parse_args(words)
 
-    from vaedist.engines import queue, record
+    from vaedist.slurm import launch_record as record
+    from vaedist.slurm import status as queue
 
     folder = arguments.folder
     if folder is None:

@@ -7,15 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaedist.errors import NotDefined, UserError, door
-from vaedist.options import Parser, add_loudness
-from vaedist.terminal import Bars, coloured, teller
+from vaedist.cli.parser import Parser, add_loudness
+from vaedist.core.errors import NotDefined, UserError, door
+from vaedist.core.terminal import Bars, coloured, teller
 
 if TYPE_CHECKING:
-    from vaedist.metrics.density import Mixture
-    from vaedist.metrics.drawing import Sampler
-    from vaedist.training.run import Run
-    from vaedist.training.show import Page
+    from vaedist.inference.mixture import Mixture
+    from vaedist.inference.sampling import Sampler
+    from vaedist.inference.show import Page
+    from vaedist.runs.open_run import Run
 
 FRAMES = 11
 MANIFOLD = 20
@@ -187,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     mode = _check(arguments)
 
+    from vaedist.distributed.memory import keep_freed_memory
     from vaedist.evaluate import pick_device
-    from vaedist.training.memory import keep_freed_memory
-    from vaedist.training.run import open_run
+    from vaedist.runs.open_run import open_run
 
     keep_freed_memory()
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _page(run: Run, mode: str, arguments: argparse.Namespace, bars: Bars) -> Page:
     """Make and write what was asked for."""
-    from vaedist.training import show
+    from vaedist.inference import show
 
     between = "sampler gmm" if arguments.sampler == "gmm" else mode
     if run.model.latent == "codes" and between in ("interpolate", "traverse", "manifold", "sampler gmm"):
@@ -298,7 +298,7 @@ def _option(name: str) -> str:
 
 
 def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
-    from vaedist.metrics.drawing import Sampler
+    from vaedist.inference.sampling import Sampler
 
     options = {name: getattr(arguments, name) for name in ("top_k", "top_p", "guidance")}
     given = {name: value for name, value in options.items() if value is not None}
@@ -315,7 +315,7 @@ def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
 def _mixture(run: Run, data: str | None, bars: Bars) -> Mixture:
     """The density stored with the run; fitted now if there is none."""
     from vaedist.evaluate import open_data
-    from vaedist.training.density import density
+    from vaedist.inference.stored_mixture import density
 
     return density(run, lambda: open_data(run, data, other_data=None), bars.begin)
 
@@ -323,7 +323,7 @@ def _mixture(run: Run, data: str | None, bars: Bars) -> Mixture:
 def _info(run: Run) -> None:
     import yaml
 
-    from vaedist.metrics.tables import columns
+    from vaedist.evaluation.metrics.tables import columns
     from vaedist.nets.bodies import layer_table
 
     shape = "x".join(str(size) for size in run.spec[:3])

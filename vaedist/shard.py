@@ -12,15 +12,15 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vaedist.errors import EXIT_FINISHED, DataError, UserError, door
-from vaedist.options import Parser, add_loudness, count, count_or_none, share
-from vaedist.terminal import Bars, teller
+from vaedist.cli.parser import Parser, add_loudness, count, count_or_none, share
+from vaedist.core.errors import EXIT_FINISHED, DataError, UserError, door
+from vaedist.core.terminal import Bars, teller
 
 if TYPE_CHECKING:
-    from vaedist.data.images import Limits
-    from vaedist.data.index import Index
-    from vaedist.data.shards import Packing
-    from vaedist.data.upkeep import Damage
+    from vaedist.data.format.image_files import Limits
+    from vaedist.data.format.index import Index
+    from vaedist.data.packing.maintenance import Damage
+    from vaedist.data.packing.pack import Packing
 
 
 def build_parser() -> Parser:
@@ -138,7 +138,7 @@ def _task(arguments: argparse.Namespace) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from vaedist.data.index import Index
+    from vaedist.data.format.index import Index
 
     index = Index.open(arguments.input)
     damages = _damages(index, arguments)
@@ -158,7 +158,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _damages(index: Index, arguments: argparse.Namespace) -> list[Damage]:
-    from vaedist.data.upkeep import verify
+    from vaedist.data.packing.maintenance import verify
 
     with _bars(arguments) as bars:
         return verify(index, bars.of("checking"))
@@ -167,8 +167,8 @@ def _damages(index: Index, arguments: argparse.Namespace) -> list[Damage]:
 def _strike(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from vaedist.data.index import Index
-    from vaedist.data.upkeep import read_keys, strike
+    from vaedist.data.format.index import Index
+    from vaedist.data.packing.maintenance import read_keys, strike
 
     index = Index.open(arguments.input)
     keys = list(arguments.strike or [])
@@ -200,7 +200,7 @@ def _strike(arguments: argparse.Namespace) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from vaedist.data.foreign import index_tars
+    from vaedist.data.packing.external_tars import index_tars
 
     with _bars(arguments, "tars") as bars:
         folder = Path(arguments.input)
@@ -220,13 +220,13 @@ def _bars(arguments: argparse.Namespace, unit: str = "images") -> Bars:
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
-    from vaedist.data.images import MAX_BYTES, MAX_PIXELS, Limits
+    from vaedist.data.format.image_files import MAX_BYTES, MAX_PIXELS, Limits
 
     return Limits(arguments.max_pixels or MAX_PIXELS, arguments.max_bytes or MAX_BYTES)
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from vaedist.data.shards import pack
+    from vaedist.data.packing.pack import pack
 
     with _bars(arguments) as bars:
         report = pack(_packing(arguments), bars.of("packing"))
@@ -250,7 +250,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _packing(arguments: argparse.Namespace) -> Packing:
     from pathlib import Path
 
-    from vaedist.data.shards import Packing
+    from vaedist.data.packing.pack import Packing
     from vaedist.data.sources import Settings
 
     if arguments.out is None:

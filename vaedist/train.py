@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from vaedist.engines.arguments import train_parser as build_parser
-from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.cli.train_options import train_parser as build_parser
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
 
 
 @door
@@ -18,27 +18,27 @@ def main(argv: list[str] | None = None) -> int:
     # Before torch is loaded, here or in a worker: threads that wait for each other sleep. Where they spin and the
     # cores have other work too, the one that is waited for does not get to run, and training all but stops.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from vaedist.config import load_job
+    from vaedist.config.job import load_job
 
     job = load_job(arguments.job, arguments.settings)
     if arguments.print_job:
         import yaml
 
-        from vaedist.training.run import resolved
+        from vaedist.runs.open_run import resolved
 
         print(
             yaml.safe_dump(resolved(job).model_dump(mode="json"), sort_keys=False, allow_unicode=True), end=""
         )
         return EXIT_FINISHED
     if arguments.summary:
-        from vaedist.training.summary import layer_table
+        from vaedist.training.layer_table import layer_table
 
         print(layer_table(job))
         return EXIT_FINISHED
 
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.folder import RunFolder
-    from vaedist.training.startup import inherited
+    from vaedist.runs.fit_options import FitOptions
+    from vaedist.runs.run_folder import RunFolder
+    from vaedist.runs.startup_timings import inherited
 
     command = tuple(sys.argv if argv is None else ["vaedist-train", *argv])
     options = FitOptions(
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = run.path
     try:
         run.refuse_strangers("job.yaml")
-        from vaedist.engines import local
+        from vaedist.launchers import local
 
         hang_seconds = local.HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout
         if arguments.engine == "local":
@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
                 options=options,
             )
         elif arguments.engine == "srun":
-            from vaedist.engines import srun
+            from vaedist.launchers import srun
 
             outcome = srun.run(
                 job, folder, device=arguments.device, hang_seconds=hang_seconds, options=options
             )
         else:
-            from vaedist.engines import ray
+            from vaedist.launchers.ray import trainer as ray
 
             outcome = ray.run(
                 job,

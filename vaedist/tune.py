@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.options import Parser, add_loudness, count, count_or_none
-from vaedist.terminal import Bars, progress_bar
+from vaedist.cli.parser import Parser, add_loudness, count, count_or_none
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.core.terminal import Bars, progress_bar
 
 if TYPE_CHECKING:
-    from vaedist.data.index import Index
+    from vaedist.data.format.index import Index
     from vaedist.tuning.space import Space
 
 PHANTOM_COUNT = {"train": 1024, "validate": 128, "test": 128}
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         print(yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return EXIT_FINISHED
 
-    from vaedist.training.folder import RunFolder
+    from vaedist.runs.run_folder import RunFolder
 
     name = f"tune_{space.name}" + ("_phantom" if arguments.data == "phantom" else "")
     made = RunFolder.make(arguments.run_dir or Path("runs") / name)
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         made.refuse_strangers("trials.jsonl")
         index = _data(space, arguments.data, folder, quiet=arguments.quiet)
-        from vaedist.engines import raytune
+        from vaedist.launchers.ray import tuner as raytune
         from vaedist.tuning import results
 
         sweep = raytune.run(
@@ -195,8 +195,8 @@ def _data(space: Space, given: str | None, folder: Path, *, quiet: bool) -> Inde
     Raises:
         UserError: they are not there; it says which command makes them.
     """
-    from vaedist.data.index import INDEX_NAME, Index
-    from vaedist.settings import expand
+    from vaedist.config.settings import expand
+    from vaedist.data.format.index import INDEX_NAME, Index
 
     if given == "phantom":
         return _phantom(folder / "phantom", space.data.phantom, quiet=quiet)
@@ -219,10 +219,10 @@ def _data(space: Space, given: str | None, folder: Path, *, quiet: bool) -> Inde
 
 def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
     """The built-in images, packed if they are not there yet."""
-    from vaedist.data.index import INDEX_NAME, Index
+    from vaedist.data.format.index import INDEX_NAME, Index
 
     if not (place / INDEX_NAME).exists():
-        from vaedist.data.shards import Packing, pack
+        from vaedist.data.packing.pack import Packing, pack
         from vaedist.data.sources import Settings
 
         settings = Settings(size=size, count=PHANTOM_COUNT)

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from tests.data.node_local import SPLITS
-from vaedist.data.index import Index, Shard, identity, pixel_digest, write_columns, write_index
+from vaedist.data.format.index import Index, Shard, identity, pixel_digest, write_columns, write_index
 
 Pack = Callable[..., Index]
 

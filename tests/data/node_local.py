@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.ranks import ROOT
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream, TrainingStream
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream, TrainingStream
 
 SPLITS = {"train": [5, 7, 4], "validate": [6], "test": [3]}
 BOTH = ("train", "validate")
@@ -49,8 +49,8 @@ def is_copied(index: Index, place: Path) -> bool:
 ONE = """
 import json, logging, sys, time
 from pathlib import Path
-from vaedist.data.index import Index
-from vaedist.data.staging import staged
+from vaedist.data.format.index import Index
+from vaedist.data.loading.staging import staged
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 folder, gate, hold = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

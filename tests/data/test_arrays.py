@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vaedist.data.arrays import NpzWriter
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
+from vaedist.inference.npz_writer import NpzWriter
 
 IMAGES = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (10, 3, 4, 5)).astype(np.uint8)
 LABELS = np.arange(10)

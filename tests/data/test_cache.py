@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
-from vaedist.data import cache as module
-from vaedist.data.cache import available_memory, fill_memory
-from vaedist.data.stream import TrainingStream
-from vaedist.errors import DataError
+from vaedist.core.errors import DataError
+from vaedist.data.loading import cache as module
+from vaedist.data.loading.cache import available_memory, fill_memory
+from vaedist.data.loading.stream import TrainingStream
 
 RANK = """
 import hashlib, itertools, json, logging, os, sys
-from vaedist.data import cache
-from vaedist.data.index import Index
-from vaedist.data.stream import TrainingStream
-from vaedist.errors import UserError
-from vaedist.training.dist import Group
+from vaedist.data.loading import cache
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import TrainingStream
+from vaedist.core.errors import UserError
+from vaedist.distributed.process_group import Group
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 cache._ROUND = 8

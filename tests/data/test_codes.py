@@ -12,12 +12,12 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from vaedist.data.codes import CodeWriter, codes_folder, open_codes
-from vaedist.data.index import Index
-from vaedist.data.shards import Packing, pack
+from vaedist.core.errors import DataError, UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.data.stream import EvaluationStream
-from vaedist.errors import DataError, UserError
 
 STAMP = {"tokenizer": "ab" * 32, "images": "cd" * 32}
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.data.cache import fill_memory
-from vaedist.data.index import Index, pixel_digest, write_columns
-from vaedist.data.reading import Rows
-from vaedist.data.stream import EvaluationStream, TrainingStream
-from vaedist.errors import DataError
+from vaedist.core.errors import DataError
+from vaedist.data.format.decoding import Rows
+from vaedist.data.format.index import Index, pixel_digest, write_columns
+from vaedist.data.loading.cache import fill_memory
+from vaedist.data.loading.stream import EvaluationStream, TrainingStream
 
 COUNT, HURT = 12, 5  # samples in the one shard, and the row that is damaged
 NAME = f"'train-{HURT:05d}'"

@@ -13,13 +13,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vaedist.data.foreign import index_tars, split_of
-from vaedist.data.index import Index
-from vaedist.data.shards import Packing, pack
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.packing.external_tars import index_tars, split_of
+from vaedist.data.packing.maintenance import verify
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.data.stream import EvaluationStream
-from vaedist.data.upkeep import verify
-from vaedist.errors import UserError
 
 
 def picture(i: int, shape: tuple[int, ...] = (12, 12)) -> np.ndarray:

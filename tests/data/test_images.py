@@ -1,4 +1,4 @@
-"""Decoding: every rule of the table in vaedist/data/images.py, and every limit."""
+"""Decoding: every rule of the table in vaedist/data/format/image_files.py, and every limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.data.images import BadImage, Limits, decode, encode, fit_square, read_file, to_channels
+from vaedist.data.format.image_files import (
+    BadImage,
+    Limits,
+    decode,
+    encode,
+    fit_square,
+    read_file,
+    to_channels,
+)
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 

@@ -10,9 +10,9 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from vaedist.data.columns import Columns
-from vaedist.data.index import Index, identity, write_columns
-from vaedist.errors import DataError, UserError
+from vaedist.core.errors import DataError, UserError
+from vaedist.data.format.columns import Columns
+from vaedist.data.format.index import Index, identity, write_columns
 
 
 def test_what_was_written_is_read(tmp_path, pack):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.data.images import Limits
-from vaedist.data.shards import Packing, pack
+from vaedist.core.errors import UserError
+from vaedist.data.format.image_files import Limits
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

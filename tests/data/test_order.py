@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vaedist.data.order import Order, default_lanes, epoch_order, slice_bounds
+from vaedist.data.loading.order import Order, default_lanes, epoch_order, slice_bounds
 
 
 @st.composite

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vaedist.data.plan import (
+from vaedist.core.errors import UserError
+from vaedist.data.packing.packing_plan import (
     SHARD_BYTES,
     Bad,
     choose_splits,
@@ -20,7 +21,6 @@ from vaedist.data.plan import (
     usable,
 )
 from vaedist.data.sources import Item, Problem
-from vaedist.errors import UserError
 
 
 def items_of(count: int, per_subject: int = 0, split: str | None = None, labels: int = 0) -> list[Item]:

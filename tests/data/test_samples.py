@@ -11,10 +11,10 @@ import pytest
 import torch
 import webdataset
 
-from vaedist.data.index import Index
-from vaedist.data.samples import SampleShards
-from vaedist.data.stream import EvaluationStream
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.inference.sample_shards import SampleShards
 
 SOURCE = {"source": "vaedist-sample", "run": "toy"}
 LABELS = [0, 1, -1, 1, 0, 0, 1, 1, 0, 0, 1, -1]

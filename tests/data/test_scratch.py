@@ -20,9 +20,10 @@ from tests.data.conftest import Pack
 from tests.data.node_local import BOTH, ONE, another, copies, is_copied, seen, the_set, until
 from tests.faults.stage import needs, read_only, small_disk
 from tests.ranks import ROOT
-from vaedist.data import scratch, staging
-from vaedist.data.index import Index
-from vaedist.data.staging import staged
+from vaedist.data.format.index import Index
+from vaedist.data.loading import local_disk as scratch
+from vaedist.data.loading import staging
+from vaedist.data.loading.staging import staged
 
 # Room -------------------------------------------------------------------------------------------------------
 

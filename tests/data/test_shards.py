@@ -15,11 +15,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vaedist.data.images import decode
-from vaedist.data.index import Index
-from vaedist.data.shards import Packing, pack
+from vaedist.core.errors import UserError
+from vaedist.data.format.image_files import decode
+from vaedist.data.format.index import Index
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = {"train": 48, "validate": 16, "test": 16}

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.data.images import BadImage
+from vaedist.core.errors import UserError
+from vaedist.data.format.image_files import BadImage
 from vaedist.data.sources import Item, Problem, Settings, Source, clean_key, detect, find, names, phantom
-from vaedist.errors import UserError
 
 
 def write_png(path: Path, value: int = 100, size: tuple[int, int] = (8, 8)) -> Path:

@@ -17,12 +17,12 @@ from tests.data.node_local import BOTH, SPLITS, another, copies, is_copied, seen
 from tests.data.test_codes import written
 from tests.ranks import run_ranks
 from tests.runs import curve, small_job, train, write_job
-from vaedist.data import staging
-from vaedist.data.index import Index
-from vaedist.data.reading import Rows
-from vaedist.data.staging import staged
-from vaedist.data.stream import EvaluationStream
-from vaedist.errors import DataError
+from vaedist.core.errors import DataError
+from vaedist.data.format.decoding import Rows
+from vaedist.data.format.index import Index
+from vaedist.data.loading import staging
+from vaedist.data.loading.staging import staged
+from vaedist.data.loading.stream import EvaluationStream
 
 # What it is good for ----------------------------------------------------------------------------------------
 
@@ -145,10 +145,10 @@ def test_kill_in_the_middle_leaves_temporary_files_that_the_next_sweeps(
 
 RANK = """
 import hashlib, logging, os, sys
-from vaedist.data.index import Index
-from vaedist.data.staging import staged
-from vaedist.data.stream import TrainingStream
-from vaedist.training.dist import Group
+from vaedist.data.format.index import Index
+from vaedist.data.loading.staging import staged
+from vaedist.data.loading.stream import TrainingStream
+from vaedist.distributed.process_group import Group
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 group = Group.join("cpu")

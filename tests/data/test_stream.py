@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vaedist.data.order import Order
-from vaedist.data.stream import EvaluationStream, TrainingStream, _in_order
-from vaedist.errors import DataError, UserError
+from vaedist.core.errors import DataError, UserError
+from vaedist.data.loading.order import Order
+from vaedist.data.loading.stream import EvaluationStream, TrainingStream, _in_order
 
 COUNTS = [7, 1, 12, 4, 9]  # 33 samples
 
@@ -123,7 +123,7 @@ def test_a_resumed_rank_opens_only_the_shards_of_its_next_batches(tmp_path, pack
 
 
 def test_each_shard_is_read_once_per_lane_and_resident_shards_are_bounded(tmp_path, pack, monkeypatch):
-    from vaedist.data import stream as module
+    from vaedist.data.loading import stream as module
 
     opened = []
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.data.index import Index
-from vaedist.data.shards import Packing, pack
+from vaedist.core.errors import DataError, UserError
+from vaedist.data.format.index import Index
+from vaedist.data.packing.maintenance import read_keys, strike, verify
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.data.upkeep import read_keys, strike, verify
-from vaedist.errors import DataError, UserError
 
 
 @pytest.fixture(params=["png", "npy"])

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from vaedist.data.shards import Packing, pack
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Item, Problem, Settings, Source, detect, find
 from vaedist.data.sources.volume import subjects_of
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.config import Job
-from vaedist.data.shards import Packing, pack
+from vaedist.config.job import Job
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.training.attempt import FitOptions
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
 SIZE = 16

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.config import Job
-from vaedist.context import SampleContext
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
+from vaedist.config.job import Job
+from vaedist.core.context import SampleContext
+from vaedist.core.imaging import to_uint8
+from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import whole_split
+from vaedist.data.loading.stream import EvaluationStream
 from vaedist.evaluate import main
-from vaedist.metrics.drawing import Sampler
-from vaedist.metrics.evaluation import training_images
-from vaedist.metrics.features import default
-from vaedist.metrics.images import pair_metrics
-from vaedist.metrics.quality import compare
-from vaedist.metrics.tokens import TokenBaselines
-from vaedist.pictures import to_uint8
-from vaedist.training.attempt import FitOptions
-from vaedist.training.density import stored_density
-from vaedist.training.inputs import whole_split
+from vaedist.evaluation.metrics.code_priors import TokenBaselines
+from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.image_quality import pair_metrics
+from vaedist.evaluation.metrics.per_image import training_images
+from vaedist.evaluation.sample_quality import compare
+from vaedist.inference.sampling import Sampler
+from vaedist.inference.stored_mixture import stored_density
+from vaedist.runs.fit_options import FitOptions
+from vaedist.runs.open_run import open_run
 from vaedist.training.loop import fit
-from vaedist.training.run import open_run
 
 
 def results(run: Path, split: str = "test") -> dict[str, object]:
@@ -412,8 +412,8 @@ def test_classes_of_samples_are_as_often_as_among_the_training_images(
     cvae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn evenly, rare classes would look like a fault of the model beside a set that has few of them."""
-    from vaedist.metrics import quality
-    from vaedist.training.run import open_run
+    from vaedist.evaluation import sample_quality as quality
+    from vaedist.runs.open_run import open_run
 
     asked: list[int] = []
     draw = quality.draw

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vaedist import launch
-from vaedist.engines import record
+from vaedist.slurm import launch_record as record
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = """

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from tests.doors.conftest import pixels
-from vaedist.metrics.images import pair_metrics
-from vaedist.pictures import GREY, RED, channels_last, grid, to_uint8
+from vaedist.core.imaging import GREY, RED, channels_last, grid, to_uint8
+from vaedist.evaluation.metrics.image_quality import pair_metrics
+from vaedist.runs.open_run import open_run
 from vaedist.sample import main
-from vaedist.training.run import open_run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

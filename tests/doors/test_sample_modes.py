@@ -14,14 +14,14 @@ from PIL import Image
 
 from tests.doors.conftest import pixels
 from vaedist import evaluate, train
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
-from vaedist.pictures import channels_last, code_maps, grid, to_uint8
+from vaedist.core.imaging import channels_last, code_maps, grid, to_uint8
+from vaedist.core.terminal import Bars
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.inference import show
+from vaedist.inference.export.export_run import export
+from vaedist.runs.open_run import open_run
 from vaedist.sample import main
-from vaedist.terminal import Bars
-from vaedist.training import show
-from vaedist.training.export import export
-from vaedist.training.run import open_run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

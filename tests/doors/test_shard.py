@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.data.index import Index
+from vaedist.data.format.index import Index
 from vaedist.shard import main
 
 PHANTOM = ["phantom", "--size", "16", "--count", "train=32,validate=16,test=16", "--samples-per-shard", "16"]

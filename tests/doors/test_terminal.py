@@ -18,8 +18,8 @@ import shtab
 
 import vaedist
 from tests.spaces import small_space, write_space
-from vaedist.errors import UserError, door
-from vaedist.terminal import coloured
+from vaedist.core.errors import UserError, door
+from vaedist.core.terminal import coloured
 
 DOORS = ("shard", "train", "evaluate", "sample", "tune", "launch", "export", "board")
 PHANTOM = ["phantom", "--out", "packed", "--size", "16", "--count", "train=64,validate=16"]
@@ -168,7 +168,7 @@ def test_a_search_shows_a_bar_over_its_trials(
         progress(1, 3)
         raise UserError("that is enough")
 
-    monkeypatch.setattr("vaedist.engines.raytune.run", run)
+    monkeypatch.setattr("vaedist.launchers.ray.tuner.run", run)
     space = write_space(tmp_path / "space.yaml", small_space(phantom))
     with terminal:
         assert call("tune", "--space", space, *words) == 2

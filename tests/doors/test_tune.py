@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from tests.spaces import small_space, write_space
-from vaedist.settings import parse
-from vaedist.training.lock import RunLock
+from vaedist.config.settings import parse
+from vaedist.runs.run_lock import RunLock
 from vaedist.tune import main
 from vaedist.tuning.space import Space
 

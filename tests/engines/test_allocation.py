@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.engines.allocation import Allocation, allocation
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
+from vaedist.launchers.allocation import Allocation, allocation
 
 GIB = 1 << 30
 V1 = """\

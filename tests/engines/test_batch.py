@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, small_job, write_job
-from vaedist.engines import batch
-from vaedist.engines.layout import Plan, plan, train_arguments
-from vaedist.engines.network import gloo_interface, interfaces, node_address
-from vaedist.engines.slurmjob import SlurmJob, tasks_per_node
-from vaedist.engines.srun import Task
-from vaedist.errors import UserError
-from vaedist.site import Site
+from vaedist.config.site import Site
+from vaedist.core.errors import UserError
+from vaedist.launchers.network import gloo_interface, interfaces, node_address
+from vaedist.launchers.srun import Task
+from vaedist.slurm import supervisor as batch
+from vaedist.slurm.batch_job import SlurmJob, tasks_per_node
+from vaedist.slurm.process_layout import Plan, plan, train_arguments
 from vaedist.train import build_parser
 
 JOB = {
@@ -133,7 +133,7 @@ def test_a_command_line_with_a_mistake_goes_to_the_door_as_it_is(job_file: str) 
 def test_outside_a_job_the_verb_simply_runs() -> None:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     done = subprocess.run(
-        [sys.executable, "-m", "vaedist.engines.batch", "train", "--help"],
+        [sys.executable, "-m", "vaedist.slurm.supervisor", "train", "--help"],
         capture_output=True,
         text=True,
         env=outside | {"PYTHONPATH": str(ROOT)},

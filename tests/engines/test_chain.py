@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.engines.chain import Link, Order, axis, is_setting, links, seeds
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
+from vaedist.slurm.chain import Link, Order, axis, is_setting, links, seeds
 
 JOB = """
 name: tiny

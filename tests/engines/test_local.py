@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from tests.runs import ROOT, Training, curve, last_step, small_job, train, write_job
-from vaedist.config import Job
-from vaedist.errors import DataError, UserError
+from vaedist.config.job import Job
+from vaedist.core.errors import DataError, UserError
 from vaedist.train import main
 
 pytestmark = pytest.mark.timeout(600)
@@ -91,7 +91,7 @@ def test_an_error_in_the_ranks_is_told_once(phantom: Path, tmp_path: Path) -> No
 
 
 def test_damage_seen_by_one_rank_stops_all(phantom: Path, tmp_path: Path) -> None:
-    from vaedist.data.index import Index
+    from vaedist.data.format.index import Index
 
     copy = tmp_path / "shards"
     copy.mkdir()
@@ -154,7 +154,7 @@ def test_workers_under_another_launcher_are_refused(
 def test_the_printed_job_is_a_job_file_with_every_default(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vaedist.config import load_job
+    from vaedist.config.job import load_job
 
     path = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))
     assert main([str(path), "train.steps=7", "--print-job"]) == 0

@@ -19,11 +19,11 @@ import pytest
 import yaml
 
 from tests.runs import ROOT, Training, curve, held, last_step, small_job, train, write_job
-from vaedist.config import Job
-from vaedist.engines.raycluster import free_cpus
-from vaedist.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from vaedist.launchers.ray.cluster import free_cpus
 from vaedist.models.contract import kinds, variant
-from vaedist.settings import parse
 from vaedist.train import main
 
 pytestmark = [
@@ -353,7 +353,7 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(phantom: Path, tmp_pa
 
 
 def test_workers_find_this_package_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vaedist.engines.local import python_path
+    from vaedist.launchers.local import python_path
 
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     import vaedist

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, small_job, write_job
-from vaedist.engines.raycluster import Want
-from vaedist.engines.raywatch import blame
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
+from vaedist.launchers.ray.cluster import Want
+from vaedist.launchers.ray.driver_log import blame
 from vaedist.train import build_parser
 
 FOUR = {"CPU": 4.0, "GPU": 0.0, "memory": 1e9}
@@ -175,9 +175,9 @@ def test_of_rays_own_errors_only_the_anonymous_death_is_left_out(capfd: pytest.C
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_is_killed_through_ray_only_while_it_is_the_one_that_was_meant() -> None:
-    from vaedist.engines.heartbeat import kill_here
-    from vaedist.engines.raycluster import on_node, this_node
-    from vaedist.training.lock import started
+    from vaedist.launchers.ray.cluster import on_node, this_node
+    from vaedist.launchers.ray.heartbeat import kill_here
+    from vaedist.runs.run_lock import started
 
     with subprocess.Popen(["sleep", "600"]) as process:
         since = started(process.pid)

@@ -20,16 +20,16 @@ import pytest
 
 from tests.runs import ROOT, last_step
 from tests.spaces import MODEL, TRAIN, small_space, write_space
-from vaedist.data.index import Index
-from vaedist.engines.raytune import at_once, run
-from vaedist.errors import EXIT_STOPPED, UserError
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
+from vaedist.core.errors import EXIT_STOPPED, UserError
+from vaedist.data.format.index import Index
+from vaedist.distributed.process_group import Group
+from vaedist.launchers.ray.tuner import at_once, run
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 from vaedist.tuning.measure import measure
+from vaedist.tuning.search import Sweep
 from vaedist.tuning.space import Space
-from vaedist.tuning.sweep import Sweep
-from vaedist.tuning.trials import Record, Trial
+from vaedist.tuning.trial_log import Record, Trial
 
 pytestmark = [
     pytest.mark.ray,

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.engines.script import (
+from vaedist.config.site import Site, load_site
+from vaedist.core.errors import UserError
+from vaedist.slurm.script import (
     LAST,
     TEMPLATES,
     Batch,
@@ -26,8 +28,6 @@ from vaedist.engines.script import (
     fill,
     template,
 )
-from vaedist.errors import UserError
-from vaedist.site import Site, load_site
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "sbatch"
@@ -178,7 +178,7 @@ def test_hostile_values_arrive_as_they_are(name: str, witness: Path, tmp_path: P
     batch = Batch("x", (task, task) if several else (task,), "/x.log")
     text = fill(template(name), batch, site, Path("/a b/$(touch pwned)'s.yaml"), witness)
     arguments, seen, code = run(text, tmp_path, SLURM_ARRAY_TASK_ID="1")
-    assert (arguments, code) == (["-m", "vaedist.engines.batch", *task], 0)
+    assert (arguments, code) == (["-m", "vaedist.slurm.supervisor", *task], 0)
     assert [seen[f"V{number}"] for number in range(len(HOSTILE))] == list(HOSTILE)
     assert seen["VAEDIST_SITE"] == "/a b/$(touch pwned)'s.yaml"
     assert not (tmp_path / "pwned").exists()
@@ -244,7 +244,7 @@ def test_a_template_works_by_hand(
         SLURM_ARRAY_TASK_ID="4",
         **exported,
     )
-    assert (seen_arguments, code) == (["-m", "vaedist.engines.batch", *arguments], 0)
+    assert (seen_arguments, code) == (["-m", "vaedist.slurm.supervisor", *arguments], 0)
     assert (seen["FROM_SETUP"], seen["MINE"], seen["VAEDIST_SITE"]) == ("x y", "it's", "/site.yaml")
     assert seen["VAEDIST_SCRIPT"] == str(tmp_path / "slurm_script")
     assert seen["VAEDIST_SCRIPT_ARGUMENTS"].split("\x1f") == words
@@ -296,7 +296,7 @@ def test_outside_the_container_the_script_requeues(
         SLURM_JOB_ID="12",
         SLURM_RESTART_COUNT=str(restarts),
     )
-    assert arguments[:4] == ["-m", "vaedist.engines.batch", "--continue-by", "none"]
+    assert arguments[:4] == ["-m", "vaedist.slurm.supervisor", "--continue-by", "none"]
     seen = (tmp_path / "apptainer").read_text().split("\n")[:5]
     assert seen == ["exec", "--nv", "--bind", "/launches/demo", "/shared/vae dist.sif"]
     assert (tmp_path / "ordered").exists() == ordered

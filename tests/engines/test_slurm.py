@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.engines import queue, record
-from vaedist.engines.chain import Link, Task
-from vaedist.engines.record import Entry
-from vaedist.engines.slurm import Executor, Launch, plan, run_local, sbatch, submit
-from vaedist.errors import UserError
-from vaedist.site import Site
+from vaedist.config.site import Site
+from vaedist.core.errors import UserError
+from vaedist.slurm import launch_record as record
+from vaedist.slurm import status as queue
+from vaedist.slurm.chain import Link, Task
+from vaedist.slurm.launch_record import Entry
+from vaedist.slurm.submit import Executor, Launch, plan, run_local, sbatch, submit
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = Task("shard", ("shard", "no-such-folder", "--out", "shards"))
@@ -81,8 +82,8 @@ def test_a_chain_runs_here_and_a_failed_link_keeps_its_successors_from_running(
 def test_a_local_launch_is_cancelled_with_all_its_processes(launch: Launch) -> None:
     """The launcher, submitit's two processes and the script's own: none is left."""
     script = (
-        "import sys; from pathlib import Path; from vaedist.engines.slurm import *; from vaedist.site import *\n"
-        "from vaedist.engines.chain import Link, Task; folder = Path(sys.argv[1])\n"
+        "import sys; from pathlib import Path; from vaedist.slurm.submit import *; from vaedist.config.site import *\n"
+        "from vaedist.slurm.chain import Link, Task; folder = Path(sys.argv[1])\n"
         "site = Site(setup=('echo begun', 'exec sleep 61.25'))\n"
         "launch = Launch(folder, site, folder / 'site.yaml')\n"
         "sys.exit(run_local([Link('shard', (Task('x', ('shard', 'x')),))], launch, print))\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.engines.sweep import Start, sweep
+from vaedist.slurm.cleanup import Start, sweep
 
 SLEEP = "import time; print('here', flush=True); time.sleep(120)"
 
@@ -240,7 +240,7 @@ def test_two_that_start_at_once_leave_each_other_their_folder(node: Node) -> Non
     """A folder has its name only when it is held: a sweep in that very moment must not take it."""
     make = """
 import sys
-from vaedist.engines.raycluster import temporary_folder
+from vaedist.core.temporary_folder import temporary_folder
 import tempfile
 tempfile.tempdir = sys.argv[1]
 for _ in range(100):

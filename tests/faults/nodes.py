@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vaedist.engines.raycluster import cluster
+from vaedist.launchers.ray.cluster import cluster
 from vaedist.train import main
 
 

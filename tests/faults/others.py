@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from vaedist.engines.raycluster import cluster
+from vaedist.launchers.ray.cluster import cluster
 from vaedist.train import main
 
 

@@ -19,8 +19,8 @@ import pytest
 from tests.data.test_damage import COUNT, DAMAGE, HURT, flip, places
 from tests.faults.stage import STEPS, Stage, only_line, shard
 from tests.runs import ROOT, curve, last_step
-from vaedist.data.index import Index
-from vaedist.errors import EXIT_STOPPED, DataError, UserError
+from vaedist.core.errors import EXIT_STOPPED, DataError, UserError
+from vaedist.data.format.index import Index
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TWO = ("--workers", "2")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.faults.stage import KILLED, SAVE, Stage, only_line
-from vaedist.errors import OutOfMemory, UserError
+from vaedist.core.errors import OutOfMemory, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TWO = ("--workers", "2")

@@ -14,7 +14,7 @@ from tests.engines.test_raytune import LONG, Tuning, direct, read
 from tests.faults.stage import BUSY, Stage
 from tests.runs import last_step
 from tests.spaces import small_space, write_space
-from vaedist.data.index import Index
+from vaedist.data.format.index import Index
 from vaedist.tuning.space import Space
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.stage import KILLED, Stage, difference, only_line, read_only, small_disk, state
 from tests.runs import curve
-from vaedist.errors import CannotWrite, UserError
+from vaedist.core.errors import CannotWrite, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

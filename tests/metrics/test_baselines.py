@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.config import Spec
-from vaedist.metrics import baselines as module
-from vaedist.metrics.baselines import Baselines, latent_size
-from vaedist.metrics.images import pair_metrics, summaries
+from vaedist.config.job import Spec
+from vaedist.evaluation.metrics import baselines as module
+from vaedist.evaluation.metrics.baselines import Baselines, latent_size
+from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
 from vaedist.models.contract import build, model_config
 
 

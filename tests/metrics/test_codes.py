@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaedist.metrics.codes import CodeCounter
+from vaedist.evaluation.metrics.codebook_usage import CodeCounter
 
 
 def test_equal_use_gives_the_number_of_codes() -> None:

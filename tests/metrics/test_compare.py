@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vaedist.metrics.compare import Comparison, Entry, numbers
+from vaedist.evaluation.comparison import Comparison, Entry, numbers
 
 
 def summary(mean: float) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vaedist.errors import NotDefined, UserError
-from vaedist.metrics.density import Mixture, Part, fit
-from vaedist.metrics.latents import Latents
+from vaedist.core.errors import NotDefined, UserError
+from vaedist.evaluation.metrics.latents import Latents
+from vaedist.inference.mixture import Mixture, Part, fit
 
 WEIGHTS = np.array([0.2, 0.5, 0.3])
 MEANS = np.array([[4.0, 0.0], [-4.0, 1.0], [0.0, -5.0]])

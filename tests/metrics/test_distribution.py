@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from vaedist.errors import UserError
-from vaedist.metrics import distribution
-from vaedist.metrics.distribution import (
+from vaedist.core.errors import UserError
+from vaedist.evaluation.metrics import sample_metrics as distribution
+from vaedist.evaluation.metrics.features import Extractor
+from vaedist.evaluation.metrics.sample_metrics import (
     BETTER,
     PIXELS,
     Reference,
@@ -27,7 +28,6 @@ from vaedist.metrics.distribution import (
     sliced_wasserstein,
     undefined,
 )
-from vaedist.metrics.features import Extractor
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.errors import NotDefined, UserError
-from vaedist.metrics.density import Mixture, Part
-from vaedist.metrics.drawing import Sampler, finite, interpolation, manifold, traversal
+from vaedist.config.job import Spec
+from vaedist.core.errors import NotDefined, UserError
+from vaedist.core.imaging import to_uint8
+from vaedist.inference.mixture import Mixture, Part
+from vaedist.inference.sampling import Sampler, finite, interpolation, manifold, traversal
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.pictures import to_uint8
 
 SPEC = Spec(1, 8, 8, classes=3)
 BODY = {"kind": "mlp", "width": 16, "depth": 1}

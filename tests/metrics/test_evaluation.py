@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import vaedist.models
-from vaedist.config import Spec
-from vaedist.context import Batch, SampleContext
-from vaedist.errors import UserError
-from vaedist.metrics.baselines import Baselines
-from vaedist.metrics.evaluation import evaluate, pairs, pick_evenly, training_images
-from vaedist.metrics.images import pair_metrics
+from vaedist.config.job import Spec
+from vaedist.core.context import Batch, SampleContext
+from vaedist.core.errors import UserError
+from vaedist.core.imaging import to_uint8
+from vaedist.evaluation.metrics.baselines import Baselines
+from vaedist.evaluation.metrics.image_quality import pair_metrics
+from vaedist.evaluation.metrics.per_image import evaluate, pairs, pick_evenly, training_images
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.pictures import to_uint8
 
 SPEC = Spec(1, 16, 16)
 VAE = {"kind": "vae", "encoder": {"kind": "mlp", "width": 16, "depth": 1}, "latent": 3, "beta": 2.0}

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vaedist.errors import UserError
-from vaedist.metrics.features import WEIGHTS, Extractor, Network, default
+from vaedist.core.errors import UserError
+from vaedist.evaluation.metrics.features import WEIGHTS, Extractor, Network, default
 
 
 def images(count: int, channels: int, height: int, width: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.errors import UserError
-from vaedist.metrics.groups import group_of, read_groups
+from vaedist.core.errors import UserError
+from vaedist.evaluation.groups import group_of, read_groups
 
 
 @pytest.mark.parametrize(

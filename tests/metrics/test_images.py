@@ -9,7 +9,14 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vaedist.metrics.images import NAMES, batch_metrics, pair_metrics, ssim_map, summary, too_small
+from vaedist.evaluation.metrics.image_quality import (
+    NAMES,
+    batch_metrics,
+    pair_metrics,
+    ssim_map,
+    summary,
+    too_small,
+)
 from vaedist.nets.ssim import ssim
 from vaedist.nets.ssim import ssim_map as torch_ssim_map
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tests.metrics.toys import Linear, batches, linear_images
-from vaedist.config import Spec
-from vaedist.context import generator
-from vaedist.errors import NotDefined
-from vaedist.metrics import latents as module
-from vaedist.metrics.latents import Latents, active_units, collect, describe, rate_split
+from vaedist.config.job import Spec
+from vaedist.core.context import generator
+from vaedist.core.errors import NotDefined
+from vaedist.evaluation.metrics import latents as module
+from vaedist.evaluation.metrics.latents import Latents, active_units, collect, describe, rate_split
 from vaedist.models.contract import Variant
 from vaedist.nets.divergences import DiagonalGaussian
 

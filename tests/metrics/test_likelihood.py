@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.metrics.toys import Linear, batches, linear_images
-from vaedist.config import Spec
-from vaedist.context import SampleContext
-from vaedist.errors import NotDefined, UserError
-from vaedist.metrics.likelihood import (
+from vaedist.config.job import Spec
+from vaedist.core.context import SampleContext
+from vaedist.core.errors import NotDefined, UserError
+from vaedist.evaluation.metrics.likelihood import (
     BLOCK,
     bits_per_dim,
     called,

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from vaedist.core.errors import UserError
 from vaedist.data.sources.phantom import SLICES, PhantomSource
-from vaedist.errors import UserError
-from vaedist.metrics import neighbours
-from vaedist.metrics.features import default
-from vaedist.metrics.memorisation import Audit, audit, cut, share_below, wilson
-from vaedist.metrics.neighbours import nearest_two
+from vaedist.evaluation.memorization import Audit, audit, cut, share_below, wilson
+from vaedist.evaluation.metrics import nearest_neighbors as neighbours
+from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.nearest_neighbors import nearest_two
 
 PATIENTS = {"train": 20, "test": 8, "other": 14}
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.metrics.toys import Linear, batches, linear_images
-from vaedist.config import Spec
-from vaedist.context import generator
-from vaedist.errors import UserError
-from vaedist.metrics.evaluation import training_images
-from vaedist.metrics.features import default
-from vaedist.metrics.quality import compare, draw, draw_positions
-from vaedist.metrics.tokens import TokenBaselines
+from vaedist.config.job import Spec
+from vaedist.core.context import generator
+from vaedist.core.errors import UserError
+from vaedist.evaluation.metrics.code_priors import TokenBaselines
+from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.per_image import training_images
+from vaedist.evaluation.sample_quality import compare, draw, draw_positions
 from vaedist.models.contract import Likelihood
 from vaedist.nets.likelihoods import Gaussian
 

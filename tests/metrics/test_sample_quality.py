@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vaedist.data.images import Limits
+from vaedist.data.format.image_files import Limits
 from vaedist.data.sources import Item
 from vaedist.data.sources.mnist import read_idx
 from vaedist.data.sources.phantom import SLICES, PhantomSource
-from vaedist.metrics.distribution import Reference, pick, sample_metrics
-from vaedist.metrics.features import Extractor, default
+from vaedist.evaluation.metrics.features import Extractor, default
+from vaedist.evaluation.metrics.sample_metrics import Reference, pick, sample_metrics
 
 
 @pytest.fixture(scope="module")

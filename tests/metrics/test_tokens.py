@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from vaedist.metrics.tokens import NAMES, Conditional, TokenBaselines
+from vaedist.evaluation.metrics.code_priors import NAMES, Conditional, TokenBaselines
 
 
 def test_hand_counted_bigrams() -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.context import Batch
+from vaedist.config.job import Spec
+from vaedist.config.settings import Strict
+from vaedist.core.context import Batch
 from vaedist.models.contract import Likelihood, Variant
 from vaedist.nets.divergences import DiagonalGaussian
 from vaedist.nets.likelihoods import Bernoulli, Gaussian
-from vaedist.settings import Strict
 
 
 class Config(Strict):

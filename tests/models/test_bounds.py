@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, distributions, nn
 
-from vaedist.config import Spec
-from vaedist.context import LaneContext, SampleContext, generator
+from vaedist.config.job import Spec
+from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.models.contract import Variant, build, model_config
 
 SPEC, D = Spec(1, 2, 3), 2

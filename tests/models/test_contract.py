@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context, LaneContext, SampleContext, generator
-from vaedist.errors import NotDefined, UserError
+from vaedist.config.job import Spec
+from vaedist.config.settings import marks
+from vaedist.core.context import Batch, Context, LaneContext, SampleContext, generator
+from vaedist.core.errors import NotDefined, UserError
 from vaedist.models.contract import Variant, build, kinds, model_config, variant
-from vaedist.settings import marks
 from vaedist.training.step import cut
 
 SPEC = Spec(1, 16, 16, classes=3)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from vaedist.config import Spec
-from vaedist.context import LaneContext, SampleContext, generator
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.core.context import LaneContext, SampleContext, generator
+from vaedist.core.errors import UserError
 from vaedist.models.contract import Variant, build, model_config
 
 SPEC = Spec(1, 8, 8, classes=3)

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.runs import ROOT
-from vaedist.config import Spec, load_job
-from vaedist.context import Batch, LaneContext
+from vaedist.config.job import Spec, load_job
+from vaedist.core.context import Batch, LaneContext
+from vaedist.data.loading.inputs import static_bits
 from vaedist.models.contract import build, model_config
 from vaedist.nets.pixelcnn import GatedPixelCnn, PixelCnn
 from vaedist.nets.transformer import CausalTransformer, Transformer
-from vaedist.training.inputs import static_bits
 
 META = torch.device("meta")
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.config import Job, Spec
-from vaedist.context import LaneContext, SampleContext, generator
-from vaedist.errors import UserError
+from vaedist.config.job import Job, Spec
+from vaedist.config.settings import parse
+from vaedist.core.context import LaneContext, SampleContext, generator
+from vaedist.core.errors import UserError
+from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
 from vaedist.models.gan import OUTPUTS, reading
 from vaedist.nets.likelihoods import Observation
-from vaedist.settings import parse
-from vaedist.training.average import WeightAverage
-from vaedist.training.dist import Group
+from vaedist.training.ema import WeightAverage
 from vaedist.training.step import Stepper
 
 SPEC = Spec(1, 8, 8)

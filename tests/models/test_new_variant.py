@@ -15,7 +15,7 @@ import vaedist.evaluate
 import vaedist.models
 import vaedist.sample
 import vaedist.train
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
 from vaedist.models.contract import kinds, model_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.context import Batch, LaneContext, SampleContext, generator
-from vaedist.errors import NotDefined, UserError
+from vaedist.config.job import Spec
+from vaedist.core.context import Batch, LaneContext, SampleContext, generator
+from vaedist.core.errors import NotDefined, UserError
 from vaedist.models.contract import build, model_config
 
 SPEC = Spec(1, 8, 8, classes=2)

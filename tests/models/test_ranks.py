@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from vaedist.config import Spec
-from vaedist.context import LaneContext, SampleContext, generator
+from vaedist.config.job import Spec
+from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.models.contract import build, model_config
 
 MLP = {"kind": "mlp", "width": 16, "depth": 1}
@@ -39,9 +39,9 @@ RANK = """
 import json, sys
 import torch
 from tests.models.test_ranks import B, LANES, MASK, SECTIONS, batch, model_of, numbers
-from vaedist.data.stream import slice_bounds
-from vaedist.training.contexts import GroupLaneContext, GroupSampleContext
-from vaedist.training.dist import Group
+from vaedist.data.loading.stream import slice_bounds
+from vaedist.distributed.contexts import GroupLaneContext, GroupSampleContext
+from vaedist.distributed.process_group import Group
 
 group = Group.join("cpu", 60)
 start, stop = slice_bounds(B, group.rank, group.world)

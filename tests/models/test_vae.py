@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from vaedist.config import Spec
-from vaedist.context import LaneContext, SampleContext, generator
+from vaedist.config.job import Spec
+from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.models.contract import Variant, build, model_config
 
 SPEC = Spec(1, 12, 12)

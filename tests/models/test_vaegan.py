@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from vaedist.config import Spec
-from vaedist.context import LaneContext, SampleContext, generator
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.core.context import LaneContext, SampleContext, generator
+from vaedist.core.errors import UserError
 from vaedist.models.contract import Variant, build, model_config
 
 SPEC = Spec(1, 8, 8)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from vaedist.config import Spec
-from vaedist.context import LaneContext, generator
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.config.settings import parse
+from vaedist.core.context import LaneContext, generator
+from vaedist.core.errors import UserError
 from vaedist.nets.adversarial import Adversary, Discriminator, SpectralNorm
-from vaedist.settings import parse
 
 SPEC = Spec(2, 8, 8)
 SMALL = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 2, "norm": "none"}

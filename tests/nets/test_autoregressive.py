@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vaedist.context import LaneContext, generator
-from vaedist.errors import UserError
+from vaedist.core.context import LaneContext, generator
+from vaedist.core.errors import UserError
 from vaedist.nets.autoregressive import Choice, FullSteps, generate
 from vaedist.nets.dropout import dropout, sample_seeds
 from vaedist.nets.pixelcnn import GatedPixelCnn, Layer, PixelCnn

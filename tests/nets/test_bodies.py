@@ -9,11 +9,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.context import generator
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.config.settings import Strict, parse
+from vaedist.core.context import generator
+from vaedist.core.errors import UserError
 from vaedist.nets.bodies import Body, Conv, Mlp, Resnet, decoder, encoder, grid, layer_table
-from vaedist.settings import Strict, parse
 
 
 def body(**settings: Any) -> Mlp | Conv | Resnet:

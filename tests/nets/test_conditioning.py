@@ -10,13 +10,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, distributions, nn
 
-from vaedist.config import Spec
-from vaedist.context import generator
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.config.settings import parse
+from vaedist.core.context import generator
+from vaedist.core.errors import UserError
 from vaedist.nets.bodies import Body, decoder, encoder
 from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelCode, conditioned, drop
 from vaedist.nets.divergences import DiagonalGaussian
-from vaedist.settings import parse
 
 SPEC = Spec(2, 8, 8, classes=4)
 BODIES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.context import LaneContext, generator
+from vaedist.core.context import LaneContext, generator
 from vaedist.nets.diffaugment import Augmentation, augment
 
 ALL: tuple[Augmentation, ...] = ("color", "translation", "cutout")

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from tests.ranks import run_ranks
-from vaedist.context import LaneContext, generator
-from vaedist.errors import UserError
+from vaedist.config.settings import Strict, parse
+from vaedist.core.context import LaneContext, generator
+from vaedist.core.errors import UserError
 from vaedist.nets.divergences import DiagonalGaussian, Imq, KernelConfig, Legacy, Rbf, mmd
-from vaedist.settings import Strict, parse
 
 
 def posterior(shape: tuple[int, ...] = (5, 7)) -> DiagonalGaussian:
@@ -242,8 +242,8 @@ def test_kernels_of_a_job_file() -> None:
 RANK = """
 import json, torch
 from tests.nets.test_divergences import gathered_mmd
-from vaedist.training.contexts import GroupLaneContext
-from vaedist.training.dist import Group
+from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.process_group import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]

@@ -10,9 +10,9 @@ import torch
 from torch import distributions
 
 from tests.ranks import run_ranks
-from vaedist.config import Spec
-from vaedist.context import LaneContext, SampleContext, generator
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.core.context import LaneContext, SampleContext, generator
+from vaedist.core.errors import UserError
 from vaedist.nets.likelihoods import (
     ROUNDING,
     Bernoulli,
@@ -308,8 +308,8 @@ def test_a_denoiser_measures_its_target() -> None:
 RANK = """
 import json
 from tests.nets.test_likelihoods import optimal_step
-from vaedist.training.contexts import GroupLaneContext
-from vaedist.training.dist import Group
+from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.process_group import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.context import generator
+from vaedist.config.job import Spec
+from vaedist.core.context import generator
+from vaedist.nets.discretized_logistic import DiscretisedLogistic, LogisticLikelihood
 from vaedist.nets.likelihoods import Observation
-from vaedist.nets.logistic import DiscretisedLogistic, LogisticLikelihood
 
 
 def normal(*shape: int, name: object = 0) -> Tensor:

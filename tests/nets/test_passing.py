@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from vaedist.context import generator
-from vaedist.nets.passing import on_sphere, passed
+from vaedist.core.context import generator
+from vaedist.nets.gradient_estimators import on_sphere, passed
 
 
 def normal(*shape: int, name: object = 0) -> Tensor:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaedist.context import LaneContext, SampleContext, generator
-from vaedist.errors import UserError
-from vaedist.nets import clusters
-from vaedist.nets.clusters import add_rows, kmeans, nearest, starting_vectors
-from vaedist.nets.quantize import (
+from vaedist.config.settings import parse
+from vaedist.core.context import LaneContext, SampleContext, generator
+from vaedist.core.errors import UserError
+from vaedist.nets import kmeans as clusters
+from vaedist.nets.kmeans import add_rows, kmeans, nearest, starting_vectors
+from vaedist.nets.quantizers import (
     EmaCodebook,
     EmaQuantizer,
     Fsq,
@@ -24,7 +25,6 @@ from vaedist.nets.quantize import (
     ResidualQuantizer,
     quantizer,
 )
-from vaedist.settings import parse
 
 
 def normal(*shape: int, name: object = 0, dtype: torch.dtype = torch.float64) -> Tensor:

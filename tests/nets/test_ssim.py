@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import structural_similarity
 
-from vaedist.context import generator
+from vaedist.core.context import generator
 from vaedist.nets.ssim import MS_SIDE, Window, crop, ms_ssim, ssim, ssim_map
 
 SETTINGS = {

@@ -46,7 +46,7 @@ class Work:
         self.script.write_text(
             "#!/usr/bin/env bash\n"
             "#SBATCH --open-mode=append --signal=B:USR1@180 --requeue --time=01:00:00\n"
-            f'exec {sys.executable} -m vaedist.engines.batch "$@"\n'
+            f'exec {sys.executable} -m vaedist.slurm.supervisor "$@"\n'
         )
 
     def submit(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import last_step
 from tests.slurm.cluster import ENDED, Slurm, until
-from vaedist.engines import record
+from vaedist.slurm import launch_record as record
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.runs import last_step
 from tests.slurm.cluster import Slurm
 from tests.slurm.test_launch import ROOT, SITE
-from vaedist.engines import record
+from vaedist.slurm import launch_record as record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 

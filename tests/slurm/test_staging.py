@@ -18,7 +18,7 @@ def test_each_node_has_its_own_copy_and_the_curve_is_the_same(
 ) -> None:
     write_job(tmp_path / "job.yaml", small_job(phantom, steps=6, validate_every=3))
     script = tmp_path / "batch.sh"
-    script.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m vaedist.engines.batch "$@"\n')
+    script.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m vaedist.slurm.supervisor "$@"\n')
 
     def run(name: str, node_local: str) -> str:
         job = slurm.sbatch(

@@ -14,7 +14,7 @@ from tests.slurm.cluster import Slurm, until
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 MARK = "export VAEDIST_JOB=$SLURM_CLUSTER_NAME.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}\n"
-SWEEP = f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -m vaedist.engines.sweep\n"
+SWEEP = f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -m vaedist.slurm.cleanup\n"
 
 
 class Jobs:
@@ -115,7 +115,7 @@ def test_a_job_that_slurm_is_ending_is_left_to_save_what_it_can(jobs: Jobs, slur
     watch = f"""
 import os, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from vaedist.engines.sweep import sweep
+from vaedist.slurm.cleanup import sweep
 
 print("here", flush=True)
 def completing():

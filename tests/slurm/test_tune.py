@@ -16,7 +16,7 @@ from tests.runs import ROOT, curve, last_step, train
 from tests.slurm.cluster import ENDED, until
 from tests.slurm.test_batch import STRANGERS, Work, work
 from tests.spaces import small_space, write_space
-from vaedist.tuning.trials import Record, Trial, run_folder
+from vaedist.tuning.trial_log import Record, Trial, run_folder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 __all__ = ["work"]  # a fixture

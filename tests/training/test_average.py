@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vaedist.config import Spec
+from vaedist.config.job import Spec
 from vaedist.models.contract import build, model_config
-from vaedist.training.average import RAMP, WeightAverage
+from vaedist.training.ema import RAMP, WeightAverage
 
 SPEC = Spec(1, 8, 8)
 

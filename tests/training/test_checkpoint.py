@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from vaedist.errors import UserError
-from vaedist.training.checkpoint import (
+from vaedist.core.errors import UserError
+from vaedist.runs.checkpoint import (
     Best,
     Checkpoints,
     Committer,
@@ -107,7 +107,7 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from tests.training.test_checkpoint import a_state
-from vaedist.training.checkpoint import Checkpoints
+from vaedist.runs.checkpoint import Checkpoints
 def guard():
     print("written, not yet renamed", flush=True)
     time.sleep(600)
@@ -240,8 +240,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from tests.training.test_checkpoint import a_state, names
-from vaedist.errors import UserError
-from vaedist.training.checkpoint import Checkpoints
+from vaedist.core.errors import UserError
+from vaedist.runs.checkpoint import Checkpoints
 store = Checkpoints(Path(sys.argv[1]))
 if sys.argv[2] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

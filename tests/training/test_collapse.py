@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from tests.runs import small_job
-from vaedist.config import Job
-from vaedist.context import generator
-from vaedist.data.index import Index
-from vaedist.errors import NotDefined, UserError
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.core.context import generator
+from vaedist.core.errors import NotDefined, UserError
+from vaedist.data.format.index import Index
+from vaedist.distributed.process_group import Group
 from vaedist.evaluate import main as evaluate
+from vaedist.evaluation.metrics.posterior_collapse import Collapse, Usage, UsageCounter
 from vaedist.models.contract import build, model_config
 from vaedist.nets.divergences import DiagonalGaussian
+from vaedist.runs.checkpoint import load, resolve
+from vaedist.runs.fit_options import FitOptions
+from vaedist.runs.open_run import open_run, resolved
+from vaedist.runs.run_folder import RunFolder
 from vaedist.sample import main as sample
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
-from vaedist.training.checkpoint import load, resolve
-from vaedist.training.collapse import Collapse, Usage, UsageCounter
-from vaedist.training.dist import Group
-from vaedist.training.folder import RunFolder
-from vaedist.training.log import Log
 from vaedist.training.loop import fit
-from vaedist.training.run import open_run, resolved
-from vaedist.training.validate import Seen
-from vaedist.training.watch import Watch
+from vaedist.training.run_log import Log
+from vaedist.training.validation import Seen
+from vaedist.training.validation_figures import Watch
 
 ALONE = Group(torch.device("cpu"))
 

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.runs import curve, small_job
-from vaedist.training.attempt import FitOptions
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
 

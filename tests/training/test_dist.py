@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.ranks import ROOT, run_ranks
-from vaedist.errors import UserError
-from vaedist.training.dist import Group
+from vaedist.core.errors import UserError
+from vaedist.distributed.process_group import Group
 
 GRADIENTS = """
 import torch
 from torch import nn
-from vaedist.data.stream import slice_bounds
-from vaedist.training.contexts import GroupLaneContext
-from vaedist.training.dist import Group
+from vaedist.data.loading.stream import slice_bounds
+from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.process_group import Group
 torch.set_num_threads(1)
 group = Group.join("cpu", 60)
 B = 7
@@ -60,9 +60,9 @@ def test_batch_statistics_have_the_gradient_of_one_process_even_with_unequal_sha
 STATISTICS = """
 import sys
 import torch
-from vaedist.data.order import slice_bounds
-from vaedist.training.contexts import GroupLaneContext
-from vaedist.training.dist import Group
+from vaedist.data.loading.order import slice_bounds
+from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.process_group import Group
 
 B, begun = 7, sys.argv[1] == "begun"
 group = Group.join("cpu", 60)
@@ -102,10 +102,10 @@ def test_statistics_travel_between_forward_and_their_use(begun: str) -> None:
 POISON = """
 import json
 import torch
-from vaedist.config import Job, Spec
-from vaedist.data.order import slice_bounds
+from vaedist.config.job import Job, Spec
+from vaedist.data.loading.order import slice_bounds
 from vaedist.models.contract import build, model_config
-from vaedist.training.dist import Group
+from vaedist.distributed.process_group import Group
 from vaedist.training.step import Stepper
 
 class Poison(torch.autograd.Function):
@@ -160,8 +160,8 @@ def test_what_one_rank_finds_all_ranks_refuse() -> None:
 
 AGREEMENT = """
 import torch
-from vaedist.errors import DataError
-from vaedist.training.dist import Group
+from vaedist.core.errors import DataError
+from vaedist.distributed.process_group import Group
 group = Group.join("cpu", 60)
 rank = group.rank
 awkward = torch.tensor([0.1, 1e16, -1e16, 0.3], dtype=torch.float64) * (rank + 1) ** 0.5
@@ -188,7 +188,7 @@ def test_ranks_agree_to_the_bit_and_share_rank_0s_errors() -> None:
 
 
 def test_a_missing_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "from vaedist.training.dist import Group; Group.join('cpu', 2.0)"
+    source = "from vaedist.distributed.process_group import Group; Group.join('cpu', 2.0)"
     environment = {
         "RANK": "0",
         "WORLD_SIZE": "3",
@@ -236,7 +236,7 @@ def test_a_missing_gpu_is_one_sentence() -> None:
 SECRET = """
 import os
 import sys
-from vaedist.training.dist import Group
+from vaedist.distributed.process_group import Group
 if sys.argv[1] == os.environ["RANK"]:
     os.environ["VAEDIST_STORE_SECRET"] = "another"
 try:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.runs import curve, small_job, train, write_job
-from vaedist.training.attempt import FitOptions
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
 Row = dict[str, Any]

@@ -20,21 +20,21 @@ import vaedist
 from tests.doors.conftest import MLP, pack_phantom, trained
 from tests.runs import small_job
 from vaedist import sample
-from vaedist.config import Job
-from vaedist.context import SampleContext
-from vaedist.data.index import Index
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.core.context import SampleContext
+from vaedist.core.errors import UserError
+from vaedist.core.imaging import to_uint8
+from vaedist.data.format.index import Index
 from vaedist.data.sources import Limits
 from vaedist.data.sources.mnist import read_idx
-from vaedist.errors import UserError
 from vaedist.evaluate import main as evaluate
-from vaedist.pictures import to_uint8
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
-from vaedist.training.density import fit_density, stored_density
-from vaedist.training.export import export
+from vaedist.inference.export.export_run import export
+from vaedist.inference.export.programs import PROGRAMS_NEED
+from vaedist.inference.stored_mixture import fit_density, stored_density
+from vaedist.runs.fit_options import FitOptions
+from vaedist.runs.open_run import Run, open_run
 from vaedist.training.loop import fit
-from vaedist.training.programs import PROGRAMS_NEED
-from vaedist.training.run import Run, open_run
 
 KINDS: dict[str, dict[str, Any]] = {
     "vae": {"kind": "vae", "encoder": MLP, "latent": 3},

@@ -14,15 +14,15 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tests.runs import curve, small_job
 from tests.training.test_equality import furthest
-from vaedist.config import Job, Spec
-from vaedist.context import Batch, LaneContext, SampleContext, generator
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
-from vaedist.errors import UserError
+from vaedist.config.job import Job, Spec
+from vaedist.config.settings import parse
+from vaedist.core.context import Batch, LaneContext, SampleContext, generator
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import EvaluationInputs, Inputs, poisson, poisson_table, static_bits
+from vaedist.data.loading.stream import EvaluationStream
 from vaedist.models.contract import build, model_config
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
-from vaedist.training.inputs import EvaluationInputs, Inputs, poisson, poisson_table, static_bits
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
 ROWS = 8
@@ -316,9 +316,9 @@ def with_inputs(data: Path, **train: Any) -> Job:
 RUN = """
 import sys
 from pathlib import Path
-from vaedist.config import Job
+from vaedist.config.job import Job
 from vaedist.models.contract import build, model_config
-from vaedist.training.attempt import FitOptions
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 fit(Job.model_validate_json(sys.argv[1]), Path(sys.argv[2]), options=FitOptions(quiet=True))
 """

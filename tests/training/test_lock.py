@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from vaedist.errors import UserError
-from vaedist.training.lock import RunLock
+from vaedist.core.errors import UserError
+from vaedist.runs.run_lock import RunLock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from vaedist.errors import UserError
-from vaedist.training.lock import RunLock
+from vaedist.core.errors import UserError
+from vaedist.runs.run_lock import RunLock
 try:
     lock = RunLock.acquire(Path(sys.argv[1]))
 except UserError as error:
@@ -304,9 +304,9 @@ SLEEPER = """
 import sys
 from pathlib import Path
 from tests.training.test_checkpoint import a_state
-from vaedist.errors import UserError
-from vaedist.training.checkpoint import Checkpoints
-from vaedist.training.lock import RunLock
+from vaedist.core.errors import UserError
+from vaedist.runs.checkpoint import Checkpoints
+from vaedist.runs.run_lock import RunLock
 folder = Path(sys.argv[1])
 lock = RunLock.acquire(folder)
 store = Checkpoints(folder)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vaedist.config import Job
-from vaedist.settings import parse
-from vaedist.training.log import Log, Silent, draw_curves, read_metrics
-from vaedist.training.run import RunFolder, resolved
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.runs.open_run import RunFolder, resolved
+from vaedist.training.run_log import Log, Silent, draw_curves, read_metrics
 
 
 def a_job() -> Job:
@@ -82,7 +82,7 @@ def test_rows_and_tensorboard_hold_the_same_numbers(run: RunFolder) -> None:
 
 def test_speed_counts_training_time_alone(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("vaedist.training.log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vaedist.training.run_log.time.monotonic", lambda: now[0])
     console = io.StringIO()
     log = Log(run, a_job(), total_steps=3600 + 20, start_step=10, console=console)
     now[0] += 10
@@ -158,8 +158,8 @@ ATTEMPT = """
 import sys, time
 from pathlib import Path
 from tests.training.test_log import a_job
-from vaedist.training.log import Log
-from vaedist.training.run import RunFolder
+from vaedist.training.run_log import Log
+from vaedist.runs.open_run import RunFolder
 run = RunFolder.make(Path(sys.argv[1]))
 log = Log(run, a_job(), total_steps=100)
 for step in range(10, 60, 10):
@@ -207,9 +207,9 @@ FULL = """
 import sys
 from pathlib import Path
 from tests.training.test_log import a_job
-from vaedist.errors import UserError
-from vaedist.training.log import Log
-from vaedist.training.run import RunFolder
+from vaedist.core.errors import UserError
+from vaedist.training.run_log import Log
+from vaedist.runs.open_run import RunFolder
 log = Log(RunFolder.make(Path(sys.argv[1])), a_job(), total_steps=10**6, quiet=True)
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from vaedist.errors import OutOfMemory
-from vaedist.training.dist import Group
-from vaedist.training.memory import enough_memory
+from vaedist.core.errors import OutOfMemory
+from vaedist.distributed.memory import enough_memory
+from vaedist.distributed.process_group import Group
 
 ALONE = Group(torch.device("cpu"))
 
@@ -58,7 +58,7 @@ def test_other_errors_stay_what_they_are() -> None:
 FREEING = """
 import resource, sys
 import torch
-from vaedist.training.memory import keep_freed_memory
+from vaedist.distributed.memory import keep_freed_memory
 
 kept = keep_freed_memory()
 def step():

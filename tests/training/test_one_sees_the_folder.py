@@ -10,9 +10,9 @@ from tests.runs import curve, small_job
 TRAIN = """
 import sys
 from pathlib import Path
-from vaedist.config import Job
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
+from vaedist.config.job import Job
+from vaedist.runs.fit_options import FitOptions
+from vaedist.distributed.process_group import Group
 from vaedist.training.loop import fit
 group = Group.join("cpu", 60)
 folder = Path(sys.argv[2]) if group.leads else Path("/proc/no-such-folder")

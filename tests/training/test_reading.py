@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.runs import curve, small_job
-from vaedist.data.cache import Cache, on_device
+from vaedist.data.loading.cache import Cache, on_device
+from vaedist.training.loader_settings import LARGEST, Reading, chosen_cache, chosen_readers
 from vaedist.training.loop import fit
-from vaedist.training.reading import LARGEST, Reading, chosen_cache, chosen_readers
 
 MIB = 1 << 20
 
@@ -80,7 +80,7 @@ def test_a_start_tells_what_it_does(
 def test_a_cache_that_does_not_fit_is_not_told_as_one(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vaedist.data.cache.available_memory", lambda: 1000)
+    monkeypatch.setattr("vaedist.data.loading.cache.available_memory", lambda: 1000)
     job = small_job(phantom, steps=2)
     job = job.model_copy(update={"data": job.data.model_copy(update={"cache": "memory"})})
     fit(job, tmp_path / "run")

@@ -13,17 +13,17 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.runs import curve
-from vaedist.config import Job, Spec
-from vaedist.context import Batch, LaneContext, generator
-from vaedist.errors import UserError
+from vaedist.config.job import Job, Spec
+from vaedist.config.settings import parse
+from vaedist.core.context import Batch, LaneContext, generator
+from vaedist.core.errors import UserError
+from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 from vaedist.training.progress import Progress
 from vaedist.training.step import Phase, Stepper
-from vaedist.training.validate import check_monitor
+from vaedist.training.validation import check_monitor
 
 SPEC = Spec(1, 8, 8)
 BATCH = 8
@@ -153,7 +153,7 @@ GAMES: dict[str, dict[str, Any]] = {
 
 def run(group: Group, name: str, micro: int | None) -> dict[str, torch.Tensor]:
     """A few steps of one process of a group; its weights."""
-    from vaedist.data.stream import slice_bounds
+    from vaedist.data.loading.stream import slice_bounds
 
     # Adam divides by the gradient's size: with its usual eps, rounding noise in gradients that are zero would show.
     late = {"start": 2, "every": 2, "clip": 0.5, "eps": 1e-3}
@@ -177,7 +177,7 @@ def run(group: Group, name: str, micro: int | None) -> dict[str, torch.Tensor]:
 RANK = """
 import sys, torch
 from tests.training.test_rivals import run
-from vaedist.training.dist import Group
+from vaedist.distributed.process_group import Group
 torch.set_num_threads(1)
 group = Group.join("cpu")
 found = {}

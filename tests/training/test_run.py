@@ -19,13 +19,13 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from vaedist.config import Job, Spec, load_job
-from vaedist.data.index import Index, write_index
-from vaedist.errors import UserError
+from vaedist.config.job import Job, Spec, load_job
+from vaedist.config.settings import apply_overrides, parse
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index, write_index
 from vaedist.models.contract import build, model_config
-from vaedist.settings import apply_overrides, parse
-from vaedist.training.checkpoint import Best, Checkpoints, Loaded
-from vaedist.training.run import (
+from vaedist.runs.checkpoint import Best, Checkpoints, Loaded
+from vaedist.runs.open_run import (
     Change,
     Differences,
     RunFolder,

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from vaedist.config import Monitor, Optim, Plateau
-from vaedist.training.schedules import PlateauState, better, factor
+from vaedist.config.job import Monitor, Optim, Plateau
+from vaedist.config.schedules import PlateauState, better, factor
 
 
 def optim(**schedule: object) -> Optim:

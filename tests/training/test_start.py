@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.runs import curve, small_job
-from vaedist.config import InitFrom, Job
-from vaedist.errors import UserError
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
-from vaedist.training.checkpoint import resolve
-from vaedist.training.dist import Group
+from vaedist.config.job import InitFrom, Job
+from vaedist.config.settings import parse
+from vaedist.core.errors import UserError
+from vaedist.distributed.process_group import Group
+from vaedist.runs.checkpoint import resolve
+from vaedist.runs.fit_options import FitOptions
+from vaedist.training.initialization import transfer
 from vaedist.training.loop import fit
-from vaedist.training.start import transfer
 
 STEPS = 6
 
@@ -134,10 +134,10 @@ def test_all_ranks_take_what_only_rank_0_can_see(vae: Path, phantom: Path, tmp_p
     source = """
 import sys
 from pathlib import Path
-from vaedist.config import Job
-from vaedist.training.attempt import FitOptions
-from vaedist.training import start
-from vaedist.training.dist import Group
+from vaedist.config.job import Job
+from vaedist.runs.fit_options import FitOptions
+from vaedist.training import initialization as start
+from vaedist.distributed.process_group import Group
 from vaedist.training.loop import fit
 group = Group.join("cpu", 60)
 job = Job.model_validate_json(sys.argv[1])

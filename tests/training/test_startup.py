@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import small_job, write_job
-from vaedist.training.startup import VARIABLE, handed_on, inherited, told
+from vaedist.runs.startup_timings import VARIABLE, handed_on, inherited, told
 
 
 def test_phases_end_where_the_next_begins() -> None:
@@ -29,7 +29,7 @@ def test_phases_are_handed_on() -> None:
 
 
 def test_a_process_knows_when_it_began() -> None:
-    code = "from vaedist.training.startup import process_began; print(process_began())"
+    code = "from vaedist.runs.startup_timings import process_began; print(process_began())"
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert before - 0.05 <= float(done.stdout) <= time.time()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import vaedist.models
-from vaedist.config import Job, Spec
-from vaedist.context import Batch
-from vaedist.errors import UserError
+from vaedist.config.job import Job, Spec
+from vaedist.config.settings import parse
+from vaedist.core.context import Batch
+from vaedist.core.errors import UserError
+from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.settings import parse
-from vaedist.training.dist import Group
 from vaedist.training.step import Stepper, micro_batches
 
 SPEC = Spec(1, 8, 8)

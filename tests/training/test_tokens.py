@@ -19,23 +19,23 @@ import torch
 from tests.conftest import pack_phantom
 from tests.ranks import ROOT, run_ranks
 from tests.runs import curve, small_job
-from vaedist.config import Job, Spec
-from vaedist.data.codes import CodeWriter, codes_folder, open_codes
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream, TrainingStream
-from vaedist.errors import UserError
-from vaedist.models._tokenizer import Tokenizer
+from vaedist.config.job import Job, Spec
+from vaedist.config.settings import parse
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import Inputs
+from vaedist.data.loading.stream import EvaluationStream, TrainingStream
+from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
+from vaedist.distributed.process_group import Group
+from vaedist.models.bases.frozen_tokenizer import Tokenizer
 from vaedist.models.contract import build, model_config
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions, Outcome
-from vaedist.training.average import WeightAverage
-from vaedist.training.checkpoint import Best, Checkpoints, load, resolve, weights_digest
-from vaedist.training.dist import Group
-from vaedist.training.inputs import Inputs
+from vaedist.runs.checkpoint import Best, Checkpoints, load, resolve, weights_digest
+from vaedist.runs.fit_options import FitOptions, Outcome
+from vaedist.runs.open_run import open_run
+from vaedist.training.ema import WeightAverage
+from vaedist.training.layer_table import layer_table
 from vaedist.training.loop import fit
-from vaedist.training.run import open_run
-from vaedist.training.summary import layer_table
-from vaedist.training.tokens import settled
+from vaedist.training.tokenizer_codes import settled
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("variants")]
 
@@ -168,10 +168,10 @@ import sys
 from pathlib import Path
 import vaedist.models
 vaedist.models.__path__.append(sys.argv[3])
-from vaedist.config import Job
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
-from vaedist.training.inputs import Inputs
+from vaedist.config.job import Job
+from vaedist.runs.fit_options import FitOptions
+from vaedist.distributed.process_group import Group
+from vaedist.data.loading.inputs import Inputs
 from vaedist.training.loop import fit
 group = Group.join("cpu", 60)
 outcome = fit(Job.model_validate_json(sys.argv[1]), Path(sys.argv[2]), group=group)

@@ -9,24 +9,24 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.runs import small_job
-from vaedist.data.index import Index
-from vaedist.data.shards import Packing, pack
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
-from vaedist.data.stream import EvaluationStream
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
+from vaedist.distributed.process_group import Group
+from vaedist.runs.fit_options import FitOptions
+from vaedist.runs.open_run import open_run
 from vaedist.training.loop import fit
-from vaedist.training.run import open_run
-from vaedist.training.validate import validate
+from vaedist.training.validation import validate
 
 NUMBERS = """
 import json, sys
-from vaedist.config import Job
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
+from vaedist.config.job import Job
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
 from vaedist.models.contract import build, model_config
-from vaedist.training.dist import Group
-from vaedist.training.validate import validate
+from vaedist.distributed.process_group import Group
+from vaedist.training.validation import validate
 import torch
 torch.set_num_threads(1)
 job = Job.model_validate_json(sys.argv[1])

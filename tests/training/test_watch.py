@@ -17,20 +17,20 @@ from PIL import Image
 from tests.ranks import run_ranks
 from tests.runs import curve, small_job
 from tests.training.test_equality import furthest
-from vaedist.config import Job
-from vaedist.data.index import Index
-from vaedist.data.stream import EvaluationStream
-from vaedist.errors import UserError
-from vaedist.metrics.features import WEIGHTS
+from vaedist.config.job import Job
+from vaedist.config.settings import parse
+from vaedist.core.errors import UserError
+from vaedist.core.imaging import GREY, RED, framed
+from vaedist.data.format.index import Index
+from vaedist.data.loading.stream import EvaluationStream
+from vaedist.distributed.process_group import Group
+from vaedist.evaluation.metrics.features import WEIGHTS
 from vaedist.models.contract import build, model_config
-from vaedist.pictures import GREY, RED, framed
-from vaedist.settings import parse
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
+from vaedist.runs.fit_options import FitOptions
+from vaedist.runs.metrics_csv import Table
+from vaedist.runs.open_run import open_run, resolved
 from vaedist.training.loop import fit
-from vaedist.training.run import open_run, resolved
-from vaedist.training.table import Table
-from vaedist.training.validate import EMBEDDED, validate
+from vaedist.training.validation import EMBEDDED, validate
 
 QUIET = FitOptions(quiet=True)
 
@@ -123,8 +123,8 @@ def test_the_projector_holds_a_bounded_even_choice_of_small_thumbnails(
     phantom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert EMBEDDED == 512
-    monkeypatch.setattr("vaedist.training.validate.EMBEDDED", 5)
-    monkeypatch.setattr("vaedist.training.validate.THUMBNAIL", 4)
+    monkeypatch.setattr("vaedist.training.validation.EMBEDDED", 5)
+    monkeypatch.setattr("vaedist.training.validation.THUMBNAIL", 4)
     job = a_job(phantom)
     index = Index.open(phantom)
     model = build(model_config(job.model), index.spec, 0).double()
@@ -139,8 +139,8 @@ def test_the_projector_holds_a_bounded_even_choice_of_small_thumbnails(
 FIT = """
 import sys
 from pathlib import Path
-from vaedist.config import Job
-from vaedist.training.attempt import FitOptions
+from vaedist.config.job import Job
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 fit(Job.model_validate_json(sys.argv[1]), Path(sys.argv[2]), options=FitOptions(quiet=True))
 """

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from vaedist.tuning.figures import label_options
+from vaedist.tuning.search_figures import label_options
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vaedist.tuning.halving import goes_on, rungs
+from vaedist.tuning.asha import goes_on, rungs
 from vaedist.tuning.space import Asha
-from vaedist.tuning.trials import Trial
+from vaedist.tuning.trial_log import Trial
 
 
 def there(*values: float, step: int = 10) -> list[Trial]:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from tests.spaces import DIMENSIONS, ended, small_space
-from vaedist.errors import UserError
-from vaedist.metrics.distribution import BETTER
-from vaedist.metrics.images import NAMES
+from vaedist.core.errors import UserError
+from vaedist.evaluation.metrics.image_quality import NAMES
+from vaedist.evaluation.metrics.sample_metrics import BETTER
 from vaedist.tuning.objectives import METRICS, best, check, front, value_of, values_of
 from vaedist.tuning.space import load_space, shipped
-from vaedist.tuning.trials import Trial
+from vaedist.tuning.trial_log import Trial
 
 LIKELIHOOD = {"model.likelihood.kind": {"kind": "choice", "values": ["bernoulli", "gaussian"]}}
 ASHA = {"kind": "asha", "metric": "mse"}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.spaces import DIMENSIONS, MODEL, TRAIN, small_space
-from vaedist.data.index import Index
-from vaedist.errors import UserError
-from vaedist.tuning.plan import plan, schedules_end, try_out
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.tuning.feasibility import plan, schedules_end, try_out
 
 MLP = MODEL["encoder"]
 GAN = {"kind": "gan", "generator": MLP, "latent": 4}

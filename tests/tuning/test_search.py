@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.spaces import ended, small_space
-from vaedist.tuning.search import propose
+from vaedist.tuning.samplers import propose
 from vaedist.tuning.space import Space
-from vaedist.tuning.trials import Trial
+from vaedist.tuning.trial_log import Trial
 
 X = {"model.beta.end": {"kind": "uniform", "low": 0.0, "high": 1.0}}
 ONE = [{"metric": "mse"}]

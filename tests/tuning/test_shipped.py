@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.conftest import pack_phantom
-from vaedist.data.index import Index
-from vaedist.training.attempt import FitOptions
-from vaedist.training.dist import Group
+from vaedist.data.format.index import Index
+from vaedist.distributed.process_group import Group
+from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
+from vaedist.tuning.feasibility import plan, schedules_end, steps, try_out
 from vaedist.tuning.measure import measure
 from vaedist.tuning.objectives import value_of
-from vaedist.tuning.plan import plan, schedules_end, steps, try_out
-from vaedist.tuning.search import propose
+from vaedist.tuning.samplers import propose
 from vaedist.tuning.space import SHIPPED, Choice, Space, load_space, shipped
 
 SHORT = """

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests.spaces import DIMENSIONS, MODEL, content, small_space, write_space
-from vaedist.errors import UserError
-from vaedist.settings import parse
+from vaedist.config.settings import parse
+from vaedist.core.errors import UserError
 from vaedist.tuning.space import Integer, LogUniform, Space, differences, load_space, shipped
 
 CODES = {

@@ -14,18 +14,19 @@ import pytest
 
 from tests.spaces import MODEL, TRAIN, small_space
 from vaedist import evaluate
-from vaedist.config import Job
-from vaedist.data.index import Index
-from vaedist.errors import UserError
+from vaedist.config.job import Job
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.distributed.process_group import Group
+from vaedist.runs.fit_options import FitOptions, Outcome
+from vaedist.runs.stop_request import POLL_SECONDS
 from vaedist.train import main as train_door
-from vaedist.training.attempt import FitOptions, Outcome
-from vaedist.training.dist import Group
 from vaedist.training.loop import fit
-from vaedist.training.stop import POLL_SECONDS
-from vaedist.tuning import results, trial
+from vaedist.tuning import results
+from vaedist.tuning import trial_run as trial
+from vaedist.tuning.search import Sweep
 from vaedist.tuning.space import Space
-from vaedist.tuning.sweep import Sweep
-from vaedist.tuning.trials import Record, Trial
+from vaedist.tuning.trial_log import Record, Trial
 
 
 @pytest.fixture(scope="module")

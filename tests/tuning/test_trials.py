@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.spaces import small_space
-from vaedist.errors import UserError
-from vaedist.tuning.trials import NAME, Record, Trial
+from vaedist.core.errors import UserError
+from vaedist.tuning.trial_log import NAME, Record, Trial
 
 SETTINGS = {"model.beta.end": 0.123456789012345, "model.latent": 4}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vaedist.data.images import Codec
+    from vaedist.data.format.image_files import Codec
 
 BATCH = 32
 _TRAIN = "train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}"
@@ -66,7 +66,7 @@ def packed(
     folder: Path, *, size: int, train: int, codec: Codec = "png", per_shard: int | None = None
 ) -> Path:
     """A packed phantom; made once. Its tars hold `per_shard` images each, by default a twelfth of all."""
-    from vaedist.data.shards import Packing, pack
+    from vaedist.data.packing.pack import Packing, pack
     from vaedist.data.sources import Settings
 
     out = folder / f"phantom-{size}-{train}-{codec}{f'-{per_shard}' if per_shard else ''}"
@@ -91,7 +91,7 @@ def packed(
 def job_of(name: str, shards: Path, steps: int, **data: Any) -> Any:
     import yaml
 
-    from vaedist.config import Job
+    from vaedist.config.job import Job
 
     content = yaml.safe_load(JOBS[name])
     content["data"] = {"path": str(shards), **data}
@@ -107,8 +107,8 @@ def job_of(name: str, shards: Path, steps: int, **data: Any) -> Any:
 
 def ticks_of(job: Any) -> list[float]:
     """Train in this process; when each line of the log was written, in seconds of `time.perf_counter`."""
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
+    from vaedist.distributed.process_group import Group
+    from vaedist.runs.fit_options import FitOptions
     from vaedist.training.loop import fit
 
     ticks: list[float] = []
@@ -191,7 +191,7 @@ class Machine:
 def machine() -> Machine:
     import torch
 
-    from vaedist.training.folder import git_commit, libraries
+    from vaedist.runs.run_folder import git_commit, libraries
 
     model = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -24,7 +24,7 @@ ALONE = "the decoder alone"
 def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
     import torch
 
-    from vaedist.training.run import open_run
+    from vaedist.runs.open_run import open_run
 
     torch.set_num_threads(1)
     pretrained = open_run(JOBS / "pretrained" / "vae_mnist")
@@ -35,9 +35,9 @@ def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
 
 def one_step(folder: Path) -> Path:
     """A run of jobs/vae_phantom.yaml, made once."""
-    from vaedist.config import load_job
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
+    from vaedist.config.job import load_job
+    from vaedist.distributed.process_group import Group
+    from vaedist.runs.fit_options import FitOptions
     from vaedist.training.loop import fit
 
     run = folder / "vae_phantom"
@@ -53,8 +53,8 @@ def ways(run: Any, count: int) -> dict[str, Rate]:
     """Contestants that draw `count` images of a run; a multiple of those that are drawn together."""
     import torch
 
-    from vaedist.metrics.drawing import TOGETHER, Sampler
-    from vaedist.training import show
+    from vaedist.inference import show
+    from vaedist.inference.sampling import TOGETHER, Sampler
 
     assert count % TOGETHER == 0
 

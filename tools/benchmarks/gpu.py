@@ -168,7 +168,7 @@ class _Training:
         self.waits: dict[str, float] = {}
 
     def job(self, options: list[str]) -> Any:
-        from vaedist.config import load_job
+        from vaedist.config.job import load_job
 
         told = [f"data.path={self.shards}", "data.cache=device", f"train.batch_size={self.batch}"]
         told += [f"train.steps={self.steps}", "train.precision=fp32", "train.channels_last=false"]
@@ -179,8 +179,8 @@ class _Training:
         return {name: self.way(name) for name in WAYS}
 
     def way(self, name: str) -> Rate:
-        from vaedist.training.attempt import FitOptions
-        from vaedist.training.dist import Group
+        from vaedist.distributed.process_group import Group
+        from vaedist.runs.fit_options import FitOptions
         from vaedist.training.loop import fit
 
         def rate() -> float:
@@ -250,8 +250,8 @@ class _Training:
         """A forward and backward pass on one batch of the job, no optimizer."""
         import torch
 
-        from vaedist.context import LaneContext
-        from vaedist.data.index import Index
+        from vaedist.core.context import LaneContext
+        from vaedist.data.format.index import Index
         from vaedist.models.contract import build, model_config
         from vaedist.training.step import precision
 

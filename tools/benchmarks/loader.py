@@ -182,8 +182,8 @@ def _tars(shards: Path) -> list[Path]:
 
 def ours(shards: Path, cache: Any, images: int, workers: int) -> Rate:
     """Each call reads one epoch."""
-    from vaedist.data.index import Index
-    from vaedist.data.stream import TrainingStream
+    from vaedist.data.format.index import Index
+    from vaedist.data.loading.stream import TrainingStream
 
     stream = TrainingStream(
         Index.open(shards), "train", batch_size=BATCH, seed=0, cache=cache, workers=workers

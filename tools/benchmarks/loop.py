@@ -27,9 +27,9 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
     """`fit` and a bare step of the same job; each call trains from the start."""
     import torch
 
-    from vaedist.context import LaneContext
-    from vaedist.data.index import Index
-    from vaedist.data.stream import TrainingStream
+    from vaedist.core.context import LaneContext
+    from vaedist.data.format.index import Index
+    from vaedist.data.loading.stream import TrainingStream
     from vaedist.models.contract import build, model_config
 
     shards = packed(folder, size=64, train=IMAGES)

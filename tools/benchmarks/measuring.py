@@ -31,9 +31,9 @@ def likelihoods() -> dict[str, Rate]:
     """Seconds of one image."""
     import torch
 
-    from vaedist.context import Batch
-    from vaedist.metrics.likelihood import measure
-    from vaedist.training.run import open_run
+    from vaedist.core.context import Batch
+    from vaedist.evaluation.metrics.likelihood import measure
+    from vaedist.runs.open_run import open_run
 
     torch.set_num_threads(1)
     run = open_run(Path(__file__).resolve().parents[2] / "jobs" / "pretrained" / "vae_mnist")
@@ -73,8 +73,8 @@ def likelihoods() -> dict[str, Rate]:
 def ways(side: int, rows: int) -> dict[str, Rate]:
     import torch
 
-    from vaedist.config import Spec, load_job
-    from vaedist.metrics.images import batch_metrics, pair_metrics
+    from vaedist.config.job import Spec, load_job
+    from vaedist.evaluation.metrics.image_quality import batch_metrics, pair_metrics
     from vaedist.models.contract import build, model_config
 
     torch.set_num_threads(1)

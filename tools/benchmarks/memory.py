@@ -1,8 +1,8 @@
 """Peak memory of a training process, by the number of images in its data set, without a cache and with one.
 
-Without a cache whole shards lie in memory, two for each lane and one for each reader at most (`vaedist.data.stream`): a
-set whose shards are fewer than that is held whole, and a larger one costs no more. Tars of 256 images put all but the
-smallest set here beyond that.
+Without a cache whole shards lie in memory, two for each lane and one for each reader at most
+(`vaedist.data.loading.stream`): a set whose shards are fewer than that is held whole, and a larger one costs no
+more. Tars of 256 images put all but the smallest set here beyond that.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def measure(folder: Path, images: int, cache: str) -> Rate:
 
 def train(shards: str, cache: str) -> None:
     """In a process of its own: train a little."""
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
+    from vaedist.distributed.process_group import Group
+    from vaedist.runs.fit_options import FitOptions
     from vaedist.training.loop import fit
 
     job = job_of("vqvae, conv, 64x64", Path(shards), 60, cache=cache)

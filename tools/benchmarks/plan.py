@@ -50,7 +50,7 @@ def large_index(folder: Path) -> Path:
 
 
 def opened(folder: Path) -> tuple[float, object]:
-    from vaedist.data.index import Index
+    from vaedist.data.format.index import Index
 
     start = time.perf_counter()
     index = Index.open(folder)
@@ -59,8 +59,8 @@ def opened(folder: Path) -> tuple[float, object]:
 
 def planned(folder: Path, steps: int | None = None) -> tuple[float, int]:
     """Seconds for so many steps of rank 7, and how many shards they are in."""
-    from vaedist.data.index import Index
-    from vaedist.data.order import Order, slice_bounds
+    from vaedist.data.format.index import Index
+    from vaedist.data.loading.order import Order, slice_bounds
 
     counts = Index.open(folder).split("train").counts
     start = time.perf_counter()

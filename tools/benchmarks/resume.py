@@ -11,8 +11,8 @@ from benchmarks.common import BATCH, Question, Rate, packed
 
 
 def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
-    from vaedist.data.index import Index
-    from vaedist.data.stream import TrainingStream
+    from vaedist.data.format.index import Index
+    from vaedist.data.loading.stream import TrainingStream
 
     index = Index.open(packed(folder, size=64, train=20_000))
     steps = 20_000 // BATCH

@@ -36,9 +36,9 @@ def questions(folder: Path, asked: argparse.Namespace) -> Iterator[Question]:
 def stall() -> dict[str, Rate]:
     import torch
 
-    from vaedist.training.checkpoint import Checkpoints, Committer
+    from vaedist.distributed.memory import keep_freed_memory
+    from vaedist.runs.checkpoint import Checkpoints, Committer
     from vaedist.training.loop import on_cpu
-    from vaedist.training.memory import keep_freed_memory
 
     keep_freed_memory()  # as training does
 

@@ -24,7 +24,7 @@ from benchmarks.common import Question, Rate, job_of, packed
 LIMIT = "import torch, build the model"
 BUILD = """
 import torch, yaml
-from vaedist.config import Job, Spec
+from vaedist.config.job import Job, Spec
 from vaedist.models.contract import build, model_config
 job = Job.model_validate(yaml.safe_load(open({path!r})))
 build(model_config(job.model), Spec(1, 64, 64), 0)

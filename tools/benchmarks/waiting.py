@@ -53,10 +53,10 @@ def side_of(job: str) -> int | None:
 def share(path: Path, shards: Path) -> Rate:
     import torch
 
-    from vaedist.config import load_job
-    from vaedist.data.index import Index
-    from vaedist.training.attempt import FitOptions
-    from vaedist.training.dist import Group
+    from vaedist.config.job import load_job
+    from vaedist.data.format.index import Index
+    from vaedist.distributed.process_group import Group
+    from vaedist.runs.fit_options import FitOptions
     from vaedist.training.loop import fit
 
     every = 4 if Index.open(shards).spec.height >= LARGE else 20

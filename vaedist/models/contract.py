@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 import vaedist.models
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
-from vaedist.errors import NotDefined, UserError, nearest
-from vaedist.settings import Strict, parse
+from vaedist.config.job import Spec
+from vaedist.config.settings import Strict, parse
+from vaedist.core.context import Batch, Context
+from vaedist.core.errors import NotDefined, UserError, nearest
 
 
 class Likelihood(Protocol):

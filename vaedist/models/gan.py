@@ -36,15 +36,15 @@ import torch
 from pydantic import Field, Tag
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context, generator
-from vaedist.errors import UserError
-from vaedist.models._gaussian import MapLatent
+from vaedist.config.job import Spec
+from vaedist.config.settings import NUMBER, Strict, number_or
+from vaedist.core.context import Batch, Context, generator
+from vaedist.core.errors import UserError
+from vaedist.models.bases.gaussian_autoencoder import MapLatent
 from vaedist.models.contract import Variant
 from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
 from vaedist.nets.bodies import Body, Conv, decoder, grid
 from vaedist.nets.likelihoods import Observation
-from vaedist.settings import NUMBER, Strict, number_or
 
 OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,

@@ -29,12 +29,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
-from vaedist.errors import UserError
-from vaedist.models._gaussian import Autoencoder, Settings
+from vaedist.config.job import Spec
+from vaedist.config.settings import OVERRIDE
+from vaedist.core.context import Batch, Context
+from vaedist.core.errors import UserError
+from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
 from vaedist.nets.divergences import Imq, KernelConfig, mmd
-from vaedist.settings import OVERRIDE
 
 
 class Config(Settings):

@@ -1,4 +1,4 @@
-"""Gated PixelCNN over a frozen tokenizer's codes: see `vaedist.nets.pixelcnn` and `vaedist.models._prior`."""
+"""Gated PixelCNN over a frozen tokenizer's codes: see `vaedist.nets.pixelcnn` and `vaedist.models.bases.code_prior`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from vaedist.models._prior import CodePrior, PriorConfig
+from vaedist.models.bases.code_prior import CodePrior, PriorConfig
 from vaedist.nets.pixelcnn import GatedPixelCnn, PixelCnn
 
 

@@ -1,4 +1,4 @@
-"""Causal transformer over a frozen tokenizer's codes: see `vaedist.nets.transformer` and `vaedist.models._prior`."""
+"""Causal transformer over a frozen tokenizer's codes: `vaedist.nets.transformer`, `vaedist.models.bases.code_prior`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from vaedist.models._prior import CodePrior, PriorConfig
+from vaedist.models.bases.code_prior import CodePrior, PriorConfig
 from vaedist.nets.transformer import CausalTransformer, Transformer
 
 

@@ -27,12 +27,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
-from vaedist.models._gaussian import Autoencoder, Settings
+from vaedist.config.job import Spec
+from vaedist.config.loss_weights import Weight, ramp_end, weight_at
+from vaedist.config.settings import OVERRIDE
+from vaedist.core.context import Batch, Context
+from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
 from vaedist.nets.divergences import DiagonalGaussian
-from vaedist.settings import OVERRIDE
-from vaedist.weights import Weight, ramp_end, weight_at
 
 
 class Config(Settings):

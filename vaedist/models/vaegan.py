@@ -27,14 +27,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
-from vaedist.errors import UserError
-from vaedist.models._gaussian import Autoencoder, Settings
+from vaedist.config.job import Spec
+from vaedist.config.loss_weights import Weight, ramp_end, weight_at
+from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.core.context import Batch, Context
+from vaedist.core.errors import UserError
+from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
 from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
-from vaedist.nets.decoded import Decoded
-from vaedist.settings import OVERRIDE, Strict
-from vaedist.weights import Weight, ramp_end, weight_at
+from vaedist.nets.decoder_distribution import Decoded
 
 _RIVALS = {"loss": "who is ahead, not how good", "similarity": "nats in the features of the day", **UNITS}
 

@@ -6,7 +6,7 @@ z is the encoder's map, q its nearest code vectors, sg stops the gradient, P = C
 image: the reconstruction is summed over pixels, so a per-element mean times P keeps the published meaning of
 `commitment: 0.25`. The bracket trains the code vectors where `codebook.kind` is `gradient`; running means (`ema`) and
 fixed grids (`fsq`) have no such term. van den Oord et al., "Neural discrete representation learning". Cosine codes,
-residual levels and the rotation of gradients are the codebook's own: see `vaedist.nets.quantize`.
+residual levels and the rotation of gradients are the codebook's own: see `vaedist.nets.quantizers`.
 
 `dssim` adds structural dissimilarity to what is minimised, as its own term.
 """
@@ -19,14 +19,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
+from vaedist.config.job import Spec
+from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.core.context import Batch, Context
 from vaedist.models.contract import Likelihood, Variant
 from vaedist.nets.bodies import Body, Resnet, decoder, encoder, matching_grid
-from vaedist.nets.clusters import starting_vectors
+from vaedist.nets.kmeans import starting_vectors
 from vaedist.nets.likelihoods import GaussianLikelihood, LikelihoodConfig, Observation, check_dssim
-from vaedist.nets.quantize import EmaCodebook, QuantizerConfig, quantizer
-from vaedist.settings import OVERRIDE, Strict
+from vaedist.nets.quantizers import EmaCodebook, QuantizerConfig, quantizer
 
 
 class Config(Strict):

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from vaedist.config import Spec
-from vaedist.context import Context
+from vaedist.config.job import Spec
+from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.core.context import Context
 from vaedist.nets.bodies import Body, Resnet, encoder
 from vaedist.nets.diffaugment import Augmentation, augment
-from vaedist.settings import OVERRIDE, Strict
 
 softplus = functional.softplus
 

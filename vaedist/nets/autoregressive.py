@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vaedist.errors import UserError
+from vaedist.core.errors import UserError
 
 
 class Network(Protocol):

@@ -35,9 +35,9 @@ import torch
 from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.errors import UserError
-from vaedist.settings import LIST, NUMBER, Strict, number_or_list
+from vaedist.config.job import Spec
+from vaedist.config.settings import LIST, NUMBER, Strict, number_or_list
+from vaedist.core.errors import UserError
 
 Upsample = Literal["transpose", "resize", "shuffle"]
 Activation = Literal["silu", "relu", "leaky_relu", "tanh"]

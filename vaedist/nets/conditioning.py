@@ -26,10 +26,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.errors import UserError
+from vaedist.config.job import Spec
+from vaedist.config.settings import Strict
+from vaedist.core.errors import UserError
 from vaedist.nets.divergences import DiagonalGaussian
-from vaedist.settings import Strict
 
 DROPPED = -1
 """The label of a sample whose class is not told."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vaedist.context import Context
+from vaedist.core.context import Context
 
 Augmentation = Literal["color", "translation", "cutout"]
 

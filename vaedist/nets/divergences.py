@@ -42,8 +42,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vaedist.errors import NotDefined
-from vaedist.settings import Strict
+from vaedist.config.settings import Strict
+from vaedist.core.errors import NotDefined
 
 # exp of these stays finite and non-zero in fp32, with room for products; a trained posterior is far inside.
 _LOG_VARIANCE = (-30.0, 20.0)

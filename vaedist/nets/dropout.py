@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vaedist.context import Context
+from vaedist.core.context import Context
 
 _WORD = (1 << 32) - 1
 

@@ -9,7 +9,7 @@ summed over the P = C*H*W values of an image, in nats.
 | `bernoulli` | sum of x log s(a) + (1 - x) log(1 - s(a)), s = sigmoid | `binary` |
 | `gaussian` | sum of log N(x; (a + 1) / 2, sigma^2) | `density` |
 | `laplace` | sum of log Laplace(x; (a + 1) / 2, scale) | `density` |
-| `logistic` | log-probabilities of the 256 levels: see `vaedist.nets.logistic` | `discrete` |
+| `logistic` | log-probabilities of the 256 levels: see `vaedist.nets.discretized_logistic` | `discrete` |
 
 `evidence` says what a number is worth. `discrete` is the log-probability of the stored bytes. `binary` takes grey
 values as probabilities, the expected log-likelihood of their coin flips: a true one only for black-and-white images,
@@ -47,13 +47,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
-from vaedist.errors import UserError
-from vaedist.nets.decoded import Decoded, off_the_ends, unit
-from vaedist.nets.logistic import DiscretisedLogistic, LogisticLikelihood
+from vaedist.config.job import Spec
+from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.core.context import Batch, Context
+from vaedist.core.errors import UserError
+from vaedist.nets.decoder_distribution import Decoded, off_the_ends, unit
+from vaedist.nets.discretized_logistic import DiscretisedLogistic, LogisticLikelihood
 from vaedist.nets.ssim import SIDE
-from vaedist.settings import OVERRIDE, Strict
 
 ROUNDING = 1 / (255 * math.sqrt(12))
 """Standard deviation of rounding to bytes, on the [0, 1] scale."""

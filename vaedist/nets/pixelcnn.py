@@ -31,8 +31,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.nets.dropout import dropout
-from vaedist.settings import OVERRIDE, Strict
 
 
 class PixelCnn(Strict):

@@ -23,8 +23,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.nets.dropout import dropout
-from vaedist.settings import OVERRIDE, Strict
 
 
 class Transformer(Strict):

@@ -21,34 +21,34 @@ from typing import Any, Literal
 
 import torch
 
-from vaedist.config import Job
-from vaedist.data.index import Index
-from vaedist.data.staging import staged
-from vaedist.data.stream import EvaluationStream, TrainingStream, slice_bounds
-from vaedist.errors import Diverged, UserError, nearest
+from vaedist.config.job import Job
+from vaedist.config.settings import expand
+from vaedist.core.errors import Diverged, UserError, nearest
+from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import Inputs
+from vaedist.data.loading.staging import staged
+from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
+from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.memory import enough_memory, keep_freed_memory
+from vaedist.distributed.process_group import Group
+from vaedist.distributed.pulse import Tell, on_stderr
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.settings import expand
-from vaedist.training.attempt import FitOptions, Outcome
-from vaedist.training.average import WeightAverage
-from vaedist.training.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
-from vaedist.training.contexts import GroupLaneContext
-from vaedist.training.dist import Group
-from vaedist.training.folder import Change, RunFolder, libraries
-from vaedist.training.inputs import Inputs
-from vaedist.training.lock import RunLock
-from vaedist.training.log import Log, Silent
-from vaedist.training.memory import enough_memory, keep_freed_memory
+from vaedist.runs.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
+from vaedist.runs.fit_options import FitOptions, Outcome
+from vaedist.runs.open_run import data_section, resolved, resume
+from vaedist.runs.run_folder import Change, RunFolder, libraries
+from vaedist.runs.run_lock import RunLock
+from vaedist.runs.startup_timings import told as told_of_start
+from vaedist.runs.stop_request import StopRequest
+from vaedist.training.ema import WeightAverage
+from vaedist.training.initialization import Beginning, begin
+from vaedist.training.loader_settings import Reading, reading
 from vaedist.training.progress import Progress
-from vaedist.training.pulse import Tell, on_stderr
-from vaedist.training.reading import Reading, reading
-from vaedist.training.run import data_section, resolved, resume
-from vaedist.training.start import Beginning, begin
-from vaedist.training.startup import told as told_of_start
+from vaedist.training.run_log import Log, Silent
 from vaedist.training.step import Stepper
-from vaedist.training.stop import StopRequest
-from vaedist.training.tokens import code_shards, settled
-from vaedist.training.validate import check_monitor, check_monitored_term, validate
-from vaedist.training.watch import Watch
+from vaedist.training.tokenizer_codes import code_shards, settled
+from vaedist.training.validation import check_monitor, check_monitored_term, validate
+from vaedist.training.validation_figures import Watch
 
 Report = Callable[[dict[str, float]], None]
 Reached = Callable[[str], None]

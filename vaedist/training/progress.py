@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaedist.config import Job
-from vaedist.training.dist import Group
-from vaedist.training.schedules import better
+from vaedist.config.job import Job
+from vaedist.config.schedules import better
+from vaedist.distributed.process_group import Group
 
 
 class Progress:

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vaedist.config import Job, Optim, Plateau
-from vaedist.context import Batch
-from vaedist.errors import UserError
+from vaedist.config.job import Job, Optim, Plateau
+from vaedist.config.schedules import PlateauState, factor
+from vaedist.core.context import Batch
+from vaedist.core.errors import UserError
+from vaedist.data.loading.inputs import Inputs
+from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.process_group import Group, Later
 from vaedist.models.contract import Variant
 from vaedist.training import optimizers
-from vaedist.training.contexts import GroupLaneContext
-from vaedist.training.dist import Group, Later
-from vaedist.training.inputs import Inputs
-from vaedist.training.schedules import PlateauState, factor
 
 
 class Phase:

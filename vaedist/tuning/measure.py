@@ -1,8 +1,8 @@
 """A trial's numbers: what `vaedist-evaluate --split validate` says of the same run, digit for digit.
 
 They are taken from the run's best checkpoint (by its own monitor; its newest where none is best yet), with the weights
-that everything downstream uses, by the functions of `vaedist.metrics`. The validation split is what a search may look
-at; the test split is left for the one that it chooses.
+that everything downstream uses, by the functions of `vaedist.evaluation`. The validation split is what a search may
+look at; the test split is left for the one that it chooses.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from vaedist.data.index import Index
-from vaedist.errors import NotDefined, UserError
-from vaedist.metrics import likelihood
-from vaedist.metrics.distribution import Reference, sample_metrics
-from vaedist.metrics.evaluation import evaluate, summarise, training_images
-from vaedist.metrics.features import default
-from vaedist.metrics.quality import draw
-from vaedist.training.inputs import whole_split
-from vaedist.training.run import open_run
+from vaedist.core.errors import NotDefined, UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import whole_split
+from vaedist.evaluation.metrics import likelihood
+from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.per_image import evaluate, summarise, training_images
+from vaedist.evaluation.metrics.sample_metrics import Reference, sample_metrics
+from vaedist.evaluation.sample_quality import draw
+from vaedist.runs.open_run import open_run
 from vaedist.tuning.objectives import METRICS, value_of
 from vaedist.tuning.space import Space
 

@@ -29,9 +29,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vaedist.errors import UserError, nearest
+from vaedist.core.errors import UserError, nearest
 from vaedist.tuning.space import KNEE, Asha, Space
-from vaedist.tuning.trials import Trial
+from vaedist.tuning.trial_log import Trial
 
 Mode = Literal["min", "max"]
 

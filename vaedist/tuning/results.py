@@ -2,7 +2,7 @@
 
     results.csv     a row per trial, in the order of their numbers
     best            a link to the run folder of the best trial, for vaedist-sample and vaedist-evaluate
-    figures/        see `vaedist.tuning.figures`
+    figures/        see `vaedist.tuning.search_figures`
     tensorboard/    hparams: settings and numbers of each trial side by side
 
 All of it is made anew from the record; nothing is read back.
@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vaedist.files import replace_file, room, temporary
+from vaedist.core.files import replace_file, room, temporary
 from vaedist.tuning.objectives import best, front, modes, value_of, values_of
 from vaedist.tuning.space import Space
-from vaedist.tuning.trials import Record, Trial, run_folder
+from vaedist.tuning.trial_log import Record, Trial, run_folder
 
 BEST = "best"
 TABLE = "results.csv"
@@ -94,7 +94,7 @@ def link(place: Path, target: Path) -> None:
 
 def finish(record: Record) -> list[Path]:
     """Everything, figures and TensorBoard too, as far as there are trials; the figures written."""
-    from vaedist.tuning.figures import draw
+    from vaedist.tuning.search_figures import draw
 
     write(record)
     if not any(trial.ended for trial in record.trials):

@@ -1,106 +1,228 @@
-"""Which settings to try next: a pure function of the space, the trial's number and what is known of the others.
+"""A search under way: which trial is next, what became of it, and what that means for the others.
 
-Nothing is kept between two questions. A search that was killed and goes on asks with the same record and gets the
-same answer, whoever asks.
-
-| kind | how |
-|---|---|
-| `tpe` | Optuna's tree-structured Parzen estimator: settings that were good are likelier; those being tried now count |
-| | as bad, so that concurrent trials spread out; of several objectives by domination and hypervolume |
-| `random` | independent draws |
-| `grid` | the combination of that number |
-
-Bergstra, Bardenet, Bengio, Kegl: Algorithms for hyper-parameter optimization (2011). Ozaki et al.: Multiobjective
-tree-structured Parzen estimator (2022). Akiba et al.: Optuna (2019).
+It belongs to the one process that holds the folder's lock; whatever it decides stands in the record before anybody acts
+on it. It knows nothing of Ray: `vaedist.launchers.ray.tuner` asks it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import warnings
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from vaedist.tuning.objectives import modes, values_of
-from vaedist.tuning.space import Choice, Grid, Integer, LogUniform, Random, Setting, Space, Tpe
-from vaedist.tuning.trials import Trial
+from vaedist.core import errors
+from vaedist.core.errors import UserError, WorkerLost
+from vaedist.data.format.index import Index
+from vaedist.runs import stop_request as stop
+from vaedist.tuning import asha as halving
+from vaedist.tuning.feasibility import Plan, plan, try_out
+from vaedist.tuning.objectives import best, value_of, values_of
+from vaedist.tuning.results import told, write
+from vaedist.tuning.samplers import propose
+from vaedist.tuning.space import Asha, Grid, Setting, Space, differences
+from vaedist.tuning.trial_log import Record, Trial, run_folder
+
+MOST_FAILURES = 3
+"""So many trials that fail before any has ended well stop the search: something is wrong with all of them."""
 
 
-def propose(space: Space, number: int, known: Sequence[Trial]) -> dict[str, Setting] | None:
-    """Settings of trial `number`; None where a grid has no more.
+class Sweep:
+    """See the module. Its methods may be called from several threads.
 
     Args:
-        space: The space.
-        number: Of the trial, from 0.
-        known: All trials before it, ended or not, in order of their numbers.
+        record: Of this search.
+        index: The data.
+        plan: What is known beforehand.
+        tell: Shows one line.
     """
-    if isinstance(space.search, Grid):
-        return next(itertools.islice(space.combinations(), number, None), None)
-    if isinstance(space.search, Random):
-        return _random(space, space.search.seed, number)
-    ended = [trial for trial in known if values_of(space, trial) is not None]
-    if len(ended) < space.search.startup:
-        # Not Optuna's start: its random draws would depend on how many trials are being tried right now.
-        return _random(space, space.search.seed, number)
-    return _tpe(space, space.search, number, known)
 
+    def __init__(self, record: Record, index: Index, plan: Plan, tell: Callable[[str], None]) -> None:
+        self.record, self.index, self.plan, self.tell = record, index, plan, tell
+        self.running: set[int] = set()
+        self.error: Exception | None = None
+        """Why no further trial is started; raised once those that run have stopped."""
+        self.stopping = False
+        """Someone asked for an end: nothing new is started."""
+        self._lock = threading.RLock()
+        self._waiting = [trial for trial in record.trials if not trial.ended]
 
-def _random(space: Space, seed: int, number: int) -> dict[str, Setting]:
-    import numpy as np
+    @classmethod
+    def open(cls, folder: Path, space: Space, index: Index, tell: Callable[[str], None]) -> Sweep:
+        """The search in `folder`, begun or continued.
 
-    draws = np.random.Generator(np.random.PCG64([seed, number])).random(len(space.dimensions))
-    return space.settings_of(dict(zip(space.dimensions, draws.tolist(), strict=True)))
-
-
-def _tpe(space: Space, search: Tpe, number: int, known: Sequence[Trial]) -> dict[str, Setting]:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(
-            seed=search.seed + number, n_startup_trials=0, multivariate=True, constant_liar=True
-        )
-        ways = optuna.study.StudyDirection
-        study = optuna.create_study(
-            directions=[ways.MINIMIZE if mode == "min" else ways.MAXIMIZE for mode in modes(space)],
-            sampler=sampler,
-        )
-    distributions = {key: _distribution(space, key) for key in space.dimensions}
-    for trial in known:
-        values = values_of(space, trial)
-        state = optuna.trial.TrialState
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=state.RUNNING if not trial.ended else state.FAIL if values is None else state.COMPLETE,
-                values=values if trial.ended else None,
-                params=dict(trial.settings),
-                distributions={key: distributions[key] for key in trial.settings},
+        Raises:
+            UserError: it is another search's folder, or the space does not fit the data.
+        """
+        record = Record.read(folder)
+        planned = plan(space, index)
+        if planned.doubt:
+            tell(f"warning: {planned.doubt}")
+        if record is None:
+            return cls(Record.begin(folder, space, index.identity), index, planned, tell)
+        changed = differences(record.space, space)
+        if changed:
+            raise UserError(
+                f"{folder} holds a search through another space: {'; '.join(map(str, changed[:3]))}. Set it back, or "
+                "search anew with another --run-dir"
             )
+        if record.data != index.identity:
+            raise UserError(
+                f"{folder} holds a search on other data (data identity {record.data[:12]}, {index.folder} has "
+                f"{index.identity[:12]}): give those data with --data, or search anew with another --run-dir"
+            )
+        record.space = space  # what may differ, such as the number of trials, is as asked now
+        record.mend()
+        return cls(record, index, planned, tell)
+
+    @property
+    def space(self) -> Space:
+        return self.record.space
+
+    @property
+    def left(self) -> int:
+        """Trials that may still be started; the ones that run are not counted."""
+        with self._lock:
+            total = self.space.trials
+            if isinstance(self.space.search, Grid):
+                total = sum(1 for _ in itertools.islice(self.space.combinations(), total))
+            return len(self._waiting) + max(0, total - len(self.record.trials))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial has ended."""
+        return not self.left and all(trial.ended for trial in self.record.trials)
+
+    def next(self) -> Trial | None:
+        """The next trial to start: one that was interrupted, else a new one; None when there are no more."""
+        with self._lock:
+            if self.stopping:
+                return None
+            if self._waiting:
+                trial = self._waiting.pop(0)
+                self.running.add(trial.number)
+                self.tell(f"trial {trial.number} goes on: {self.shown(trial.settings)}")
+                return trial
+            while len(self.record.trials) < self.space.trials:
+                settings = propose(self.space, len(self.record.trials), self.record.trials)
+                if settings is None:
+                    return None  # a grid has no more
+                trial = self.record.propose(settings)
+                try:
+                    try_out(self.space, settings, self.index)
+                except UserError as error:
+                    self._failed(trial, str(error))
+                    if self.stopping:
+                        return None
+                    continue
+                self.running.add(trial.number)
+                self.tell(f"trial {trial.number} starts: {self.shown(settings)}")
+                return trial
+            return None
+
+    def validated(self, number: int, step: int, numbers: Mapping[str, float]) -> bool:
+        """Take in a validation of a running trial; True if it is to stop there."""
+        asha = self.space.scheduler
+        if not isinstance(asha, Asha) or step not in self.plan.rungs:
+            return False
+        with self._lock:
+            trial = self.record.trials[number]
+            if trial.halted is not None:
+                return True
+            value = value_of(numbers, asha.metric)
+            if value is None or step in trial.rungs:
+                return False
+            others = [other for other in self.record.trials if other.number != number]
+            halt = not halving.goes_on(asha, step, value, others)
+            self.record.rung(trial, step, value, halt)
+            if halt:
+                self.tell(
+                    f"trial {number} is behind at step {step} ({asha.metric} {value:.5g}): it stops there"
+                )
+            return halt
+
+    def ended(self, number: int, answer: Mapping[str, Any] | None) -> None:
+        """Take in a trial's end.
+
+        Args:
+            number: The trial.
+            answer: What `vaedist.tuning.trial_run.run` gave; None: its process died more often than allowed.
+        """
+        with self._lock:
+            self.running.discard(number)
+            (self.folder_of(number) / stop.NAME).unlink(
+                missing_ok=True
+            )  # it has left: whoever trains on must not
+            trial = self.record.trials[number]
+            if trial.ended:
+                return
+            if answer is None:
+                self._failed(
+                    trial,
+                    "its process died again and again (often the kernel, out of memory: ask for more, or search "
+                    "smaller models)",
+                )
+            elif answer["status"] == "failed":
+                self._failed(trial, answer["reason"], step=answer["step"], seconds=answer["seconds"])
+            elif answer["status"] == "error":
+                kind = getattr(errors, answer["error"], RuntimeError)
+                self._stop(kind(f"trial {number}: {answer['text']}"))
+            elif answer["status"] != "stopped":  # that one is unfinished, and goes on another time
+                self.record.end(
+                    trial,
+                    answer["status"],
+                    step=answer["step"],
+                    seconds=answer["seconds"],
+                    measures=answer["measures"],
+                )
+                self.tell(told(self.space, self.record.trials, trial))
+                self.write()
+
+    def ask(self, number: int) -> None:
+        """Ask a trial that runs to save and leave; nothing happens before its run folder is there."""
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            if number in self.running:
+                stop.ask(self.folder_of(number), "any")
+
+    def stop(self) -> None:
+        """Start nothing more."""
+        with self._lock:
+            self.stopping = True
+
+    def write(self) -> None:
+        """Results as far as there are any."""
+        write(self.record)
+
+    def best(self) -> Trial | None:
+        """The best trial so far."""
+        with self._lock:
+            return best(self.space, self.record.trials)
+
+    def folder_of(self, number: int) -> Path:
+        """Where a trial trains."""
+        return run_folder(self.record.folder, number)
+
+    def shown(self, settings: Mapping[str, Setting]) -> str:
+        """Settings on one line."""
+        return "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in settings.items()
         )
-    asked = study.ask()
-    settings: dict[str, Setting] = {}
-    for key, dimension in space.dimensions.items():
-        if dimension.exists(settings):
-            settings[key] = _suggest(asked, key, distributions[key])
-    return settings
 
+    def _failed(self, trial: Trial, reason: str, *, step: int = 0, seconds: float = 0.0) -> None:
+        self.record.end(trial, "failed", step=step, seconds=seconds, reason=reason)
+        self.tell(f"trial {trial.number} failed: {reason}")
+        self.write()
+        ended = [one for one in self.record.trials if one.ended]
+        if len(ended) >= MOST_FAILURES and not any(values_of(self.space, one) for one in ended):
+            self._stop(
+                WorkerLost(f"the first {len(ended)} trials all failed, the last one because: {reason}")
+                if "process died" in reason
+                else UserError(f"the first {len(ended)} trials all failed, the last one because: {reason}")
+            )
 
-def _suggest(trial: Any, key: str, distribution: Any) -> Any:
-    from optuna.distributions import CategoricalDistribution, IntDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(key, distribution.choices)
-    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return suggest(key, distribution.low, distribution.high, log=distribution.log)
-
-
-def _distribution(space: Space, key: str) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    dimension = space.dimensions[key]
-    if isinstance(dimension, Choice):
-        return CategoricalDistribution(dimension.grid())
-    if isinstance(dimension, Integer):
-        return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-    return FloatDistribution(dimension.low, dimension.high, log=isinstance(dimension, LogUniform))
+    def _stop(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.stopping = True

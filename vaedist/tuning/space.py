@@ -32,10 +32,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 import vaedist
-from vaedist.config import Job, one_length
-from vaedist.errors import UserError, nearest
-from vaedist.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
-from vaedist.training.folder import Change
+from vaedist.config.job import Job, one_length
+from vaedist.config.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
+from vaedist.core.errors import UserError, nearest
+from vaedist.runs.run_folder import Change
 
 Setting = bool | int | float | str
 """A value of a dimension as the record holds it; a choice among sections is held by name."""
@@ -208,7 +208,7 @@ class NoScheduler(Strict):
 
 
 class Asha(Strict):
-    """Asynchronous successive halving: see `vaedist.tuning.halving`."""
+    """Asynchronous successive halving: see `vaedist.tuning.asha`."""
 
     kind: Literal["asha"] = "asha"
     metric: str = Field(description="A number of validation that means the same at every setting.")

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context
+from vaedist.config.job import Spec
+from vaedist.config.settings import Strict
+from vaedist.core.context import Batch, Context
 from vaedist.models.contract import Variant
-from vaedist.settings import Strict
 
 
 class Config(Strict):

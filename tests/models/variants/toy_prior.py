@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaedist.config import Spec
-from vaedist.context import Batch, Context, generator
-from vaedist.models._tokenizer import Tokenizer, TokenizerConfig, frozen_tokenizer
+from vaedist.config.job import Spec
+from vaedist.config.settings import Strict
+from vaedist.core.context import Batch, Context, generator
+from vaedist.models.bases.frozen_tokenizer import Tokenizer, TokenizerConfig, frozen_tokenizer
 from vaedist.models.contract import Variant
-from vaedist.settings import Strict
 
 
 class Config(Strict):

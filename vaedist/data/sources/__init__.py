@@ -27,8 +27,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from vaedist.data.images import Limits, Picture
-from vaedist.errors import UserError, nearest
+from vaedist.core.errors import UserError, nearest
+from vaedist.data.format.image_files import Limits, Picture
 
 LONGEST_KEY = 80  # a ustar member name has 100 bytes, and the key is followed by an extension
 
@@ -87,7 +87,7 @@ class Source(Protocol):
         """The picture of one item.
 
         Raises:
-            vaedist.data.images.BadImage: one sentence about what is wrong with it.
+            vaedist.data.format.image_files.BadImage: one sentence about what is wrong with it.
         """
 
 

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vaedist.data.images import Picture, decode, read_file
+from vaedist.core.errors import UserError
+from vaedist.data.format.image_files import Picture, decode, read_file
 from vaedist.data.sources import (
     Found,
     Item,
@@ -31,7 +32,6 @@ from vaedist.data.sources import (
     split_name,
     walk,
 )
-from vaedist.errors import UserError
 
 OPTIONS = frozenset({"fit", "match"})
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.data.images import Limits, Picture
+from vaedist.core.errors import UserError
+from vaedist.data.format.image_files import Limits, Picture
 from vaedist.data.sources import Item, Problem, Settings
-from vaedist.errors import UserError
 
 OPTIONS = frozenset({"fit"})
 _NAME = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vaedist.data.images import Picture, decode, read_file
+from vaedist.core.errors import UserError
+from vaedist.data.format.image_files import Picture, decode, read_file
 from vaedist.data.sources import Item, Problem, Settings, folders, walk
-from vaedist.errors import UserError
 
 OPTIONS = frozenset({"fit"})
 SPLITS = {f"keras_png_slices_{split}": split for split in ("train", "validate", "test")}

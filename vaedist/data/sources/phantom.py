@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.data.images import Picture
+from vaedist.data.format.image_files import Picture
 from vaedist.data.sources import Item, Problem, Settings
 
 OPTIONS = frozenset({"count"})

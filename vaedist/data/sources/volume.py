@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.data.images import BadImage, Limits, Picture, resize
+from vaedist.core.errors import UserError
+from vaedist.core.files import replace_file
+from vaedist.data.format.image_files import BadImage, Limits, Picture, resize
 from vaedist.data.sources import Found, Item, Problem, Settings, clean_key, split_name, walk
-from vaedist.errors import UserError
-from vaedist.files import replace_file
 
 OPTIONS = frozenset({"fit", "match", "slices", "axis"})
 OASIS_DISC = "*_t88_masked_gfc.hdr"

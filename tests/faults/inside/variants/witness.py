@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from vaedist.context import Batch, Context
+from vaedist.core.context import Batch, Context
 from vaedist.models import vae
 
 

@@ -1,0 +1,343 @@
+"""The job file: what to train, never where.
+
+A job is YAML, checked by the frozen models below, changed on the command line by `key.sub=value`, and saved
+resolved in the run folder; `vaedist.config.settings` says how, and what a resumed run may change.
+
+The `model` section is kept as written here; `vaedist.models.contract` checks it against the `Config` of the
+variant that `kind` names, because this file lies below the models and must load without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from vaedist.config.settings import FREE, NAME, OVERRIDE, Strict, apply_overrides, parse, read_yaml
+
+
+class Spec(NamedTuple):
+    """What the data look like to a model."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int = 0  # 0: the data carry no class label
+
+    @property
+    def pixels(self) -> int:
+        """Values per image, C*H*W: the number of terms in an image's log-likelihood."""
+        return self.channels * self.height * self.width
+
+
+class Data(Strict):
+    """Which shards to read, and how."""
+
+    path: str = Field(
+        "${VAEDIST_DATA}",
+        description="Folder with index.json; environment variables are expanded.",
+        json_schema_extra=FREE,  # a copy elsewhere is the same data: the data identity is what counts
+    )
+    train_split: str = "train"
+    validation_split: str = "validate"
+    binarise: Literal["none", "static", "dynamic", "threshold"] = Field(
+        "none",
+        description="Black or white with probability x / 255: drawn once per image (static), at every step anew "
+        "(dynamic; static where it is measured), or white from 128 on (threshold).",
+    )
+    lanes: int | None = Field(
+        None, ge=1, description="Order lanes L; default: the largest divisor of the batch size up to 16."
+    )
+    cache: Literal["auto", "none", "memory", "device"] = Field(
+        "auto",
+        description="Decode every image once, into memory that a node's processes share, or from there onto each GPU "
+        "(device); auto: into memory where images are read again, and are few beside what is free of it "
+        "(vaedist.training.loader_settings).",
+        json_schema_extra=FREE,
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="Reader threads per process; 0 reads in the loop itself; default: by device and cache.",
+        json_schema_extra=FREE,
+    )
+
+
+class Augment(Strict):
+    """Changes of training images, drawn anew at each step; see `vaedist.data.loading.inputs` for each one's law."""
+
+    flip: float = Field(0.0, ge=0, le=1, description="Probability of a mirror image, left for right.")
+    shift: int = Field(0, ge=0, description="Most pixels in each direction; the edge is repeated.")
+    poisson: float | None = Field(
+        None, gt=0, le=4096, description="Photons that white stands for: fewer, more noise."
+    )
+    speckle: float = Field(0.0, ge=0, description="Standard deviation of noise that multiplies the value.")
+    gaussian: float = Field(0.0, ge=0, description="Standard deviation of added noise on the [0, 1] scale.")
+    salt_pepper: float = Field(0.0, ge=0, le=1, description="Share of pixels made black or white.")
+    denoise: bool = Field(False, description="Predict the image without the noise; measured with it too.")
+
+    @property
+    def noisy(self) -> tuple[str, ...]:
+        """The noises that are on; flip and shift are none."""
+        return tuple(
+            name for name in ("poisson", "speckle", "gaussian", "salt_pepper") if getattr(self, name)
+        )
+
+    @model_validator(mode="after")
+    def _noise_to_remove(self) -> Augment:
+        if self.denoise and not self.noisy:
+            raise ValueError(
+                "augment.denoise: there is no noise to remove: set augment.gaussian, salt_pepper, poisson or speckle"
+            )
+        return self
+
+
+class Constant(Strict):
+    kind: Literal["constant"] = "constant"
+    warmup: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+
+
+class Cosine(Strict):
+    """Linear warm-up, then half a cosine to `final` times the learning rate at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+
+
+class MultiStep(Strict):
+    """The rate is multiplied by `gamma` at each milestone (in steps)."""
+
+    kind: Literal["multistep"] = "multistep"
+    warmup: int = Field(0, ge=0)
+    milestones: tuple[int, ...]
+    gamma: float = Field(0.1, gt=0, lt=1)
+
+
+class Plateau(Strict):
+    """The rate is multiplied by `factor` after `patience` validations in a row without an improvement."""
+
+    kind: Literal["plateau"] = "plateau"
+    warmup: int = Field(0, ge=0)
+    factor: float = Field(0.5, gt=0, lt=1)
+    patience: int = Field(5, ge=1)
+    threshold: float = Field(1e-4, ge=0, description="Relative improvement that counts.")
+    floor: float = Field(0.0, ge=0, description="Smallest factor on the learning rate.")
+
+
+Schedule = Annotated[Constant | Cosine | MultiStep | Plateau, Field(discriminator="kind")]
+
+
+class Optim(Strict):
+    """Optimizer of one phase."""
+
+    name: Literal["adam", "adamw"] = Field("adamw", json_schema_extra=OVERRIDE)
+    learning_rate: float = Field(1e-3, gt=0, json_schema_extra=OVERRIDE)
+    betas: tuple[float, float] = Field((0.9, 0.999), json_schema_extra=OVERRIDE)
+    eps: float = Field(1e-8, gt=0, json_schema_extra=OVERRIDE)
+    weight_decay: float = Field(0.0, ge=0, json_schema_extra=OVERRIDE)
+    schedule: Schedule = Field(Constant(), json_schema_extra=OVERRIDE)
+    clip: float | None = Field(
+        None, gt=0, description="Largest global gradient norm.", json_schema_extra=OVERRIDE
+    )
+    start: int = Field(
+        0,
+        ge=0,
+        description="First step at which this phase is trained; its schedule counts from there.",
+        json_schema_extra=OVERRIDE,
+    )
+    every: int = Field(
+        1, ge=1, description="The phase is trained at every n-th step.", json_schema_extra=OVERRIDE
+    )
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _constant_by_default(cls, value: Any) -> Any:
+        return {"kind": "constant", **value} if isinstance(value, dict) else value
+
+
+class Monitor(Strict):
+    """Which validation number decides what is best."""
+
+    metric: str = Field(
+        "loss", description="A term of the loss, or a measure of sample quality such as `kid`."
+    )
+    mode: Literal["min", "max"] = "min"
+    images: int = Field(
+        512, ge=2, description="How many held-out and generated images a measure of sample quality compares."
+    )
+
+
+class InitFrom(Strict):
+    """Where a new run's weights come from. A run that is resumed has its own."""
+
+    run: str = Field(description="A run folder (its best checkpoint), or one checkpoint in it.")
+    weights: Literal["ema", "raw"] | None = Field(
+        None, description="Which of its weights; default: those that everything else downstream of it uses."
+    )
+    map: dict[str, str] = Field(
+        default_factory=dict,
+        description="Its submodules to this model's, such as `{decoder: generator}`; default: the whole model.",
+    )
+    strict: bool = Field(
+        True, description="Refuse unless every tensor fits; false copies those of the same name and shape."
+    )
+    optimizer: bool | None = Field(
+        None,
+        description="Take over its optimizers' state too; default: only where train.reset_optimizer is never.",
+    )
+
+
+class Train(Strict):
+    """The loop."""
+
+    steps: int | None = Field(None, ge=1, description="Length in optimizer steps.", json_schema_extra=FREE)
+    epochs: float | None = Field(None, gt=0, description="Length in epochs instead.", json_schema_extra=FREE)
+    batch_size: int = Field(32, ge=1, description="Global batch: over all processes, every device count.")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most samples one process takes at once; a larger share is accumulated in several passes.",
+        json_schema_extra=FREE,
+    )
+    precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", json_schema_extra=OVERRIDE)
+    compile: bool = Field(False, json_schema_extra=FREE)
+    channels_last: bool = Field(False, json_schema_extra=FREE)
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads per process; default: the allocation's cores / processes on the node.",
+        json_schema_extra=FREE,
+    )
+    optim: dict[str, Optim] = Field(default_factory=lambda: {"main": Optim()})
+    reset_optimizer: Literal["never", "on_import", "always"] = Field(
+        "on_import",
+        description="When an optimizer forgets what it has learnt: when a run starts from another's weights "
+        "(on_import), at every resume too (always), or never.",
+        json_schema_extra=OVERRIDE,
+    )
+    ema_half_life: float | None = Field(
+        None,
+        gt=0,
+        description="Half-life of the weight average, in images; none: no average.",
+        json_schema_extra=OVERRIDE,
+    )
+    weights: Literal["ema", "raw"] | None = Field(
+        None,
+        description="Weights used by validation, best, sampling and all that follows; default: ema if averaged.",
+        json_schema_extra=OVERRIDE,
+    )
+    monitor: Monitor = Field(Monitor(), json_schema_extra=OVERRIDE)
+    early_stop: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many validations in a row without a new best.",
+        json_schema_extra=FREE,
+    )
+    log_every: int = Field(20, ge=1, json_schema_extra=FREE)
+    validate_every: int = Field(500, ge=1, json_schema_extra=FREE)
+    save_every: int = Field(500, ge=1, json_schema_extra=FREE)
+    keep: int = Field(
+        2, ge=1, description="Newest checkpoints kept (the best one is kept besides).", json_schema_extra=FREE
+    )
+    max_bad_steps: int = Field(
+        10, ge=1, description="Non-finite steps in a row after which training stops.", json_schema_extra=FREE
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        if self.weights == "ema" and self.ema_half_life is None:
+            raise ValueError("train.weights: ema needs train.ema_half_life (in images)")
+        return self
+
+    @property
+    def chosen_weights(self) -> Literal["ema", "raw"]:
+        """The one rule for which weights everything downstream uses."""
+        return self.weights or ("ema" if self.ema_half_life is not None else "raw")
+
+
+class Job(Strict):
+    """One experiment."""
+
+    name: str = Field("run", pattern=NAME, json_schema_extra=FREE)
+    seed: int = Field(0, ge=0, lt=2**63)
+    data: Data = Data()
+    augment: Augment = Field(Augment(), json_schema_extra=OVERRIDE)
+    model: dict[str, Any] = Field(description="`kind` and that variant's own settings.")
+    train: Train
+    init_from: InitFrom | None = Field(
+        None,
+        description="A run or checkpoint whose weights a new run starts from: its name, or a section.",
+        json_schema_extra=FREE,
+    )
+
+    @model_validator(mode="after")
+    def _binary_inputs_stay_binary(self) -> Job:
+        grey = [name for name in self.augment.noisy if name != "salt_pepper"]
+        if self.data.binarise != "none" and grey and not self.augment.denoise:
+            raise ValueError(
+                f"augment.{grey[0]} would make the binarised images grey again: set augment.denoise=true, so that "
+                "only the input has noise, or data.binarise=none"
+            )
+        return self
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _just_a_run(cls, value: Any) -> Any:
+        return {"run": value} if isinstance(value, str) else value
+
+    @property
+    def imports_optimizer(self) -> bool:
+        """Whether a new run takes over the optimizers' state of the run it starts from."""
+        if self.init_from is None:
+            return False
+        if self.init_from.optimizer is None:
+            return self.train.reset_optimizer == "never" and not self.init_from.map
+        return self.init_from.optimizer
+
+    @model_validator(mode="after")
+    def _optimizer_is_kept_or_not(self) -> Job:
+        if self.imports_optimizer and self.train.reset_optimizer == "always":
+            raise ValueError(
+                "init_from.optimizer: true takes the optimizer's state over and train.reset_optimizer: always throws "
+                "it away: leave one of them out"
+            )
+        if self.imports_optimizer and self.init_from is not None and self.init_from.map:
+            raise ValueError(
+                "init_from.optimizer: the state of an optimizer belongs to a whole model: leave init_from.map or "
+                "init_from.optimizer out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_has_kind(self) -> Job:
+        if not isinstance(self.model.get("kind"), str):
+            raise ValueError("model.kind is missing: name the variant, for example `kind: vqvae`")
+        return self
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read and check a job file; overrides are `key.sub=value`.
+
+    Raises:
+        UserError: one sentence about the first mistakes.
+    """
+    content = apply_overrides(one_length(read_yaml(path), overrides), overrides)
+    return parse(Job, content, where=str(path))
+
+
+def one_length(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`content` without its `train.epochs` where an override gives `train.steps`, and the other way round.
+
+    A length replaces a length: whoever shortens a job should not have to look up in what its file counts.
+    """
+    given = {one.partition("=")[0] for one in overrides if one.partition("=")[2] not in ("", "null")}
+    replaced = [{"steps", "epochs"} - {name} for name in ("steps", "epochs") if f"train.{name}" in given]
+    train = content.get("train")
+    if len(replaced) != 1 or not isinstance(train, dict):
+        return content
+    return {**content, "train": {key: value for key, value in train.items() if key not in replaced[0]}}

@@ -1,0 +1,131 @@
+"""What stands on a terminal and nowhere else: colours and progress bars.
+
+A pipe, a log file and a batch job get the same text without either. Colours follow https://no-color.org: any text in
+$NO_COLOR turns them off, and so does a terminal that calls itself dumb.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import IO, Any, Literal
+
+Colour = Literal["red", "yellow", "green"]
+Bar = Callable[[str, int], Callable[[int], None]]
+"""`bar(what, total)` begins a progress bar; what it returns is called with the number done so far."""
+_CODES: dict[Colour, str] = {"red": "1;31", "yellow": "1;33", "green": "32"}
+
+
+def coloured(text: str, colour: Colour, stream: IO[str] | None = None) -> str:
+    """`text` as it goes to `stream`: in that colour on a terminal that wants colours, else as it is.
+
+    Args:
+        text: A word or two that should catch the eye.
+        colour: Its meaning: red has gone wrong, yellow is to be looked at, green is the best so far.
+        stream: Where it is about to be printed; default: standard output.
+    """
+    return f"\x1b[{_CODES[colour]}m{text}\x1b[0m" if _wants_colour(stream or sys.stdout) else text
+
+
+def _wants_colour(stream: IO[str]) -> bool:
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
+
+
+def error_line(name: str, sentence: object) -> str:
+    """What a door prints on standard error before it leaves: its name, what is wrong, and what to do."""
+    return f"{name}: {coloured('error:', 'red', sys.stderr)} {sentence}"
+
+
+def teller(quiet: bool) -> Callable[[str], None]:
+    """What shows a line of a door, or nothing with --quiet."""
+    return (lambda _: None) if quiet else print
+
+
+class Bars:
+    """One progress bar after the other on standard error, where that is a terminal. A context manager.
+
+    Args:
+        unit: What is counted.
+        quiet: No bars at all.
+        verbose: Say of each stage what it was and how long it took, also where there is no terminal.
+    """
+
+    def __init__(self, unit: str = "images", *, quiet: bool = False, verbose: bool = False) -> None:
+        self._unit, self._verbose = unit, verbose
+        self._shown = not quiet and sys.stderr.isatty()
+        self._bar: Any = None
+        self._stage = ""
+        self._done, self._began = 0, 0.0
+
+    def begin(self, stage: str, total: int | None = None) -> Callable[[int], None]:
+        """Start the bar of a stage, ending the one before; a function of how many are done."""
+        self.close()
+        self._stage, self._done, self._began = stage, 0, time.monotonic()
+        bar = self._bar = progress_bar(total, self._unit, stage, leave=False) if self._shown else None
+
+        def update(done: int) -> None:
+            self._done = done
+            if bar is not None:
+                bar.update(done - bar.n)
+
+        return update
+
+    def of(self, stage: str) -> Callable[[int, int], None]:
+        """As `begin`, for a stage whose length is told with each step: a function of (done, in all)."""
+        update = self.begin(stage)
+
+        def progress(done: int, total: int) -> None:
+            if self._bar is not None and self._bar.total != total:
+                self._bar.total = total
+                self._bar.refresh()  # tqdm would wait, and a short stage end without ever having shown its length
+            update(done)
+
+        return progress
+
+    def close(self) -> None:
+        """End the bar that stands there, if any."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._stage and self._verbose:
+            seconds = time.monotonic() - self._began
+            print(f"{self._stage}: {self._done:,} {self._unit}, {seconds:.1f} s", file=sys.stderr)
+        self._bar, self._stage = None, ""
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def progress_bar(
+    total: int | None, unit: str, stage: str | None = None, *, initial: int = 0, leave: bool = True
+) -> Any:
+    """A tqdm bar on standard error as wide as the terminal, also on one that does not know its width.
+
+    Args:
+        total: Length; None: not known yet.
+        unit: What is counted.
+        stage: What stands before it.
+        initial: Done before.
+        leave: Whether it stays when it ends.
+    """
+    from tqdm import tqdm
+
+    # Terminals without a size (`docker run -t`, for one) would get a bar of no width.
+    size = shutil.get_terminal_size((100, 24))
+    return tqdm(
+        total=total,
+        unit=f" {unit}",
+        desc=stage,
+        initial=initial,
+        leave=leave,
+        ncols=size.columns or 100,
+        nrows=size.lines or 24,
+    )

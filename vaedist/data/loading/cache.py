@@ -1,0 +1,358 @@
+"""The memory cache: every image of a split decoded once, in memory that a node's processes share.
+
+The memory has no name: it is a memfd, handed from the node's first process to the others over a socket, and it
+is gone when the last process is, however that ended. Nothing in /dev/shm can leak, and /dev/shm's size is no
+limit. Torchrun's children, the local engine's and Ray's workers are not related by fork, so the first process
+listens on an abstract Unix socket, also nameless on disk, whose address holds a secret that all ranks were told;
+only processes of the same user are answered.
+
+All processes of the job take part, in the same order: agree on the secret, share the memory, decode (each its
+part of the node's copy), agree that all went well. The layer below torch.distributed may not use it, so what is
+needed of the process group comes in as `Node`; one process needs none.
+
+What a job does to an image at every step alike (`Finish`) is done here, once.
+
+Where the memory is too small, the stream reads shards as without a cache, and says so in one sentence.
+
+A GPU can hold the split itself (`cache: device`): each process then sends it there once, and a batch is taken from it
+by one kernel. Where the GPU has no room for it, it stays in the node's memory, and one sentence says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaedist.core.errors import DataError, UserError
+from vaedist.data.format.decoding import Rows
+from vaedist.data.format.index import Index, Split
+
+_log = logging.getLogger("vaedist")
+_SHARE = 0.8  # of what is free; the rest is for the model and for the shards being read
+_SHARE_OF_DEVICE = 0.5  # of what is free there; the rest is for activations
+_DEADLINE_S = 120.0  # for a process of this node to fetch the memory once all ranks have been told of it
+_BLOCK = 4 << 20  # bytes of shard read at once while filling
+_VALUES = 1 << 17  # pixels that are finished at once: it may take many bytes for each
+_LONGEST_SENTENCE = 4096  # bytes
+_ROUND = 4096  # samples that a process decodes between two agreements
+
+
+Cache = Literal["none", "memory", "device"]
+"""Where a split lies, decoded."""
+Finish = Callable[[NDArray[np.uint8], Sequence[str]], None]
+"""Changes (n, C, H, W) uint8 images in place; the names are their keys."""
+
+
+class Node(Protocol):
+    """What sharing memory needs of a process group; `training.dist.Group` fits."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    def from_leader(self, work: Callable[[], bytes]) -> bytes:
+        """Do `work` on rank 0; its bytes, on every rank."""
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over ranks."""
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+
+
+def fill_memory(
+    index: Index,
+    split: Split,
+    *,
+    finish: Finish | None = None,
+    node: Node | None = None,
+    workers: int = 1,
+    memory_limit: int | None = None,
+) -> NDArray[Any] | None:
+    """All images of the split, (N, C, H, W) uint8, shared by the processes of this node; or all codes, (N, 1, h, w).
+
+    Collective: with a `node` of several processes, all of them call it at the same point.
+
+    Args:
+        index, split: What to decode.
+        finish: What is done to every image after it.
+        node: The process group; none: this process alone.
+        workers: Decoding threads of this process.
+        memory_limit: Bytes that the cache may take on this node; default: 80 % of what is free.
+
+    Returns:
+        The images, or none where they do not fit (a warning has said so).
+
+    Raises:
+        DataError: a sample is damaged; raised on all ranks, with one sentence.
+    """
+    needed = split.count * index.sample_bytes
+    first = node is None or node.local_rank == 0
+    allowed = (int(available_memory() * _SHARE) if memory_limit is None else memory_limit) if first else 0
+    alone = node is None or node.world == 1
+    if node is None or alone:
+        memory, part, parts = (_new_memory(needed) if needed <= allowed else None), 0, 1
+    else:
+        memory, part, parts = _share(needed, allowed, node), node.local_rank, node.local_world
+    images: NDArray[Any] | None = None
+    start = stop = 0
+    if memory is not None:
+        images = np.frombuffer(memory, index.dtype).reshape(split.count, *index.shape)
+        start, stop = split.count * part // parts, split.count * (part + 1) // parts
+    elif first:
+        _log.warning(
+            "cache: memory needs %s for the split %r and %s may be used here: reading shards instead, as with "
+            "cache: none",
+            _size(needed),
+            split.name,
+            _size(allowed),
+        )
+    # In rounds, so that no process waits long for another (collectives have deadlines) and damage ends it early.
+    rounds = -(-(stop - start) // _ROUND)
+    if node is not None and not alone:
+        rounds = int(node.largest(torch.tensor([float(rounds)])))
+    for low in range(start, start + rounds * _ROUND, _ROUND):
+        failure: DataError | None = None
+        if images is not None:
+            try:
+                _decode_into(images, index, split, low, min(low + _ROUND, stop), workers, finish)
+            except DataError as error:
+                failure = error
+        if node is not None and not alone:
+            failure = _first_told(failure, node)
+        if failure is not None:
+            raise failure
+    if images is not None:
+        images.flags.writeable = False
+    return images
+
+
+def on_device(images: NDArray[Any], device: torch.device) -> Tensor | None:
+    """The same on the device, or none where it has no room (a warning has said so).
+
+    Codes become int32, in which a device can look things up.
+    """
+    kind = np.uint8 if images.dtype == np.uint8 else np.int32
+    needed = images.size * np.dtype(kind).itemsize
+    if device.type == "cuda":
+        allowed = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE)
+        if needed > allowed:
+            _log.warning(
+                "cache: device needs %s and %s of the GPU may be used for it: the images stay in the node's memory, as "
+                "with cache: memory",
+                _size(needed),
+                _size(allowed),
+            )
+            return None
+    content = torch.empty(images.shape, dtype=torch.uint8 if kind == np.uint8 else torch.int32, device=device)
+    step = max(1, _BLOCK * len(images) // needed)
+    for start in range(0, len(images), step):  # not all at once: it would be in the node's memory twice
+        content[start : start + step] = torch.from_numpy(images[start : start + step].astype(kind))
+    return content
+
+
+def _first_told(failure: DataError | None, node: Node) -> DataError | None:
+    """One rank's failure, on all ranks: whichever process is heard, it names the sample."""
+    teller = int(node.largest(torch.tensor([0.0 if failure is None else node.rank + 1.0])))
+    if not teller:
+        return None
+    sentence = torch.zeros(_LONGEST_SENTENCE)
+    if failure is not None and teller == node.rank + 1:
+        content = str(failure).encode()[:_LONGEST_SENTENCE]
+        sentence[: len(content)] = torch.tensor(list(content), dtype=torch.float32)
+    told = bytes(node.largest(sentence).to(torch.uint8).tolist())
+    return DataError(told.rstrip(b"\0").decode(errors="replace"))
+
+
+def _decode_into(
+    images: NDArray[Any],
+    index: Index,
+    split: Split,
+    start: int,
+    stop: int,
+    workers: int,
+    finish: Finish | None,
+) -> None:
+    def decode(block: tuple[int, int, int]) -> None:
+        shard, low, high = block
+        rows, base = Rows(index, split, shard, low, high), int(split.starts[shard])
+        for row in range(low, high):
+            rows.decode(row, images[base + row])
+        if finish is not None:
+            many = max(1, _VALUES // index.sample_bytes)
+            for first in range(low, high, many):
+                last = min(first + many, high)
+                finish(images[base + first : base + last], rows.columns.keys[first:last])
+
+    if workers <= 1:
+        for block in _blocks(split, start, stop):
+            decode(block)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="vaedist-cache") as pool:
+        try:
+            for _ in pool.map(decode, list(_blocks(split, start, stop))):
+                pass
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _blocks(split: Split, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first row, last row + 1) runs of about 4 MB that make up samples `start` to `stop`."""
+    while start < stop:
+        shard, low = split.locate(start)
+        entry = split.shards[shard]
+        step = max(1, _BLOCK * entry.count // entry.bytes)
+        high = min(low + step, entry.count, low + stop - start)
+        yield shard, low, high
+        start += high - low
+
+
+# Memory without a name -----------------------------------------------------------------------------------------
+
+
+def _new_memory(size: int) -> mmap.mmap:
+    handle = os.memfd_create("vaedist", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(handle, size)
+        return mmap.mmap(handle, size)
+    finally:
+        os.close(handle)
+
+
+def _share(needed: int, allowed: int, node: Node) -> mmap.mmap | None:
+    """The node's memory in each of its processes; none on this node where it does not fit."""
+    secret = node.from_leader(lambda: secrets.token_bytes(16))
+    # Two nodes of a test cluster on one machine see the same sockets, so the node's name is part of the address.
+    name = f"{os.uname().nodename} {os.environ.get('SLURMD_NODENAME', '')}".encode()
+    address = b"\0vaedist-" + hashlib.blake2b(secret + name, digest_size=24).hexdigest().encode()
+    if node.local_rank != 0:
+        node.barrier()  # every listener listens
+        return _fetch(address, needed)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"cache: memory cannot be shared on this node ({error}); set data.cache=none"
+            ) from None
+        listener.listen(node.local_world)
+        listener.settimeout(_DEADLINE_S)
+        node.barrier()
+        if needed > allowed:
+            _hand_out(listener, node.local_world - 1, None)
+            return None
+        handle = os.memfd_create("vaedist", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(handle, needed)
+            _hand_out(listener, node.local_world - 1, handle)
+            return mmap.mmap(handle, needed)
+        finally:
+            os.close(handle)
+
+
+def _hand_out(listener: socket.socket, count: int, handle: int | None) -> None:
+    while count:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            raise UserError(
+                f"cache: memory: {count} processes of this node did not come for the shared memory within "
+                f"{_DEADLINE_S:.0f} s; look for their errors, or set data.cache=none"
+            ) from None
+        with connection:
+            peer = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if peer[1] != os.getuid():
+                continue
+            # A process that died here is noticed where all agree; the others still get theirs.
+            with contextlib.suppress(OSError):
+                socket.send_fds(
+                    connection, [b"1" if handle is not None else b"0"], [] if handle is None else [handle]
+                )
+            count -= 1
+
+
+def _fetch(address: bytes, needed: int) -> mmap.mmap | None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_DEADLINE_S)
+        try:
+            connection.connect(address)
+            answer, handles, _, _ = socket.recv_fds(connection, 1, 1)
+        except OSError as error:
+            raise UserError(
+                f"cache: memory: the first process of this node did not hand over the shared memory ({error}); look "
+                "for its error, or set data.cache=none"
+            ) from None
+    if not handles:
+        if answer != b"0":
+            raise UserError(
+                "cache: memory: the first process of this node ended while sharing; look for its error"
+            )
+        return None
+    try:
+        return mmap.mmap(handles[0], needed)
+    finally:
+        os.close(handles[0])
+
+
+# How much there is ---------------------------------------------------------------------------------------------
+
+
+def available_memory(
+    read: Callable[[str], str] = lambda path: Path(path).read_text(), environ: Mapping[str, str] = os.environ
+) -> int:
+    """Bytes that may still be taken on this node: the least of what is free, the control groups' and Slurm's."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = dict(line.split(":", 1) for line in read("/proc/meminfo").splitlines() if ":" in line)
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError):
+        for line in read("/proc/self/cgroup").splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                names = ("memory.max", "memory.current", "inactive_file")
+                limits += _group_limits(read, "/sys/fs/cgroup", path, names)
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                limits += _group_limits(read, "/sys/fs/cgroup/memory", path, names)
+    with contextlib.suppress(KeyError, ValueError):
+        # Slurm may hold a job to what it asked for without a control group (it kills jobs that exceed it).
+        if environ.get("SLURM_MEM_PER_NODE", "0") != "0":  # 0: all of the node
+            limits.append(int(environ["SLURM_MEM_PER_NODE"]) << 20)
+        elif environ.get("SLURM_MEM_PER_CPU", "0") != "0":
+            limits.append(int(environ["SLURM_MEM_PER_CPU"]) * int(environ["SLURM_CPUS_ON_NODE"]) << 20)
+    return max(0, min(limits, default=0))
+
+
+def _group_limits(
+    read: Callable[[str], str], root: str, path: str, names: tuple[str, str, str]
+) -> Iterator[int]:
+    """What each control group from `path` up to the root still allows; file cache that can go counts as free."""
+    limit_name, used_name, cached_name = names
+    parts = [part for part in path.split("/") if part]
+    for depth in range(len(parts), -1, -1):
+        group = "/".join([root, *parts[:depth]])
+        with contextlib.suppress(OSError, ValueError):  # no such file here, or the limit is `max`
+            limit, used = int(read(f"{group}/{limit_name}")), int(read(f"{group}/{used_name}"))
+            statistics = dict(line.split() for line in read(f"{group}/memory.stat").splitlines())
+            yield limit - used + int(statistics.get(cached_name, 0))
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -1,0 +1,149 @@
+"""Code shards: the codes that a frozen tokenizer gives to every image of a packed folder.
+
+The folder is a packed folder itself (`vaedist.data.format.index`) that lies beside the tokenizer's weights: plain
+WebDataset tars whose samples are `<key>.npy` (the code grid, (h, w) uint16, or uint32 for more than 65,536 codes),
+`<key>.cls` and `<key>.json`. Splits, shards and rows are those of the images, so a sample has the same number in
+both and a step of training takes the same samples.
+
+`source` of its index is the stamp: which weights made it, of which data. It is written last; until then the
+shards that are whole have a receipt each under `.making/`, and whoever goes on makes only the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaedist.core.errors import UserError
+from vaedist.core.files import replace_file
+from vaedist.data.format.image_files import encode
+from vaedist.data.format.index import Index, Shard
+from vaedist.data.packing.pack import shard_of, write_shard
+from vaedist.data.packing.preparation import Prepared
+from vaedist.data.packing.publish import publish
+from vaedist.data.sources import Item
+
+WORKSPACE = ".making"
+
+
+def codes_folder(home: Path, stamp: Mapping[str, Any]) -> Path:
+    """Where the codes with this stamp lie below a tokenizer's run folder."""
+    text = json.dumps(stamp, sort_keys=True)
+    return home / "codes" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_codes(folder: Path, stamp: Mapping[str, Any], images: Index) -> Index:
+    """Finished codes of `images`.
+
+    Raises:
+        UserError: they are not finished, or another tokenizer or other images made them.
+    """
+    index = Index.open(folder, "codes")
+    wrong = [name for name, value in stamp.items() if index.source.get(name) != value]
+    if wrong:
+        raise UserError(
+            f"the codes in {folder} do not come from this tokenizer and these images ({', '.join(wrong)} differs): "
+            "remove that folder, and training makes the codes anew"
+        )
+    for name, split in images.splits.items():
+        if name not in index.splits or index.splits[name].counts.tolist() != split.counts.tolist():
+            raise UserError(
+                f"the codes in {folder} are not those of {images.folder} (split {name!r} differs): remove that "
+                "folder, and training makes the codes anew"
+            )
+    return index
+
+
+class CodeWriter:
+    """Writes the codes of one packed folder, shard by shard; begun again, it goes on after the last whole shard.
+
+    Args:
+        folder: Made if missing (0700: what images show, their codes show too).
+        images: The packed folder that the codes are of.
+        num_codes: K; decides how wide a code is stored.
+        stamp: JSON values that say what made them.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, images: Index, num_codes: int, stamp: Mapping[str, Any]) -> None:
+        self.folder, self.images, self.stamp = folder, images, dict(stamp)
+        self.dtype: Literal["uint16", "uint32"] = "uint16" if num_codes <= 1 << 16 else "uint32"
+        self.workspace = folder / WORKSPACE
+        self.workspace.mkdir(mode=0o700, exist_ok=True)
+        for left in self.workspace.glob("*.tmp"):
+            left.unlink()
+
+    def missing(self) -> Iterator[tuple[str, int]]:
+        """(split, shard number) of what is to be written, in order."""
+        for name, split in self.images.splits.items():
+            for shard in range(len(split.shards)):
+                if self._receipt(name, shard) is None:
+                    yield name, shard
+
+    def write(self, split: str, shard: int, codes: NDArray[np.integer[Any]]) -> None:
+        """The codes of one shard of images, (n, h, w), in the order of its rows."""
+        columns = self.images.split(split).columns(shard)
+        assert len(codes) == len(columns), "one grid of codes for each image"
+        numbers = {name: number for number, name in enumerate(self.images.classes)}
+        stored = codes.astype(self.dtype)
+
+        def samples() -> Iterator[Prepared]:
+            for row, grid in enumerate(stored):
+                key, label = columns.keys[row], int(columns.label[row])
+                item = Item(
+                    key, split, self.images.classes[label] if label >= 0 else None, columns.subject(row), key
+                )
+                member, skip = encode(grid, "npy")
+                data = memoryview(member)[skip:]
+                yield Prepared(item, member, skip, zlib.crc32(data), hashlib.sha256(data).digest())
+
+        name = self._name(split, shard)
+        receipt = write_shard(name, samples(), numbers, "npy", self.folder, self.workspace)
+        receipt["grid"] = list(codes.shape[1:])
+        replace_file(self.workspace / f"{name}.json", json.dumps(receipt).encode())
+
+    def finish(self) -> Index:
+        """Write the index, which makes the shards a packed folder, and clear away what was needed to go on."""
+        splits: dict[str, list[Shard]] = {}
+        grid = (0, 0)
+        for name, split in self.images.splits.items():
+            splits[name] = []
+            for shard in range(len(split.shards)):
+                receipt = self._receipt(name, shard)
+                assert receipt is not None, f"{name} {shard} was never written"
+                splits[name].append(shard_of(self.folder, self._name(name, shard), receipt))
+                grid = (receipt["grid"][0], receipt["grid"][1])
+        publish(
+            self.folder,
+            splits,
+            shape=(1, *grid),
+            codec="npy",
+            classes=self.images.classes,
+            source=self.stamp,
+            codes=self.dtype,
+        )
+        shutil.rmtree(self.workspace, ignore_errors=True)
+        return open_codes(self.folder, self.stamp, self.images)
+
+    def _receipt(self, split: str, shard: int) -> dict[str, Any] | None:
+        name = self._name(split, shard)
+        try:
+            receipt: dict[str, Any] = json.loads((self.workspace / f"{name}.json").read_bytes())
+            whole = (self.folder / f"{name}.tar").stat().st_size == receipt["bytes"]
+            return receipt if whole and (self.folder / f"{name}.cols").is_file() else None
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def _name(self, split: str, shard: int) -> str:
+        """The shard of images' own name."""
+        return f"{split}-{shard:06d}"

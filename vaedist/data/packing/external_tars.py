@@ -1,0 +1,326 @@
+"""Tars that somebody else wrote: made into a packed folder by an index, without touching them.
+
+A sample is what WebDataset takes for one: the members that share a path up to the first dot of the file's name.
+Its image is `png` or `npy`, its class number `cls` (or `label` in `json`), its class name and subject `class` and
+`subject` in `json`. The split is told by the tar's name: `train`, `val`, `test` and their kin anywhere in it;
+tars that tell nothing are all `train`.
+
+The stream reads pixels where they lie, so an image must already be what the index can point at: an 8-bit gray or
+RGB PNG, or an npy of uint8 (H, W) or (H, W, 3) in C order, all of one size. Everything else (JPEG, 16 bits, a
+palette) has to be unpacked and packed anew, and the message says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaedist.core.errors import UserError
+from vaedist.core.files import replace_file
+from vaedist.data.format.columns import write_columns
+from vaedist.data.format.image_files import BadImage, Limits, channels_first
+from vaedist.data.format.index import INDEX_NAME, Index, Shard, pixel_digest
+from vaedist.data.packing.contact_sheet import picture_of
+from vaedist.data.packing.packing_plan import Bad, part_subjects, split_rank
+from vaedist.data.packing.publish import publish, read_only
+from vaedist.data.sources import Item, clean_key, natural, split_name
+
+CODECS = ("png", "npy")
+_OTHERS = ("jpg", "jpeg", "webp", "ppm", "pgm", "tif", "tiff", "bmp", "gif", "jp2")
+_LABELS = 1_000_000
+_NOTE = 2**20  # bytes of a json or cls member that are read
+
+
+@dataclass
+class _Row:
+    """One sample of a tar."""
+
+    item: Item
+    label: int
+    offset: int
+    size: int
+    crc: int
+    digest: bytes
+    shape: tuple[int, int, int]
+    codec: str
+
+
+def index_tars(
+    folder: Path,
+    *,
+    skip_bad: bool = False,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Index, int]:
+    """Write columns, contact sheets and `index.json` for the tars in a folder, or one level below it.
+
+    Args:
+        folder: Where they lie; only the tars are left as they are.
+        skip_bad: Leave out samples that cannot be used, listed in `rejected.jsonl`.
+        limits: On one image.
+        progress: Called with (tars read, tars in all).
+
+    Returns:
+        The packed folder, and how many samples were left out.
+
+    Raises:
+        UserError: no tars, a damaged or compressed one, a sample that cannot be used.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the one that holds the tars")
+    if (folder / INDEX_NAME).exists():
+        raise UserError(f"{folder} has an {INDEX_NAME} already: remove it to index the tars anew")
+    tars = sorted((*folder.glob("*.tar"), *folder.glob("*/*.tar")), key=lambda one: natural(str(one)))
+    if not tars:
+        packed = next(
+            (one.name for end in ("gz", "bz2", "xz", "zst") for one in folder.glob(f"*.tar.{end}")), None
+        )
+        tail = ": give the folder that holds the tars"
+        if packed:
+            tail = f": {packed} is compressed, and samples are read by offset; unpack it first"
+        raise UserError(f"{folder} holds no *.tar{tail}")
+    bad, limits = Bad(skip_bad), limits or Limits()
+    rows: dict[Path, list[_Row]] = {}
+    names: dict[int, str] = {}
+    for number, tar in enumerate(tars, start=1):
+        rows[tar] = list(_read_tar(folder, tar, bad, limits, names))
+        if progress:
+            progress(number, len(tars))
+    _of_one_kind(rows, bad)
+    stay = {item.key for item in part_subjects([row.item for one in rows.values() for row in one], bad)}
+    rows = {tar: [row for row in one if row.item.key in stay] for tar, one in rows.items()}
+    kept = [row for one in rows.values() for row in one]
+    if not kept:
+        reason = f": {bad.problems[0].origin} {bad.problems[0].reason}" if bad.problems else ""
+        raise UserError(f"the tars in {folder} hold no image that can be used{reason}")
+
+    classes = tuple(names.get(i, str(i)) for i in range(max(row.label for row in kept) + 1))
+    splits: dict[str, list[Shard]] = defaultdict(list)
+    for tar, one in rows.items():
+        if one:
+            splits[one[0].item.split or "train"].append(_write(tar, one))
+    if bad.problems:
+        lines = [json.dumps({"file": problem.origin, "reason": problem.reason}) for problem in bad.problems]
+        replace_file(folder / "rejected.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    index = publish(
+        folder,
+        {name: splits[name] for name in sorted(splits, key=split_rank)},
+        shape=kept[0].shape,
+        codec=kept[0].codec,
+        classes=classes,
+        source={"source": "tars", "rejected": len(bad.problems)},
+    )
+    return index, len(bad.problems)
+
+
+def split_of(path: str) -> str:
+    """The split that a tar's path tells (`imagenet-val-0001.tar` is `validate`); `train` where it tells none."""
+    words = re.split(r"[^A-Za-z]+", path.removesuffix(".tar"))
+    return next((split for word in words if word and (split := split_name(word))), "train")
+
+
+def _read_tar(folder: Path, tar: Path, bad: Bad, limits: Limits, names: dict[int, str]) -> Iterator[_Row]:
+    """The usable samples of one tar, in its order."""
+    shown = tar.relative_to(folder).as_posix()
+    split = split_of(shown)
+    with open(tar, "rb") as file:
+        for key, members in _samples(tar, shown):
+            origin = f"{shown}/{key}"
+            try:
+                yield _read_sample(file, shown, key, split, members, limits, names)
+            except BadImage as error:
+                bad.add(origin, str(error))
+
+
+def _samples(tar: Path, shown: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Members grouped as WebDataset groups them: neighbours with one path up to the first dot of the name."""
+    current, members = None, dict[str, tarfile.TarInfo]()
+    size = tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if member.offset_data + (member.size if member.isfile() else 0) > size:
+                    raise tarfile.ReadError("it ends in the middle of a member")
+                if not member.isfile() or member.issparse():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                if not dot or not stem:
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if key != current:
+                    if current is not None:
+                        yield current, members
+                    current, members = key, {}
+                members[extension.lower()] = member
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{shown} is damaged or not an uncompressed tar: {error}") from None
+    if current is not None:
+        yield current, members
+
+
+def _read_sample(
+    file: io.BufferedReader,
+    shown: str,
+    key: str,
+    split: str,
+    members: dict[str, tarfile.TarInfo],
+    limits: Limits,
+    names: dict[int, str],
+) -> _Row:
+    codec = next((one for one in CODECS if one in members), None)
+    if codec is None:
+        other = next((one for one in _OTHERS if one in members), None)
+        raise BadImage(
+            f"has no png or npy member{f', only {other}' if other else ''}: unpack the tars and pack the folder"
+        )
+    member = members[codec]
+    if member.size > limits.bytes:
+        raise BadImage(f"has more than {limits.bytes:,} bytes (--max-bytes)")
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    skip, shape = _shape_png(data, limits) if codec == "png" else _shape_npy(data, limits)
+    try:
+        picture = picture_of(data[skip:], shape, codec)
+    except ValueError as error:
+        raise BadImage(f"is damaged: {error}") from None
+    note = _note(file, members.get("json"))
+    label = _label(file, members.get("cls"), note)
+    if label >= 0 and isinstance(note.get("class"), str):
+        names.setdefault(label, note["class"])
+    subject = note.get("subject")
+    subject = subject if isinstance(subject, str) else ""
+    item = Item(clean_key(key), split, None, subject, f"{shown}/{key}")
+    return _Row(
+        item,
+        label,
+        member.offset_data + skip,
+        len(data) - skip,
+        zlib.crc32(memoryview(data)[skip:]),
+        pixel_digest(channels_first(picture)),
+        shape,
+        codec,
+    )
+
+
+def _shape_png(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
+    """Bytes to skip (none) and (C, H, W) of a PNG, from its header alone."""
+    if len(data) < 26 or not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise BadImage("is not a PNG" if data else "is empty (0 bytes)")
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    depth, colour = data[24], data[25]
+    if width * height > limits.pixels:
+        raise BadImage(f"announces {width} x {height} pixels, more than {limits.pixels:,} (--max-pixels)")
+    if depth != 8 or colour not in (0, 2):
+        kinds = {0: "gray", 2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGBA"}
+        raise BadImage(
+            f"is a {depth}-bit {kinds.get(colour, 'unknown')} PNG, and only 8-bit gray or RGB can be read in place: "
+            "unpack the tars and pack the folder"
+        )
+    return 0, (1 if colour == 0 else 3, height, width)
+
+
+def _shape_npy(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
+    """Bytes to skip and (C, H, W) of an npy file; nothing in it is unpickled."""
+    buffer = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(buffer)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, kind = read(buffer)
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise BadImage(f"is not an npy file: {error}") from None
+    if kind != np.uint8 or (fortran and len(shape) > 1):
+        raise BadImage(f"is an npy of {kind}{' in Fortran order' if fortran else ''}, not uint8 in C order")
+    if len(shape) == 3 and 1 in (shape[0], shape[2]):
+        shape = tuple(shape[1:] if shape[0] == 1 else shape[:2])
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or min(shape) < 1:
+        raise BadImage(f"is an npy of shape {shape}, not (H, W) or (H, W, 3)")
+    if shape[0] * shape[1] > limits.pixels:
+        raise BadImage(
+            f"announces {shape[1]} x {shape[0]} pixels, more than {limits.pixels:,} (--max-pixels)"
+        )
+    skip = buffer.tell()
+    if len(data) - skip != int(np.prod(shape)):
+        raise BadImage(f"is truncated: {len(data) - skip} bytes for an array of shape {shape}")
+    return skip, (3 if len(shape) == 3 else 1, shape[0], shape[1])
+
+
+def _note(file: io.BufferedReader, member: tarfile.TarInfo | None) -> dict[str, Any]:
+    """The json member, if it is a small object."""
+    if member is None or member.size > _NOTE:
+        return {}
+    file.seek(member.offset_data)
+    try:
+        content = json.loads(file.read(member.size))
+    except (ValueError, RecursionError):
+        raise BadImage("has a json member that is not JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _label(file: io.BufferedReader, member: tarfile.TarInfo | None, note: dict[str, Any]) -> int:
+    """The class number; -1: none."""
+    value: Any = note.get("label")
+    if member is not None:
+        file.seek(member.offset_data)
+        value = file.read(min(member.size, 32)).strip()
+    try:
+        label = -1 if value is None else int(value)
+    except (TypeError, ValueError):
+        raise BadImage(f"has a class that is not a number: {value!r}") from None
+    if not -1 <= label < _LABELS:
+        raise BadImage(f"has the class number {label}, outside 0..{_LABELS - 1:,}")
+    return label
+
+
+def _of_one_kind(rows: dict[Path, list[_Row]], bad: Bad) -> None:
+    """Leave out samples whose codec, size or key is not the set's: `rows` is changed."""
+    first = next((row for one in rows.values() for row in one), None)
+    keys: dict[str, str] = {}
+    for tar, one in rows.items():
+        kept = []
+        for row in one:
+            assert first is not None
+            if (row.codec, row.shape) != (first.codec, first.shape):
+                here, there = (f"{of.codec} of (C, H, W) {of.shape}" for of in (row, first))
+                bad.add(row.item.origin, f"is a {here} and the first sample a {there}")
+            elif row.item.key in keys:
+                bad.add(row.item.origin, f"has the same key as {keys[row.item.key]} ({row.item.key})")
+            else:
+                keys[row.item.key] = row.item.origin
+                kept.append(row)
+        rows[tar] = kept
+
+
+def _write(tar: Path, rows: list[_Row]) -> Shard:
+    """The columns of one tar."""
+    columns = tar.with_suffix(".cols")
+    columns_sha256 = write_columns(
+        columns,
+        tar=tar,
+        keys=[row.item.key for row in rows],
+        offsets=[row.offset for row in rows],
+        sizes=[row.size for row in rows],
+        crcs=[row.crc for row in rows],
+        labels=[row.label for row in rows],
+        subjects=[row.item.subject for row in rows],
+        pixels=[row.digest for row in rows],
+    )
+    read_only(columns)
+    size = os.stat(tar).st_size
+    with open(tar, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(tar, columns, len(rows), size, sha256, columns_sha256)

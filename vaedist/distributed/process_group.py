@@ -1,0 +1,394 @@
+"""Processes that train together: the only room that knows `torch.distributed`.
+
+A process joins a group only if a launcher made one on purpose: it is already initialised (Ray), or `RANK`,
+`WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are all set (torchrun, our local engine, srun). Bare `SLURM_*`
+variables, as an interactive allocation leaves behind, never count.
+
+Every decision of a run is made once: on rank 0 (`from_leader`) or from small vectors that all ranks combine to
+identical bits (`total`, `largest`). Nothing here pickles an object.
+
+Who has something to do while others answer asks in two parts (`begin_sum`, `begin_rows`, `begin_largest`). All ranks
+begin the same collectives in the same order; what DDP begins during a backward pass comes after them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import inspect
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from vaedist.core import errors
+from vaedist.core.errors import UserError
+from vaedist.distributed.pulse import Pulse, Tell
+
+_PART = 256 << 20
+_STORE_SECONDS = 10.0
+_COLLECTIVE_SECONDS = 1800.0
+"""Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
+Later = Callable[[], Tensor]
+"""A collective that has begun: waits for it, and gives what it made."""
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Group:
+    """The processes of one run; with one process every operation is the identity.
+
+    Attributes:
+        rank, world: This process's number and how many there are.
+        local_rank, local_world: The same on this node.
+        device: Where this process computes.
+        pulse: How far its training thread has come.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        local_rank: int = 0,
+        local_world: int = 1,
+        ours: bool = False,
+        pulse: Pulse | None = None,
+    ) -> None:
+        self.device = device
+        self.pulse = pulse or Pulse()
+        self.rank, self.world = rank, world
+        self.local_rank, self.local_world = local_rank, local_world
+        self._ours = ours
+
+    @classmethod
+    def join(
+        cls, device: str | torch.device = "auto", timeout_s: float = 120.0, pulse: Pulse | None = None
+    ) -> Group:
+        """The group that a launcher made for this process, or one process alone.
+
+        Args:
+            device: `auto` takes CUDA where there is one, else the CPU; a `torch.device` is used as it is.
+            timeout_s: How long to wait for the other ranks to appear.
+            pulse: Of a process that is watched already.
+
+        Raises:
+            UserError: the device is not there, the environment is half set, or ranks did not appear in time.
+        """
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+            return cls(_device(device, local_rank), rank, world, local_rank, local_world, pulse=pulse)
+        given = [name for name in _ENVIRONMENT if name in os.environ]
+        if len(given) < len(_ENVIRONMENT):
+            if "RANK" in given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
+                missing = ", ".join(name for name in _ENVIRONMENT if name not in given)
+                raise UserError(f"RANK and WORLD_SIZE are set but {missing} is not: set it, or unset RANK")
+            return cls(_device(device, 0), pulse=pulse)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        chosen = _device(device, local_rank)
+        if world == 1:
+            return cls(chosen, pulse=pulse)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        store = _rendezvous(rank, world, timeout_s)
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
+        )
+        return cls(chosen, rank, world, local_rank, local_world, ours=True, pulse=pulse)
+
+    def watched(
+        self, hang_seconds: float, folder: Path, tell: Tell
+    ) -> contextlib.AbstractContextManager[None]:
+        """Watch over the calling thread: see `vaedist.distributed.pulse`.
+
+        Args:
+            hang_seconds: How long it may stand still; 0: for ever, and so where the ranks met elsewhere.
+            folder: Of the run.
+            tell: Takes one sentence.
+        """
+        if self.world > 1 and not self._ours:
+            return contextlib.nullcontext()
+        who = f"rank {self.rank} of {self.world}" if self.world > 1 else "the one process"
+        peers = _Counts(self.rank, self.world) if self.world > 1 else None
+        return self.pulse.watched(hang_seconds, folder, tell, who=who, peers=peers)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that reads checkpoints, writes files and talks."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Elementwise sum of a small tensor over ranks; no gradient.
+
+        The blocks are gathered and added in rank order, so the bits are the same on all ranks and do not depend
+        on what else the tensor holds (a ring all-reduce adds in an order that depends on the position).
+        """
+        return values if self.world == 1 else self._begin_blocks(values)().sum(0)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over ranks; no gradient."""
+        return self.begin_largest(values)()
+
+    def begin_sum(self, values: Tensor) -> Later:
+        """Begin to sum over ranks, to the same bits on each; no gradient."""
+        result = values.detach().clone(memory_format=torch.contiguous_format)
+        return self._later(dist.all_reduce(result, async_op=True), lambda: result)
+
+    def begin_largest(self, values: Tensor) -> Later:
+        """Begin to find the elementwise maximum over ranks; no gradient."""
+        if self.world == 1:
+            return lambda: values
+        blocks = self._begin_blocks(values)
+        return lambda: blocks().amax(0)
+
+    def begin_rows(self, values: Tensor, rows: Sequence[int]) -> Later:
+        """Begin to concatenate the rows of all ranks, `rows[r]` of rank r; no gradient."""
+        # Collectives want blocks of one size.
+        padded = values.new_zeros((max(rows), *values.shape[1:]))
+        padded[: len(values)] = values.detach()
+        blocks = [torch.empty_like(padded) for _ in rows]
+        work = dist.all_gather(blocks, padded, async_op=True)
+        return self._later(
+            work, lambda: torch.cat([block[:n] for block, n in zip(blocks, rows, strict=True)])
+        )
+
+    def _later(self, work: Any, result: Callable[[], Tensor]) -> Later:
+        def wait() -> Tensor:
+            with self.pulse.meeting():
+                work.wait()
+            return result()
+
+        return wait
+
+    def from_leader(self, work: Callable[[], bytes]) -> bytes:
+        """Do `work` on rank 0 alone; every rank gets its bytes, or raises its error.
+
+        Raises:
+            UserError: as raised by `work`, with the same class and sentence on every rank.
+        """
+        if self.world == 1:
+            return work()
+        answer, failure = b"", None
+        if self.leads:
+            try:
+                answer = b"+" + work()
+            except UserError as error:
+                failure = error
+                answer = b"-" + type(error).__name__.encode() + b"\n" + str(error).encode()
+            except BaseException:
+                self._broadcast_bytes(b"-UserError\nrank 0 failed; see its message")
+                raise
+        answer = self._broadcast_bytes(answer)
+        if failure is not None:
+            raise failure
+        if answer[:1] == b"-":
+            name, _, sentence = answer[1:].decode().partition("\n")
+            raise getattr(errors, name, UserError)(sentence)
+        return answer[1:]
+
+    def _broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes on every rank, in tensors of at most 256 MiB."""
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        with self.pulse.meeting():
+            dist.broadcast(size, 0)
+            held = bytearray(data) if self.leads else bytearray(int(size))
+        for start in range(0, len(held), _PART):
+            part = memoryview(held)[start : start + _PART]
+            tensor = torch.frombuffer(part, dtype=torch.uint8).to(self.device)
+            with self.pulse.meeting():
+                dist.broadcast(tensor, 0)
+            if not self.leads:
+                part[:] = tensor.cpu().numpy().data
+        return bytes(held)
+
+    def synchronise(self, module: nn.Module) -> None:
+        """Give every rank rank 0's parameters and buffers."""
+        if self.world > 1:
+            with torch.no_grad(), self.pulse.meeting():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    dist.broadcast(tensor.data, 0)
+
+    def parallel(self, module: nn.Module, phases: int) -> nn.Module:
+        """`module` with gradients averaged over ranks during backward (DDP), or itself.
+
+        Buffers are never broadcast: a codebook's statistics are summed over ranks on purpose, and DDP's
+        broadcast would silently keep rank 0's.
+        """
+        if self.world == 1:
+            return module
+        parallel = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # since torch 2.13
+        options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        made = parallel(
+            module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            find_unused_parameters=phases > 1,
+            **options,
+        )
+        made.register_forward_hook(self._forward_done)
+        # A hint about the speed of 1x1 kernels, from every rank in every log, that no user can act upon.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        return made
+
+    def _forward_done(self, parallel: Any, given: Any, made: Tensor | dict[str, Tensor]) -> None:
+        """Leave a mark, and another one when this rank's own part of the backward pass is done: there it waits."""
+        self.pulse.mark()
+        loss = made if isinstance(made, Tensor) else made["loss"]
+        if parallel.require_backward_grad_sync and loss.requires_grad:
+            # Callbacks run in the order in which they are queued, and DDP queues its own at the end of the pass.
+            engine = torch.autograd.Variable._execution_engine
+            loss.register_hook(lambda _: engine.queue_callback(self.pulse.meet))
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.total(torch.zeros(1, device=self.device))
+
+    def close(self) -> None:
+        """Leave the group, if it is one that `join` made."""
+        if self._ours:
+            self._ours = False
+            dist.destroy_process_group()
+
+    def _begin_blocks(self, values: Tensor) -> Later:
+        """(world, ...) stack of every rank's values, where the values are."""
+        blocks = self.begin_rows(values.detach().to(self.device)[None], [1] * self.world)
+        return lambda: blocks().to(values.device)
+
+
+def _device(device: str | torch.device, local_rank: int) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+            local_rank = 0  # Slurm shows each task the one GPU that is its own
+        if local_rank >= count:
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} workers"
+                if count
+                else "there is no CUDA GPU here: use --device cpu, or ask the allocation for one"
+            )
+        return torch.device("cuda", local_rank)
+    if device != "cpu":
+        raise UserError(f"unknown device {device!r}; valid: auto, cpu, cuda")
+    return torch.device("cpu")
+
+
+def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
+    """Meet the other ranks in a TCP store; after the deadline say which ones are missing."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    descriptor = os.environ.get("VAEDIST_STORE_FD") if rank == 0 else None
+    options: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
+    if descriptor and torch.__version__ < "2.8":
+        options["use_libuv"] = False  # its store could not take over a socket before (pytorch#150215)
+    try:
+        store: Store = TCPStore(
+            address,
+            port,
+            world_size=None,
+            is_master=rank == 0 and not agent_hosts,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            **options,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank} could not reach the rendezvous at {address}:{port} within {timeout_s:.0f} s: {reason}"
+        ) from None
+    # One meeting place per start: torchrun keeps its store over restarts and counts them.
+    store = PrefixStore(f"vaedist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store.set(f"here/{rank}", "1")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        missing = [other for other in range(world) if not store.check([f"here/{other}"])]
+        if not missing:
+            _prove(store, rank, world)
+            return store
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, missing))
+            raise UserError(
+                f"rank {rank} waited {timeout_s:.0f} s at {address}:{port}, but of {world} ranks "
+                f"these never came: {ranks}; look at their logs, then start again"
+            )
+        time.sleep(0.05)
+
+
+def _prove(store: Store, rank: int, world: int) -> None:
+    """Show the others that this process knows the secret of its launcher (`VAEDIST_STORE_SECRET`), and ask it of them.
+
+    Anybody who reaches the port may talk to a TCP store. Each rank asks a question of its own and answers all
+    questions with an HMAC (RFC 2104) of question and names, so an answer overheard is of no use to another.
+
+    Raises:
+        UserError: a process gave a wrong answer: it is none of this run.
+    """
+    secret = os.environ.get("VAEDIST_STORE_SECRET", "")
+    if not secret:
+        return
+
+    def answer(question: str, by: int, to: int) -> str:
+        return hmac.new(secret.encode(), f"{question} {by} {to}".encode(), "sha256").hexdigest()
+
+    mine = secrets.token_hex(16)
+    store.set(f"question/{rank}", mine)
+    for other in range(world):
+        question = store.get(f"question/{other}").decode(errors="replace")
+        store.set(f"answer/{rank}/{other}", answer(question, rank, other))
+    for other in range(world):
+        if not hmac.compare_digest(store.get(f"answer/{other}/{rank}"), answer(mine, other, rank).encode()):
+            raise UserError(
+                f"what called itself rank {other} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not "
+                "know this run's secret: another program talks to the port; start again, and tell the cluster's admin"
+            )
+
+
+class _Counts:
+    """The ranks' numbers of collectives, in the store where they met; over a connection of its own.
+
+    The main thread may wait in the store for long, and holds its connection then.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        self._mine, self._all = f"met/{rank}", [f"met/{other}" for other in range(world)]
+        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store: Store | None = None
+
+    def publish(self, met: int) -> None:
+        self._ask(lambda store: store.set(self._mine, str(met)))
+
+    def counts(self) -> Sequence[int]:
+        def read(store: Store) -> list[int]:
+            return [int(store.get(key)) for key in self._all if store.check([key])]
+
+        return self._ask(read) or ()
+
+    def _ask(self, question: Callable[[Store], Any]) -> Any:
+        """The answer; None where the store does not answer now."""
+        try:
+            if self._store is None:
+                deadline = timedelta(seconds=_STORE_SECONDS)
+                store = TCPStore(*self._place, is_master=False, timeout=deadline, wait_for_workers=False)
+                self._store = PrefixStore(f"vaedist/{self._restart}/pulse", store)
+            return question(self._store)
+        except (RuntimeError, ValueError, dist.DistError):
+            self._store = None  # its process is gone or stopped, which is for others to notice
+            return None

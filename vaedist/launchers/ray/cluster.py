@@ -1,0 +1,321 @@
+"""A Ray cluster of our own on this machine, or the one that is there; and whether a run can ever fit into it.
+
+Unless Ray is already initialised, a private cluster is started:
+
+- with the CPUs, GPUs and memory of the allocation (`vaedist.launchers.allocation`), not the machine's, and an object
+  store that is small, because images never pass through it;
+- every port on the loopback address, no dashboard, and a token of its own in a 0600 file, never in argv or logs;
+- in a short temporary folder, 0700 (unix sockets allow 107 bytes);
+- without what a cluster of one node has no use for: idle workers started in advance (Ray Train runs in processes of its
+  own), and the watch over nodes that will be taken away;
+- without Ray's memory monitor, which looks at the whole node and kills here when a neighbour has filled it.
+
+It never joins a cluster that it merely finds (RAY_ADDRESS), and it ends with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vaedist.core.errors import UserError
+from vaedist.core.temporary_folder import temporary_folder
+from vaedist.launchers.allocation import Allocation, allocation
+from vaedist.launchers.local import loopback, python_path
+
+Resources = Mapping[str, float]
+"""What a node offers, by Ray's names: CPU, GPU, memory..."""
+
+KNOBS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a job mean the same as everywhere
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would run it at nice 15
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+WITHOUT = {
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+"""What a cluster that only we use does without."""
+
+_ANONYMOUS = "A worker died or was killed while executing a task"
+
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's name for: this node is the loopback address; read when Ray loads."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a run asks of a cluster.
+
+    Attributes:
+        least, most: Workers; they differ where the run is elastic.
+        cpus: CPUs per worker.
+        gpus: 0 or 1 per worker; None: 1 unless `device` is `cpu` or there are no GPUs.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    least: int
+    most: int
+    cpus: int = 1
+    gpus: int | None = None
+    device: str = "auto"
+
+    def place(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
+        """GPUs per worker, and how many workers have room on these nodes (`most` at most).
+
+        Args:
+            set_by: Who limits a resource, for the message.
+
+        Raises:
+            UserError: the cluster can never hold `least` workers; Ray itself would wait for ever.
+        """
+        cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+        each = self._gpus_each(gpus)
+        limits = {name: f" (limited by {by})" for name, by in (set_by or {}).items()}
+        has = {
+            name: f"but Ray has {n} here{limits.get(name, '')}" for name, n in (("CPU", cpus), ("GPU", gpus))
+        }
+        workers, need = ("1 worker", "needs") if self.least == 1 else (f"{self.least} workers", "need")
+        if self.least * each > gpus:
+            raise UserError(
+                f"{workers} with one GPU each {need} {self.least} GPUs, {has['GPU']}: start "
+                f"at most {gpus} workers, ask the allocation for more, or use --device cpu"
+                if gpus
+                else f"Ray sees no GPU here{limits.get('GPU', '')}: use --device cpu, or ask the allocation for GPUs"
+            )
+        if self.least * self.cpus > cpus:
+            each_has = f" with {self.cpus} CPUs each" if self.cpus > 1 else ""
+            raise UserError(
+                f"{workers}{each_has} {need} {self.least * self.cpus} CPUs, {has['CPU']}: "
+                f"start at most {cpus // self.cpus} workers, or ask the allocation for more"
+            )
+        room = sum(_rooms(node, {"CPU": self.cpus, "GPU": each}) for node in nodes)
+        if room < self.least:
+            raise UserError(
+                f"{workers} with {self.cpus} CPUs and {each} GPUs each {need} more than these {len(nodes)} nodes have: "
+                f"there is room for {room} whole ones; start fewer workers, or lower --cpus-per-worker"
+            )
+        return each, min(room, self.most)
+
+    def _gpus_each(self, there: int) -> int:
+        if self.device == "cpu":
+            if self.gpus:
+                raise UserError("--gpus-per-worker 1 has no effect with --device cpu: leave one of them out")
+            return 0
+        if self.gpus is None:
+            return 1 if self.device == "cuda" or there else 0
+        if self.device == "cuda" and not self.gpus:
+            raise UserError("--device cuda needs a GPU per worker: leave --gpus-per-worker 0 out")
+        return self.gpus
+
+
+def _rooms(node: Resources, worker: Resources) -> int:
+    """Workers for which one node has room."""
+    return min(int(node.get(name, 0) // amount) for name, amount in worker.items() if amount)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which cluster this process is connected to.
+
+    Attributes:
+        private: Whether it was started for this run alone, and ends with it.
+        told: For a line on the console.
+    """
+
+    private: bool
+    told: str
+
+
+@contextlib.contextmanager
+def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
+    """The Ray cluster of a run.
+
+    Where Ray is initialised already, that one; in a Slurm job over several nodes the one that the supervisor started on
+    them (VAEDIST_RAY_CLUSTER); else a private one on this machine, ended on exit.
+
+    Args:
+        want: What has to fit.
+        cpus: Logical CPUs of a private cluster; default: the allocation's.
+
+    Raises:
+        UserError: it would be too small; nothing has been started then.
+    """
+    # Ray reads some once, when it is first loaded; a Ray that is loaded already turns tokens on by itself.
+    tokens = {} if "ray" in sys.modules else {"RAY_AUTH_MODE": "token"}
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            with environment(KNOBS | {"PYTHONPATH": python_path()}):
+                yield Cluster(private=False, told="found")
+            return
+    if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
+        from vaedist.launchers.ray.nodes import joined
+
+        with joined(Path(folder)) as count, _without_anonymous_deaths():
+            yield Cluster(private=True, told=f"on {count} nodes of this job")
+        return
+    ours = allocation()
+    size = {
+        "CPU": float(cpus or ours.cpus),
+        "GPU": float(_usable_gpus(ours, "auto" if want is None else want.device)),
+    }
+    if want is not None:
+        want.place([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
+    variables = KNOBS | WITHOUT | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
+    with environment(variables), contextlib.ExitStack() as exits:
+        _start(size, ours, exits)
+        exits.enter_context(_without_anonymous_deaths())
+        yield Cluster(private=True, told="started on this machine")
+
+
+def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> None:
+    import ray
+
+    for tries_left in (
+        2,
+        1,
+        0,
+    ):  # a machine under heavy load can miss Ray's 30 seconds, which nothing prolongs
+        folder = exits.enter_context(temporary_folder())
+        exits.enter_context(_token(folder))
+        exits.callback(ray.shutdown)
+        try:
+            ray.init(
+                address="local",
+                num_cpus=int(size["CPU"]),
+                num_gpus=int(size["GPU"]),
+                object_store_memory=ours.object_store,
+                _memory=max(ours.memory - ours.object_store, ours.memory // 2),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / "r"),  # Ray opens its own folder to everybody; ours stays 0700
+            )
+            return
+        except Exception as error:  # noqa: BLE001 - Ray raises all kinds, Exception itself too
+            exits.close()
+            if not tries_left:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"Ray did not start on this machine ({reason}): look at the machine's load and memory; "
+                    "vaedist-train can do without it, with --engine local"
+                ) from None
+
+
+@contextlib.contextmanager
+def _without_anonymous_deaths() -> Iterator[None]:
+    """Leave out what Ray prints of a worker that died: it does not say which one, and our own line does.
+
+    Ray has no setting for it: a thread of the driver prints every error that the cluster tells, whatever
+    `log_to_driver` says. All others still come through, such as those of memory and of lost nodes.
+    """
+    from ray._private import worker
+
+    # A name of Ray's own: another version may not have it.
+    shown: Any = getattr(worker, "print_to_stdstream", None)
+
+    def show(data: dict[str, Any], *rest: Any, **named: Any) -> None:
+        lines = [line for line in data["lines"] if not line.startswith(_ANONYMOUS)]
+        if lines:
+            shown({**data, "lines": lines}, *rest, **named)
+
+    if shown is None:
+        yield
+        return
+    worker.print_to_stdstream = show
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = shown
+
+
+def nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster offers."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def this_node() -> str:
+    """Ray's name of the node that this process is on."""
+    import ray
+
+    name: str = ray.get_runtime_context().get_node_id()
+    return name
+
+
+def on_node(node: str, work: Callable[..., Any], *given: Any) -> None:
+    """Have `work` done on a node; whether it was is not waited for, because the node may have gone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    remote: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)  # type: ignore[call-overload]
+    remote(work).remote(*given)
+
+
+def free_cpus() -> int:
+    """CPUs of the cluster that nobody has reserved."""
+    import ray
+
+    return int(ray.available_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+
+
+def _usable_gpus(ours: Allocation, device: str) -> int:
+    """GPUs of the allocation that this torch can use; torch is only loaded where there may be one."""
+    if device == "cpu" or not ours.gpus:
+        return 0
+    import torch
+
+    return min(ours.gpus, torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for a while: what Ray's processes inherit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@functools.cache
+def _secret() -> str:
+    # One per process: Ray caches the first token that it reads.
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _token(folder: Path) -> Iterator[None]:
+    """A token of the cluster's own, in a file that only this user can read; never in argv, environment or logs."""
+    path = folder / "token"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(_secret())
+    inherited = os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
+    try:
+        with environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
+            yield
+    finally:
+        if inherited is not None:
+            os.environ["RAY_AUTH_TOKEN"] = inherited

@@ -1,0 +1,194 @@
+"""One rank of a step that `srun` started: distributed training under Slurm with no cluster of our own.
+
+    srun --ntasks=4 vaedist-train jobs/vqvae_oasis.yaml --engine srun
+
+Slurm starts the processes, numbers them and kills all when one dies (`--kill-on-bad-exit`); this module only makes
+them meet, and sees to it that one that is stopped dies (`vaedist.distributed.watchdog`). Rank 0 listens on a port
+that the kernel chose, on its node's address and no other, and writes the place into a file in the run folder (0600
+in a 0700 folder, which every node sees) together with a secret. Whoever cannot read that file can reach the port,
+but cannot prove the secret, which every rank asks of every other before the first collective
+(`vaedist.distributed.process_group`). The file is gone once all have met.
+
+A job step has a number and a job a restart count, so a file that a killed attempt left behind is never taken for
+this one's. Bare `SLURM_*` variables, as `salloc` leaves them, do not make a step: only `--engine srun` looks at them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vaedist.config.job import Job
+from vaedist.core.errors import UserError
+from vaedist.core.files import awaited, replace_private
+from vaedist.distributed.watchdog import watchdog
+from vaedist.launchers import local
+from vaedist.launchers.network import gloo_interface, node_address
+from vaedist.runs.fit_options import FitOptions, Outcome
+from vaedist.runs.run_folder import RunFolder
+from vaedist.slurm.batch_job import tasks_per_node
+from vaedist.slurm.cleanup import sweep_here
+
+MEET_SECONDS = 120.0
+"""How long ranks wait for rank 0 to say where it listens: a cold Python on a network disk takes a minute."""
+
+_FOLDER = ".srun"
+_LET_RANK_0_SPEAK_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """This process's place in the step that srun started.
+
+    Attributes:
+        name: Of the step's start, different for every one: job, step and restart count.
+        rank, world: Its number among all tasks.
+        local_rank, local_world: The same on its node.
+        nodes: Nodes of the step.
+    """
+
+    name: str
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    nodes: int
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] = os.environ) -> Task:
+        """Read from the variables of srun.
+
+        Raises:
+            UserError: this process is not a task of a step.
+        """
+        try:
+            number = {
+                name: int(environment[f"SLURM_{name}"])
+                for name in ("JOB_ID", "STEP_ID", "PROCID", "NTASKS", "LOCALID", "NODEID", "STEP_NUM_NODES")
+            }
+            per_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        except (KeyError, ValueError):
+            raise UserError(
+                "--engine srun is for processes that srun starts, and this is none (no SLURM_PROCID): put srun "
+                "before the command, or start it with sbatch jobs/NAME.sh or vaedist-launch"
+            ) from None
+        return cls(
+            name=f"{number['JOB_ID']}.{number['STEP_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}",
+            rank=number["PROCID"],
+            world=number["NTASKS"],
+            local_rank=number["LOCALID"],
+            local_world=per_node[number["NODEID"]],
+            nodes=number["STEP_NUM_NODES"],
+        )
+
+
+def run(
+    job: Job,
+    run_folder: Path,
+    *,
+    device: str = "auto",
+    hang_seconds: float = local.HANG_SECONDS,
+    options: FitOptions | None = None,
+) -> Outcome:
+    """Train as the rank that srun made of this process.
+
+    Args:
+        job: The job, the same for all ranks.
+        run_folder: Made if missing (0700); every node must see it.
+        device: `auto`, `cpu` or `cuda`; a rank takes the GPU of its number on the node, or the one that it sees.
+        hang_seconds: How long this process may be stopped, or keep others waiting while its main thread stands still,
+            before it is ended; 0: for ever.
+        options: What the door asked for.
+
+    Raises:
+        UserError: what stopped the run; all ranks know it, rank 0 tells it.
+    """
+    task = Task.here()
+    options = options or FitOptions()
+    if task.world == 1:
+        return local.run(job, run_folder, workers=1, device=device, options=options)
+    if task.world > job.train.batch_size:
+        raise UserError(
+            f"{task.world} tasks are more than train.batch_size={job.train.batch_size}, so some would have nothing to "
+            "do: start fewer tasks, or use a larger batch"
+        )
+    if task.local_rank == 0 and task.rank > 0:
+        sweep_here()  # the supervisor has done so on the first node
+    attempt = options.attempt or task.name
+    options = replace(options, engine="srun", attempt=attempt, hang_seconds=hang_seconds)
+    RunFolder.make(run_folder)
+    try:
+        with (
+            watchdog(f"rank {task.rank} of {task.world}", hang_seconds) as loaded,
+            local.early_signals(run_folder, options.attempt),
+            _meeting(task, run_folder) as place,
+        ):
+
+            def reached(stage: str) -> None:
+                if stage == "imported":
+                    loaded()
+                if stage == "joined":  # all have read it
+                    os.environ.pop("VAEDIST_STORE_SECRET")
+                    place.unlink(missing_ok=True)
+
+            return local.fit_here(job, run_folder, device, options, reached)
+    except UserError:
+        if task.rank > 0:
+            # Nearly always the same sentence on all ranks; when rank 0 has ended, Slurm ends this one.
+            time.sleep(_LET_RANK_0_SPEAK_SECONDS)
+        raise
+
+
+@contextlib.contextmanager
+def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
+    """Set what `Group.join` looks for; the file that tells where rank 0 listens."""
+    address = "127.0.0.1" if task.nodes == 1 else node_address()
+    os.environ |= local.loopback() if task.nodes == 1 else gloo_interface(address)
+    # torch warns once per connection where an address has no name, as on many clusters; its errors are still told.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    folder = run_folder / _FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    place = folder / f"{task.name}.json"
+    if task.rank == 0:
+        listener = socket.create_server((address, 0), backlog=2 * task.world + 8)
+        told = {"address": address, "port": listener.getsockname()[1], "secret": secrets.token_hex(32)}
+        os.environ["VAEDIST_STORE_FD"] = str(listener.detach())
+        replace_private(place, json.dumps(told))
+    else:
+        told = _told(place, task)
+    os.environ |= {
+        "RANK": str(task.rank),
+        "WORLD_SIZE": str(task.world),
+        "LOCAL_RANK": str(task.local_rank),
+        "LOCAL_WORLD_SIZE": str(task.local_world),
+        "MASTER_ADDR": told["address"],
+        "MASTER_PORT": str(told["port"]),
+        "VAEDIST_STORE_SECRET": told["secret"],
+    }
+    try:
+        yield place
+    finally:
+        if task.rank == 0:
+            place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another start's file is in it
+                folder.rmdir()
+
+
+def _told(place: Path, task: Task) -> dict[str, Any]:
+    """What rank 0 wrote; after the deadline a sentence that says so."""
+    text = awaited(place, MEET_SECONDS)
+    if text is None:
+        raise UserError(
+            f"rank {task.rank} waited {MEET_SECONDS:.0f} s for rank 0 to write {place}: look at rank 0's messages, "
+            f"and see that {place.parent.parent} is on a file system that all nodes share"
+        )
+    content: dict[str, Any] = json.loads(text)
+    return content

@@ -1,0 +1,236 @@
+"""Priors over frozen codes share the tokenizer, the loss, the label and the samples; the network is the variant's own.
+
+    loss = -log p(c | y) = - sum_t log p(c_t | c_1 .. c_{t-1}, y),     c: an image's codes in raster order
+
+in nats per image; `nats_per_token` is the same divided by the number of codes. The codes are those of a tokenizer
+(a VQ-VAE, say) that is kept as it is (van den Oord et al., "Neural discrete representation learning", section
+3.3): training reads them from code shards, and a sample is a map of codes that the tokenizer decodes.
+
+With `conditional` the network is told the label. A part `label_dropout` of the labels is hidden in training, so
+that the same network also models p(c) and samples can be guided: see `vaedist.nets.autoregressive`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vaedist.config.job import Spec
+from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.core.context import Batch, Context, generator
+from vaedist.core.errors import UserError
+from vaedist.models.bases.frozen_tokenizer import TokenizerConfig, frozen_tokenizer
+from vaedist.models.contract import Variant
+from vaedist.nets.autoregressive import Choice, Network, generate
+from vaedist.nets.conditioning import DROPPED, drop
+from vaedist.nets.dropout import sample_seeds
+
+_TOGETHER = 32
+"""Maps sampled at once: beyond that a CPU gains nothing, and caches grow with it."""
+
+
+class PriorConfig(Strict):
+    """Settings that all priors have."""
+
+    kind: str
+    tokenizer: TokenizerConfig = Field(description="The run whose codes are modelled.")
+    conditional: bool = Field(False, description="Whether the network is told the class.")
+    label_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Part of the labels hidden in training, for samples without a class and for guidance.",
+        json_schema_extra=OVERRIDE,
+    )
+
+
+class CodePrior(Variant):
+    """Base of the priors: a subclass says which network.
+
+    Raises:
+        UserError: `conditional` on data without classes, or the tokenizer has not been read.
+    """
+
+    reads = "codes"
+    latent = "codes"
+    reconstructs = True
+    samples = True
+    units: ClassVar[Mapping[str, str]] = {"loss": "nats", "nats_per_token": "nats per code"}
+    why_not: ClassVar[Mapping[str, str]] = {
+        "encode": "the latent is a map of codes: see `codes`",
+        "decode": "the latent is a map of codes: see `decode_codes`",
+        "prior": "it is a distribution of codes, drawn one after the other: see `sample_codes`",
+    }
+    compiled: ClassVar[tuple[str, ...]] = ("net",)
+
+    config: PriorConfig
+    net: Any
+
+    def __init__(self, config: PriorConfig, spec: Spec) -> None:
+        super().__init__()
+        if config.conditional and spec.classes < 1:
+            raise UserError(
+                "model.conditional is true, but these data carry no class: set model.conditional=false"
+            )
+        self.config, self.spec, self.conditional = config, spec, config.conditional
+        tokenizer = frozen_tokenizer(config.tokenizer, spec)
+        assert not isinstance(config.tokenizer, str)
+        self.num_codes, self.latent_shape = config.tokenizer.codes, config.tokenizer.grid
+        self.net = self.network(
+            self.num_codes, config.tokenizer.grid, spec.classes + 1 if config.conditional else 0
+        )
+        self.tokenizer = tokenizer
+
+    def network(self, codes: int, grid: tuple[int, int], labels: int) -> nn.Module:
+        """A `vaedist.nets.autoregressive.Network` of K codes; the last of its `labels`, if any, is "no label"."""
+        raise NotImplementedError
+
+    @property
+    def borrows(self) -> Mapping[str, str]:
+        run = self.config.tokenizer
+        return {"tokenizer": run if isinstance(run, str) else run.run}
+
+    @property
+    def sampling_options(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"top_k", "top_p"} | ({"guidance"} if self._free_is_learned else set()))
+
+    @property
+    def _free_is_learned(self) -> bool:
+        return self.config.conditional and self.config.label_dropout > 0
+
+    def averaged(self, name: str) -> bool:
+        return not name.startswith("tokenizer.")
+
+    def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
+        codes, label = batch["codes"], batch.get("label")
+        if self.conditional and label is not None and ctx.training and self.config.label_dropout > 0:
+            label = drop(label, ctx.uniform("label", (len(codes),)), self.config.label_dropout)
+        seeds = None
+        if ctx.training and self.net.rate > 0:
+            seeds = sample_seeds(ctx, len(codes)).to(codes.device)
+        nats = self._nats(codes, self.net(codes, self._row(label, len(codes)), seeds))
+        return {"loss": nats, "nats_per_token": nats.detach() / math.prod(self.latent_shape)}
+
+    def code_log_prob(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
+        """(B,) nats, log p(codes | label) of (B, h, w) codes; without labels log p(codes)."""
+        return -self._nats(codes, self.net(codes, self._row(label, len(codes))))
+
+    @staticmethod
+    def _nats(codes: Tensor, logits: Tensor) -> Tensor:
+        with torch.autocast(codes.device.type, enabled=False):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return functional.cross_entropy(logits, codes, reduction="none").flatten(1).sum(1)
+
+    def _row(self, label: Tensor | None, rows: int) -> Tensor | None:
+        """Rows of the network's label table: a hidden label is its last one."""
+        if not self.conditional:
+            return None
+        if label is None:
+            label = torch.full((rows,), DROPPED, device=self._device)
+        return torch.where(label == DROPPED, self.spec.classes, label)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    # The tokenizer's part
+
+    def codes(self, image: Tensor) -> Tensor:
+        return self.tokenizer.codes(image)
+
+    def decode_codes(self, codes: Tensor) -> Any:
+        """p(x | codes) of (B, h, w) int64 codes."""
+        return self.tokenizer.decode_codes(codes)
+
+    def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.tokenizer.reconstruct(image, label)
+
+    # Samples
+
+    @torch.no_grad()
+    def sample(self, n: int, **options: Any) -> Tensor:
+        """As the contract says, with the options of `sample_codes`: the tokenizer's mean image of each of its maps."""
+        codes = self.sample_codes(n, **options)
+        return torch.cat([self.decode_codes(part).mean for part in codes.split(_TOGETHER)])
+
+    @torch.no_grad()
+    def sample_codes(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        label: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """(n, h, w) int64 codes; map i depends on (seed, first + i, its label) and the options alone.
+
+        Args:
+            n, seed, first: As for `sample`.
+            label: (n,) classes, -1 for none; default: each drawn evenly from the classes, where conditional.
+            temperature: Divides the logits; 0: always the most probable code.
+            top_k: How many codes stay in each draw.
+            top_p: Which probability stays in each draw.
+            guidance: g of the extrapolation from hidden to told label; 1 or None: as told.
+
+        Raises:
+            UserError: an option that means nothing, a class that is not there, or guidance without hidden labels.
+        """
+        choice = Choice(temperature, top_k, top_p)
+        choice.check()
+        guidance = self._guidance(guidance)
+        draws = [generator("sample", seed, number) for number in range(first, first + n)]
+        # In fp32: numbers of 24 bits are below 1 by more than fp64 rounds.
+        places = math.prod(self.latent_shape)
+        uniform = torch.stack([torch.rand(places, generator=draw) for draw in draws])
+        if self.conditional and label is None:
+            drawn = [torch.randint(self.spec.classes, (), generator=draw) for draw in draws]
+            label = torch.stack(drawn)
+        elif self.conditional and label is not None:
+            self._check(label)
+        network: Network = self.net
+        maps = []
+        for start in range(0, n, _TOGETHER):
+            part = slice(start, min(n, start + _TOGETHER))
+            rows = part.stop - part.start
+            told = self._row(label[part].to(self._device) if label is not None else None, rows)
+            if guidance is not None:
+                assert told is not None
+                told = torch.cat([told, torch.full_like(told, self.spec.classes)])
+            steps = network.steps(rows if guidance is None else 2 * rows, told)
+            maps.append(generate(steps, uniform[part].to(self._device), choice, guidance))
+        return torch.cat(maps).unflatten(1, self.latent_shape)
+
+    def _guidance(self, guidance: float | None) -> float | None:
+        """None where it changes nothing."""
+        if guidance is None or guidance == 1:
+            return None
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance is {guidance}; give a number (1: none)")
+        if not self._free_is_learned:
+            raise UserError(
+                f"guidance is {guidance}, but this prior never saw a hidden label: train it with "
+                "model.conditional=true and model.label_dropout above 0"
+            )
+        return guidance
+
+    def _check(self, label: Tensor) -> None:
+        wrong = label[(label < DROPPED) | (label >= self.spec.classes)]
+        if len(wrong):
+            raise UserError(
+                f"there is no class {int(wrong[0])}: the model knows 0 to {self.spec.classes - 1}"
+            )
+        if (label == DROPPED).any() and not self._free_is_learned:
+            raise UserError(
+                "this prior saw the label of every training image: name a class, or train with "
+                "model.label_dropout above 0"
+            )

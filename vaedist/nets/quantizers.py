@@ -1,0 +1,433 @@
+"""Quantisers: a latent map of D channels to a map of codes 0..K-1 and back.
+
+Each position's vector z in R^D is replaced by a code vector q, with a gradient that passes as if q followed z: see
+`vaedist.nets.gradient_estimators`.
+
+| kind | code vectors |
+|---|---|
+| `ema` | K running means of the vectors assigned to them |
+| `gradient` | K trained vectors, pulled to their vectors by the term mean((sg(z) - q)^2) |
+| `fsq` | a fixed grid: channel i is bounded and rounded to `levels[i]` values in [-1, 1] |
+
+van den Oord et al., "Neural discrete representation learning" (`gradient`, and `ema` in its appendix A.1); Mentzer
+et al., "Finite scalar quantization" (`fsq`).
+
+The running means. With n_k vectors assigned to code k in a step, and s_k their sum, over the *global* batch:
+
+    N_k <- d N_k + (1 - d) n_k,   M_k <- d M_k + (1 - d) s_k,   e_k = M_k / N_k
+
+`forward` only hands n and s to `ctx.accumulate`; `after_step` sums them over processes and applies them. So a
+refused step, an evaluation and a step accumulated from several passes leave the codebook right, and every process
+holds the same one.
+
+Start. N and M must begin as what they are running means of: counts at 0 with sums at the embedding fling rare codes
+far away at the first step (3 of 512 codes survived). `start` runs k-means (`vaedist.nets.kmeans`) on vectors of the
+first batches, gathered over all processes, and N and M begin with its clusters, scaled to (1 - d) times a step's
+vectors: the start weighs as much as one step, so the codebook follows a young encoder closely.
+
+Cosine codes. With `cosine: true` vectors and codes lie on the sphere of radius sqrt(D), and the nearest code is the
+one at the smallest angle: the encoder cannot run away in length. Yu et al., "Vector-quantized image modeling with
+improved VQGAN" (there the radius is 1; sqrt(D) keeps single values near 1).
+
+Residual levels. With `residual_levels: L` there are L codebooks of K vectors: each quantises what the ones before left
+over, and q is the sum. A map of h x w positions then has L h x w codes: below each row of codes of one level lies the
+same row of the next, so a prior that reads downwards meets the coarse code of a position before the finer one. The
+commitment is the mean over levels of what is left after each. Zeghidour et al., "SoundStream: an end-to-end neural
+audio codec", and Lee et al., "Autoregressive image generation using residual quantization".
+
+Dead codes. A code whose N falls below `expire` times the mean of N is moved onto a vector of the current batch, N
+and M with it. Candidates are drawn per sample, far vectors more likely than near ones (in proportion to the squared
+distance to their code, as k-means++ does), from noise that belongs to the sample, and gathered: the choice does not
+depend on the number of processes, and never falls on what the codebook already holds exactly.
+
+Everything here is fp32 (fp64 for fp64 models), outside autocast: nearest neighbours in bf16 are wrong ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.core.context import Context
+from vaedist.nets.gradient_estimators import Estimator, on_sphere, passed
+from vaedist.nets.kmeans import add_rows, kmeans, nearest, rows_of
+
+
+class _Vectors(Strict):
+    codes: int = Field(512, ge=2, description="K.")
+    dim: int = Field(64, ge=1, description="D.")
+    residual_levels: int = Field(
+        1, ge=1, description="Codebooks, each of which quantises what the ones before left over."
+    )
+    cosine: bool = Field(False, description="Vectors and codes on a sphere: the smallest angle is nearest.")
+    estimator: Estimator = Field(
+        "straight_through", description="How the gradient passes the codes.", json_schema_extra=OVERRIDE
+    )
+
+    @model_validator(mode="after")
+    def _what_is_left_over_is_not_on_the_sphere(self) -> _Vectors:
+        if self.cosine and self.residual_levels > 1:
+            raise ValueError(
+                "cosine codes have no residual levels: leave residual_levels at 1, or cosine at false"
+            )
+        return self
+
+
+class EmaCodebook(_Vectors):
+    """Running means."""
+
+    kind: Literal["ema"] = "ema"
+    decay: float = Field(0.99, ge=0, lt=1, description="d.", json_schema_extra=OVERRIDE)
+    expire: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="A code whose running count is below this part of their mean is dead; 0: never.",
+        json_schema_extra=OVERRIDE,
+    )
+
+
+class GradientCodebook(_Vectors):
+    """Trained vectors."""
+
+    kind: Literal["gradient"] = "gradient"
+
+
+class Fsq(Strict):
+    """A fixed grid of rounded channels."""
+
+    kind: Literal["fsq"] = "fsq"
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (8, 5, 5, 5), min_length=1, description="Values per channel; K is their product."
+    )
+
+
+QuantizerConfig = Annotated[EmaCodebook | GradientCodebook | Fsq, Field(discriminator="kind")]
+
+
+class Quantized(NamedTuple):
+    """What a quantiser makes of a map (B, D, h, w)."""
+
+    values: Tensor
+    """(B, D, h, w) code vectors, with a gradient to the map."""
+    codes: Tensor
+    """(B, h, w) int64, or (B, L h, w) with L residual levels."""
+    commitment: Tensor | None
+    """(B,) mean over elements of (z - sg(q))^2; None where there is nothing to commit to."""
+    codebook: Tensor | None
+    """(B,) mean over elements of (sg(z) - q)^2, where the code vectors are trained by gradient."""
+
+
+class Quantizer(nn.Module):
+    """Base: `dim` channels in and out, `num_codes` codes."""
+
+    dim: int
+    num_codes: int
+    depth = 1
+    """Codes of each position, one per residual level."""
+    tag = ""
+    """Tells the statistics of residual levels apart."""
+    starts_from_data = False
+    """Whether `start` is wanted before step 1."""
+
+    def encode(self, z: Tensor) -> Tensor:
+        """(B, h, w) int64 codes of a map (B, D, h, w)."""
+        raise NotImplementedError
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(B, D, h, w) code vectors of (B, h, w) codes."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, ctx: Context) -> Quantized:
+        raise NotImplementedError
+
+    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        """Start from (N, D) vectors that are the same on every process; a step has `per_step` of them."""
+
+    def count(self, codes: Tensor, ctx: Context) -> None:
+        """Add a batch's codes to this step's statistics."""
+        counts = torch.bincount(codes.flatten(), minlength=self.num_codes)
+        ctx.accumulate(f"codes{self.tag}", counts.to(torch.float64))
+
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        """Apply the step's statistics; what there is to tell: see `told`."""
+        return self.told(ctx.total(f"codes{self.tag}"))
+
+    def told(self, counts: Tensor) -> dict[str, Tensor]:
+        """Perplexity exp(H) and number of the codes that the global batch used, from its (K,) counts."""
+        share = counts / counts.sum()
+        return {
+            f"perplexity{self.tag}": torch.special.entr(share).sum().exp(),
+            f"codes_used{self.tag}": (counts > 0).sum(),
+        }
+
+
+class _Codebook(Quantizer):
+    """K vectors of D numbers in `embedding`; the nearest one is the code."""
+
+    embedding: Tensor
+    starts_from_data = True
+    trained: bool
+    """Whether the vectors follow a gradient."""
+
+    def __init__(self, config: EmaCodebook | GradientCodebook) -> None:
+        super().__init__()
+        self.num_codes, self.dim = config.codes, config.dim
+        self.cosine, self.estimator = config.cosine, config.estimator
+
+    def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Codes (B, h, w) and code vectors (B, D, h, w) of a placed map without gradient; training is counted."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, ctx: Context) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = self._placed(z)
+            codes, q = self.assign(z.detach(), ctx)
+            commitment = (z - q.detach()).square().flatten(1).mean(1)
+            codebook = (z.detach() - q).square().flatten(1).mean(1) if self.trained else None
+            return Quantized(passed(z, q.detach(), self.estimator), codes, commitment, codebook)
+
+    def encode(self, z: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return nearest(rows_of(self._placed(z)), self.vectors)[0].view(z.shape[0], *z.shape[2:])
+
+    def embed(self, codes: Tensor) -> Tensor:
+        return nn.functional.embedding(codes, self.vectors).permute(0, 3, 1, 2).contiguous()
+
+    @property
+    def vectors(self) -> Tensor:
+        """(K, D) code vectors."""
+        return on_sphere(self.embedding, 1) if self.cosine else self.embedding
+
+    def _placed(self, z: Tensor) -> Tensor:
+        """The map in full precision, on the sphere where codes are told by their angle."""
+        z = z.to(torch.promote_types(z.dtype, self.embedding.dtype))
+        return on_sphere(z, 1) if self.cosine else z
+
+
+class GradientQuantizer(_Codebook):
+    """Code vectors trained by gradient."""
+
+    trained = True
+
+    def __init__(self, config: GradientCodebook) -> None:
+        super().__init__(config)
+        self.embedding = nn.Parameter(torch.randn(config.codes, config.dim) / math.sqrt(config.dim))
+
+    def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        codes = nearest(rows_of(z), self.vectors)[0].view(z.shape[0], *z.shape[2:])
+        if ctx.training:
+            self.count(codes, ctx)
+        return codes, self.embed(codes)
+
+    @torch.no_grad()
+    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        if self.cosine:
+            vectors = on_sphere(vectors, 1)
+        self.embedding.copy_(kmeans(vectors, self.num_codes, seed)[0])
+
+
+class EmaQuantizer(_Codebook):
+    """Code vectors that are running means; `count_average` is N, `sum_average` M of the module docstring."""
+
+    trained = False
+    embedding: Tensor
+    count_average: Tensor
+    sum_average: Tensor
+
+    def __init__(self, config: EmaCodebook) -> None:
+        super().__init__(config)
+        self.config = config
+        vectors = torch.randn(config.codes, config.dim) / math.sqrt(config.dim)
+        self.register_buffer("embedding", vectors)
+        self.register_buffer("count_average", torch.ones(config.codes))
+        self.register_buffer("sum_average", vectors.clone())
+
+    def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        rows = rows_of(z)
+        codes, distance = nearest(rows, self.vectors)
+        codes = codes.view(z.shape[0], *z.shape[2:])
+        if ctx.training:
+            # (K, 1 + D), counts and sums in one: one sum over processes instead of two.
+            taken = torch.zeros(self.num_codes, 1 + self.dim, dtype=torch.float64, device=rows.device)
+            taken[:, 0] = torch.bincount(codes.flatten(), minlength=self.num_codes)
+            add_rows(taken[:, 1:], codes.flatten(), rows)
+            ctx.accumulate(f"codes{self.tag}", taken)
+            if self.config.expire > 0:
+                ctx.collect(f"candidates{self.tag}", self._candidates(rows, distance, z.shape[0], ctx))
+        return codes, self.embed(codes)
+
+    def _candidates(self, rows: Tensor, distance: Tensor, samples: int, ctx: Context) -> Tensor:
+        """(samples, m, 1 + D): vectors drawn in each sample in proportion to `distance`, after a sorting key."""
+        m = -(-self.num_codes // ctx.batch_size)
+        noise = ctx.uniform(f"expire{self.tag}", (samples, 2 * m)).to(rows)
+        reach = distance.view(samples, -1).to(torch.float64).cumsum(1)
+        place = torch.searchsorted(reach, noise[:, :m].to(reach) * reach[:, -1:])
+        place = place.clamp(max=reach.shape[1] - 1)
+        chosen = rows.view(samples, -1, self.dim).gather(1, place[..., None].expand(-1, -1, self.dim))
+        return torch.cat([noise[:, m:, None], chosen], 2)
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        taken = ctx.total(f"codes{self.tag}")
+        counts, sums = taken[:, 0], taken[:, 1:]
+        decay = self.config.decay
+        self.count_average.mul_(decay).add_((1 - decay) * counts.to(self.count_average.dtype))
+        self.sum_average.mul_(decay).add_((1 - decay) * sums.to(self.sum_average.dtype))
+        # An unused code stays exactly where it is, even when its average has faded to nothing.
+        moved = (counts > 0) & (self.count_average > 0)
+        mean = (
+            self.sum_average
+            / self.count_average.clamp_min(torch.finfo(self.count_average.dtype).tiny)[:, None]
+        )
+        self.embedding.copy_(torch.where(moved[:, None], mean, self.embedding))
+        if self.config.expire > 0:
+            self._expire(ctx.collected(f"candidates{self.tag}").flatten(0, 1))
+        return self.told(counts)
+
+    def _expire(self, candidates: Tensor) -> None:
+        """Move dead codes onto candidates (n, 1 + D), taken in the order of their first column, a random key.
+
+        A moved code has the smallest count that is not dead: it must earn its place in the next steps.
+        """
+        floor = self.config.expire * self.count_average.mean()
+        dead = (self.count_average < floor).nonzero().flatten()
+        order = candidates[:, 0].argsort(dim=0, stable=True)[: len(dead)]
+        fresh = candidates[order, 1:].to(self.embedding.dtype)
+        self.embedding[dead] = fresh
+        self.count_average[dead] = floor
+        self.sum_average[dead] = fresh * floor
+
+    @torch.no_grad()
+    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        if self.cosine:
+            vectors = on_sphere(vectors, 1)
+        means, counts = kmeans(vectors, self.num_codes, seed)
+        counts = counts * ((1 - self.config.decay) * per_step / counts.sum())
+        self.embedding.copy_(means)
+        self.count_average.copy_(counts)
+        self.sum_average.copy_(means * counts[:, None])
+
+
+class ResidualQuantizer(Quantizer):
+    """Codebooks in a row, each for what the ones before left over."""
+
+    starts_from_data = True
+
+    def __init__(self, books: list[_Codebook]) -> None:
+        super().__init__()
+        self.books = nn.ModuleList(books)
+        self.depth = len(books)
+        self.num_codes, self.dim, self.estimator = books[0].num_codes, books[0].dim, books[0].estimator
+        for number, book in enumerate(books[1:], 2):
+            book.tag = f"/level{number}"
+
+    def _in_turn(self) -> Iterator[_Codebook]:
+        for book in self.books:
+            assert isinstance(book, _Codebook)
+            yield book
+
+    def forward(self, z: Tensor, ctx: Context) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = next(self._in_turn())._placed(z)
+            total = torch.zeros_like(z)
+            codes, commitments, codebooks = [], [], []
+            for book in self._in_turn():
+                found, q = book.assign(z.detach() - total, ctx)
+                if book.trained:
+                    codebooks.append((z.detach() - total - q).square().flatten(1).mean(1))
+                total = total + q.detach()
+                codes.append(found)
+                commitments.append((z - total).square().flatten(1).mean(1))
+            return Quantized(
+                passed(z, total, self.estimator),
+                torch.stack(codes, 2).flatten(1, 2),
+                torch.stack(commitments).mean(0),
+                torch.stack(codebooks).sum(0) if codebooks else None,
+            )
+
+    def encode(self, z: Tensor) -> Tensor:
+        codes = []
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            rest = next(self._in_turn())._placed(z)
+            for book in self._in_turn():
+                codes.append(book.encode(rest))
+                rest = rest - book.embed(codes[-1])
+        return torch.stack(codes, 2).flatten(1, 2)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        levels = codes.unflatten(1, (-1, self.depth)).unbind(2)
+        each = [book.embed(one) for book, one in zip(self._in_turn(), levels, strict=True)]
+        return torch.stack(each).sum(0)
+
+    def after_step(self, ctx: Context) -> dict[str, Tensor]:
+        """Of each level; the finer ones are named `perplexity/level2` and so on."""
+        shown: dict[str, Tensor] = {}
+        for book in self._in_turn():
+            shown |= book.after_step(ctx)
+        return shown
+
+    @torch.no_grad()
+    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+        for number, book in enumerate(self._in_turn()):
+            book.start(vectors, seed + number, per_step)
+            vectors = vectors - book.vectors[nearest(vectors, book.vectors)[0]]
+
+
+class FsqQuantizer(Quantizer):
+    """Each channel bounded by tanh and rounded to one of its levels, spread evenly over [-1, 1]."""
+
+    levels: Tensor
+    place: Tensor
+
+    def __init__(self, config: Fsq) -> None:
+        super().__init__()
+        self.dim, self.num_codes = len(config.levels), math.prod(config.levels)
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels, persistent=False)
+        place = torch.cat([torch.ones(1, dtype=torch.int64), levels[:-1].cumprod(0)])
+        self.register_buffer("place", place, persistent=False)
+
+    def _digits(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounded values and their rounding, both as 0 .. levels - 1, (B, D, h, w)."""
+        top = (self.levels - 1).to(z.dtype)[:, None, None]
+        # A hair wider than the outermost levels, which tanh alone would only reach in the limit.
+        bounded = (torch.tanh(z) * (1 + 1e-3) + 1) / 2 * top
+        return bounded, bounded.detach().round().clamp_min(0).minimum(top)
+
+    def encode(self, z: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            digits = self._digits(z.to(torch.promote_types(z.dtype, torch.float32)))[1]
+            return (digits.long() * self.place[:, None, None]).sum(1)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        digits = codes[:, None] // self.place[:, None, None] % self.levels[:, None, None]
+        return 2 * digits.to(torch.get_default_dtype()) / (self.levels - 1)[:, None, None] - 1
+
+    def forward(self, z: Tensor, ctx: Context) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            bounded, digits = self._digits(z)
+            codes = (digits.long() * self.place[:, None, None]).sum(1)
+            if ctx.training:
+                self.count(codes, ctx)
+            top = (self.levels - 1).to(z.dtype)[:, None, None]
+            values = 2 * (bounded + (digits - bounded).detach()) / top - 1
+            return Quantized(values, codes, None, None)
+
+
+def quantizer(config: EmaCodebook | GradientCodebook | Fsq) -> Quantizer:
+    """The quantiser of a job's `codebook` section."""
+    if isinstance(config, Fsq):
+        return FsqQuantizer(config)
+    books: list[_Codebook] = [
+        EmaQuantizer(config) if isinstance(config, EmaCodebook) else GradientQuantizer(config)
+        for _ in range(config.residual_levels)
+    ]
+    return books[0] if len(books) == 1 else ResidualQuantizer(books)

@@ -1,0 +1,345 @@
+"""One process at a time may train a run: the lock, and the proofs that take it over.
+
+The lock is the file `lock` in the run folder. It is made by `link()` of a complete file under another name: the
+one operation that is atomic on local disks and on every NFS, and that never shows half a file. It names its
+holder: a random token, host, kernel boot, namespaces, pid with start time, Slurm job and restart count.
+
+The holder is the process that launched the run, for its whole life; workers get the token and `check()` that the
+file still carries it before each commit. So even a holder that was stopped, lost its lock and woke again finds
+out before it can write.
+
+A lock is taken over only with proof that its holder has gone:
+
+| seen | proof |
+|---|---|
+| same kernel boot and same namespaces | that pid does not exist, is a zombie, or started at another time |
+| same host and machine id, other kernel boot | the machine was restarted |
+| same Slurm cluster and job, lower restart count | Slurm requeued the job: we are its successor |
+| Slurm answers for that cluster and user | the job is unknown to it, or is not on any node |
+
+Everything else, a pid that merely looks free from inside another container for one, is no proof: the run is
+refused, with its holder and the file to remove by hand. A pid seen alive in our own namespace is final.
+
+The takeover itself is a race that one must win: whoever links `lock.<token of the stale lock>` first may rename
+that stale lock away, and only after reading once more that it is still the one it has proof about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import subprocess
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vaedist.core.errors import UserError
+
+NAME = "lock"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock. Empty text: not known, or not there."""
+
+    token: str
+    host: str
+    machine: str
+    boot: str
+    namespaces: str
+    pid: int
+    started: int
+    """Clock ticks from boot to the start of the process."""
+    user: int
+    since: str
+    slurm_cluster: str = ""
+    slurm_job: str = ""
+    slurm_restarts: int = 0
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        """The calling process, with a fresh token."""
+        environment = os.environ
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_text("/etc/machine-id"),
+            boot=_text("/proc/sys/kernel/random/boot_id"),
+            namespaces=_namespaces(),
+            pid=os.getpid(),
+            started=started(os.getpid()) or 0,
+            user=os.getuid(),
+            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            slurm_cluster=environment.get("SLURM_CLUSTER_NAME", ""),
+            slurm_job=environment.get("SLURM_JOB_ID", ""),
+            slurm_restarts=_count(environment.get("SLURM_RESTART_COUNT", "")),
+        )
+
+    def __str__(self) -> str:
+        job = f"Slurm job {self.slurm_job}, " if self.slurm_job else ""
+        return f"{job}process {self.pid} on {self.host}, since {self.since}"
+
+
+class Held(UserError):
+    """Another process holds the lock and cannot be shown to have gone."""
+
+    def __init__(self, sentence: str, owner: Owner) -> None:
+        super().__init__(sentence)
+        self.owner = owner
+
+
+class RunLock:
+    """The lock of one run folder, held or (by a worker) only checked. Also a context manager."""
+
+    def __init__(self, path: Path, token: str) -> None:
+        self.path, self.token = path, token
+
+    @classmethod
+    def acquire(cls, run_folder: Path) -> RunLock:
+        """Take the run's lock.
+
+        Raises:
+            Held: another process holds it and cannot be shown to have gone.
+            UserError: the folder takes no files.
+        """
+        me = Owner.this_process()
+        try:
+            _take(Path(run_folder) / NAME, me)
+        except OSError as error:
+            raise UserError(f"cannot make the lock of the run {run_folder}: {error.strerror}") from None
+        return cls(Path(run_folder) / NAME, me.token)
+
+    @classmethod
+    def holding(cls, run_folder: Path, token: str) -> RunLock:
+        """A worker's view of the lock that its launcher holds under `token`: for `check`, never for `release`."""
+        return cls(Path(run_folder) / NAME, token)
+
+    def check(self) -> None:
+        """Read the lock again.
+
+        Raises:
+            UserError: it is no longer ours. Nothing more may be written to the run.
+        """
+        owner = _read(self.path)
+        if owner is None or owner.token != self.token:
+            now = "it was removed" if owner is None else f"{owner} holds it now"
+            raise UserError(
+                f"the lock {self.path} is no longer ours ({now}): this process stops without writing anything more"
+            )
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is no longer ours.
+
+        Where the folder has become read-only the file stays: it names a process that will have ended, which is proof
+        for the next one, and the sentence that is on its way to the user must not be lost.
+        """
+        with contextlib.suppress(OSError):
+            _remove(self.path, self.token)
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def gone(owner: Owner, me: Owner) -> str | None:
+    """The proof that `owner` no longer runs, in words; None if there is none."""
+    if owner.boot and owner.boot == me.boot and owner.namespaces and owner.namespaces == me.namespaces:
+        # Final either way: what Slurm says cannot count against a process seen alive.
+        return _ended(owner)
+    same_host = owner.machine and (owner.host, owner.machine) == (me.host, me.machine)
+    if same_host and owner.boot and me.boot and owner.boot != me.boot:
+        return f"{owner.host} was restarted"
+    if owner.slurm_job:
+        here = (me.slurm_cluster, me.slurm_job)
+        if here == (owner.slurm_cluster, owner.slurm_job) and me.slurm_restarts > owner.slurm_restarts:
+            return f"Slurm restarted job {owner.slurm_job}"
+        if owner.user == me.user:  # a site may hide other users' jobs
+            return _slurm_says_gone(owner)
+    return None
+
+
+# The file ---------------------------------------------------------------------------------------------------
+
+
+def _take(path: Path, me: Owner) -> None:
+    """Make `me` the owner of the lock file `path`, over a proven stale one if need be."""
+    while not _link(path, me):
+        owner = _read(path)
+        if owner is None:
+            continue  # released this very moment
+        proof = gone(owner, me)
+        if proof is None:
+            raise _refusal(path, owner)
+        claim = path.with_name(f"{path.name}.{owner.token}")
+        _take(claim, me)
+        try:
+            _remove(path, owner.token)
+        finally:
+            claim.unlink(missing_ok=True)
+
+
+def _link(path: Path, owner: Owner) -> bool:
+    """Create `path` with all its content; False if it exists."""
+    scratch = path.with_name(f".lock-{uuid.uuid4().hex}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(owner), file)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost: the link may be ours all the same.
+            return os.stat(scratch).st_nlink == 2
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            raise UserError(
+                f"the filesystem of {path.parent} has no hard links ({error.strerror}), which the run's lock "
+                "needs: put the run folder on another one"
+            ) from None
+        return True
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _remove(path: Path, token: str) -> None:
+    """Remove the lock file if it carries `token`; a file of someone else is left, or put back."""
+    owner = _read(path)
+    if owner is None or owner.token != token:
+        return
+    aside = path.with_name(f".lock-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        moved = _read(aside)
+        if moved is not None and moved.token != token:
+            # Somebody removed the lock by hand and another took it, between our look and our rename.
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _read(path: Path) -> Owner | None:
+    """The owner written in a lock file; None if there is no file.
+
+    Raises:
+        UserError: it is not a lock of ours.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        return Owner(**content)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} is not a lock that this vaedist wrote: if no process trains this run, remove it"
+        ) from None
+
+
+def _refusal(path: Path, owner: Owner) -> Held:
+    stop = f"scancel {owner.slurm_job}" if owner.slurm_job else f"kill {owner.pid} on {owner.host}"
+    return Held(
+        f"the run {path.parent} is being trained by {owner}: wait for it or stop it ({stop}); if you are sure "
+        f"that it has gone, remove {path}",
+        owner,
+    )
+
+
+# The machine ------------------------------------------------------------------------------------------------
+
+
+def _ended(owner: Owner) -> str | None:
+    begun = started(owner.pid)
+    if begun is not None:
+        return None if begun == owner.started else f"process {owner.pid} is another one now"
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return f"process {owner.pid} has ended"
+    except PermissionError:
+        return None  # /proc hides other users' processes here
+    # Between the two looks it appeared, or it is our own zombie: dead, only not yet waited for.
+    return f"process {owner.pid} has ended" if started(owner.pid) is None else None
+
+
+def started(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; None if it has ended or is hidden from us."""
+    try:
+        # The command's name stands in brackets and may hold spaces and brackets itself.
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, start = fields[0], int(fields[19])
+    return None if state in "ZXx" else start
+
+
+def _namespaces() -> str:
+    """Which process table and which clock our pids and start times belong to; empty if that cannot be told."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""  # /proc shows another namespace's processes, as after a bare `unshare --pid`
+        table = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    try:
+        return f"{table} {os.readlink('/proc/self/ns/time')}"
+    except OSError:  # a kernel before 5.6 has but one clock
+        return table
+
+
+def _slurm_says_gone(owner: Owner) -> str | None:
+    """Ask the Slurm of the owner's cluster; silence, an error or another cluster is no proof."""
+    config = _output("scontrol", "show", "config")
+    if config is None or config[0] != 0:
+        return None
+    names = [
+        line.partition("=")[2].strip() for line in config[1].splitlines() if line.startswith("ClusterName")
+    ]
+    if not owner.slurm_cluster or names != [owner.slurm_cluster]:
+        return None
+    answer = _output("squeue", "--noheader", "--format=%T", f"--jobs={owner.slurm_job}")
+    if answer is None:
+        return None
+    code, text = answer
+    if code != 0:
+        return f"Slurm no longer knows job {owner.slurm_job}" if "Invalid job id" in text else None
+    states = set(text.split())
+    if not states:
+        return f"Slurm job {owner.slurm_job} has ended"
+    # Pending again after a requeue: whatever held the lock ran on a node that Slurm has taken back.
+    return f"Slurm job {owner.slurm_job} is not running" if states == {"PENDING"} else None
+
+
+def _output(*command: str) -> tuple[int, str] | None:
+    """Exit code and output, both streams, of a Slurm command; None where it does not exist or hangs."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.returncode, done.stdout
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() else 0

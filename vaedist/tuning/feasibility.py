@@ -1,0 +1,183 @@
+"""Before anything is started: does the space fit the data, its models and its objectives, and where are the rungs?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from vaedist.config.job import Job
+from vaedist.core.errors import UserError
+from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import whole_split
+from vaedist.evaluation.metrics.per_image import evaluate
+from vaedist.models.contract import Variant, build, model_config, variant
+from vaedist.runs.open_run import resolved
+from vaedist.tuning import asha as halving
+from vaedist.tuning.objectives import METRICS, check
+from vaedist.tuning.space import Asha, Choice, Setting, Space
+
+_LOOKED_AT = 2
+"""Images that the untrained base model is tried on."""
+
+
+class Plan(NamedTuple):
+    """What a search knows beforehand."""
+
+    rungs: tuple[int, ...]
+    """Steps at which trials are compared; none without ASHA."""
+    length: int
+    """Steps of a trial."""
+    doubt: str = ""
+    """One sentence where trials end before their schedules do; the search may go on."""
+
+
+def plan(space: Space, index: Index) -> Plan:
+    """Check a space against the data that it searches on.
+
+    Raises:
+        UserError: the base is no job, its model lacks an objective, or the scheduler has no rung.
+    """
+    check(space)
+    data = str(index.folder)
+    base = space.job({}, data, space.name)
+    _objectives_exist(space, base, index)
+    _models_exist(space, index)
+    length = steps(base, index)
+    ends = schedules_end(space, index)
+    doubt = _too_short(space, base, length, ends)
+    if not isinstance(space.scheduler, Asha):
+        return Plan((), length, doubt)
+    rungs = halving.rungs(space.scheduler, length, base.train.validate_every, ends)
+    if not rungs:
+        raise UserError(
+            f"space {space.name!r}: asha has no rung: the schedules end by step {ends}, a trial has {length} steps and "
+            f"is validated every {base.train.validate_every}: shorten the schedules, validate more often, or set "
+            "scheduler.kind: none"
+        )
+    return Plan(rungs, length, doubt)
+
+
+def _too_short(space: Space, base: Job, length: int, ends: int) -> str:
+    """What is cut off where trials are shorter than their schedules: as a rule `train.steps` of a quick try."""
+    late = {
+        f"the learning rate of {name!r} warms up for {phase.schedule.warmup} steps": phase.schedule.warmup
+        for name, phase in base.train.optim.items()
+        if phase.schedule.warmup >= length
+    }
+    if ends > length:
+        late[f"weights of the loss move, or a phase begins, until step {ends}"] = ends
+    if not late:
+        return ""
+    return (
+        f"a trial of space {space.name!r} has {length} steps, but {' and '.join(late)}: its numbers will not be those "
+        f"of its settings; for more than a try set train.steps to well above {max(late.values())}, or shorten the "
+        "schedules"
+    )
+
+
+def steps(job: Job, index: Index) -> int:
+    """Optimizer steps of a job on these data."""
+    per_epoch = index.split(job.data.train_split).count // job.train.batch_size
+    return job.train.steps or math.ceil((job.train.epochs or 0) * per_epoch)
+
+
+def try_out(space: Space, settings: Mapping[str, Setting], index: Index) -> None:
+    """Refuse settings that make no job or no model; nothing is computed.
+
+    Raises:
+        UserError: what is wrong with them.
+    """
+    _on_paper(space.job(settings, str(index.folder), space.name), index)
+
+
+def _on_paper(job: Job, index: Index) -> Variant:
+    """The job's model without its numbers."""
+    config = model_config(resolved(job).model)
+    with torch.device("meta"):
+        model: Variant = variant(config.kind).Model(config, index.spec)  # type: ignore[attr-defined]
+    return model
+
+
+def schedules_end(space: Space, index: Index) -> int:
+    """The last step at which a loss weight of any trial still moves, or a phase has not begun.
+
+    Taken at the ends of every dimension and at every choice: a schedule is longest at one of them.
+    """
+    latest = 0
+    for settings in _corners(space):
+        try:
+            job = space.job(settings, str(index.folder), space.name)
+            latest = max(latest, _on_paper(job, index).schedule_end)
+        except UserError:
+            continue  # such settings make no model; a trial that draws them is told so
+        latest = max([latest, *(phase.start for phase in job.train.optim.values())])
+    return latest
+
+
+def _corners(space: Space) -> Iterator[dict[str, Setting]]:
+    last = math.nextafter(1.0, 0.0)
+    for everything in (0.0, last):
+        ends = dict.fromkeys(space.dimensions, everything)
+        yield space.settings_of(ends)
+        for key, dimension in space.dimensions.items():
+            parts = [0.0, last]
+            if isinstance(dimension, Choice):
+                count = len(dimension.options)
+                parts = [(place + 0.5) / count for place in range(count)]
+            for part in parts:
+                yield space.settings_of({**ends, key: part})
+
+
+def _models_exist(space: Space, index: Index) -> None:
+    """Refuse a space none of whose corners makes a model, as a misspelt key of it makes none."""
+    first: UserError | None = None
+    for settings in _corners(space):
+        try:
+            return try_out(space, settings, index)
+        except UserError as error:
+            first = first or error
+    raise UserError(f"space {space.name!r}: none of its settings makes a model: {first}")
+
+
+def _objectives_exist(space: Space, base: Job, index: Index) -> None:
+    """Ask the untrained base model for each objective's part, on two images."""
+    model = build(model_config(resolved(base).model), index.spec, base.seed)
+    model.eval().requires_grad_(False)
+    parts = {METRICS[objective.metric].part for objective in space.objectives}
+    known: set[str] = set()
+    if "terms" in parts:
+        images = whole_split(index, base.data.validation_split, base, limit=_LOOKED_AT)
+        known = {name for row in evaluate(model, images, seed=base.seed).rows for name in row.terms}
+    for objective in space.objectives:
+        name = objective.metric
+        part = METRICS[name].part
+        missing = (
+            (part == "samples" and model.not_defined("sample") if not model.samples else None)
+            or (part == "reconstructions" and not model.reconstructs and model.not_defined("reconstruct"))
+            or (part == "codes" and model.latent != "codes" and model.not_defined("codes"))
+            or (
+                part == "terms"
+                and name not in known
+                and f"the model has the terms {', '.join(sorted(known))}"
+            )
+            or (part == "iwae" and _no_likelihood(model, base))
+        )
+        if missing:
+            raise UserError(
+                f"space {space.name!r}: the objective {name} does not fit its base job: {missing}"
+            )
+
+
+def _no_likelihood(model: Variant, base: Job) -> str | None:
+    if model.latent not in ("vector", "map") or not model.reconstructs:
+        return "the model has no likelihood of images given a latent"
+    if not getattr(model, "stochastic", True):
+        return "a deterministic encoder has no bound on the likelihood"
+    zero = torch.zeros((1, *model.latent_shape), dtype=next(model.parameters()).dtype)
+    evidence = model.decode(zero, torch.zeros(1, dtype=torch.int64) if model.conditional else None).evidence
+    if evidence == "surrogate" or (evidence == "binary" and base.data.binarise == "none"):
+        return "its likelihood is no probability of these images: binarise them, or choose a logistic one"
+    return None
