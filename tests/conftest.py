@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix import note
+from tests.fault_matrix import note
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.runs import ROOT, load_tool
+from tests.run_commands import ROOT, load_tool
 from vaedist.data.packing.pack import Packing, pack
 from vaedist.data.sources import Settings
 

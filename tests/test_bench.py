@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from tests.run_commands import ROOT
 
 
 def test_a_question_becomes_a_table(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.doors.conftest import MLP, pack_phantom, trained
-from tests.runs import ROOT, small_job, write_job
+from tests.commands.conftest import MLP, pack_phantom, trained
+from tests.run_commands import ROOT, small_job, write_job
 
 
 def draw(name: str, runs: Path, picture: Path) -> Image.Image:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, small_job, write_job
+from tests.run_commands import ROOT, small_job, write_job
 
 pytestmark = pytest.mark.slow  # it builds, fetches and installs
 DOORS = ("shard", "train", "tune", "evaluate", "sample", "launch", "export", "board")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, load_tool, small_job, write_job
+from tests.run_commands import ROOT, load_tool, small_job, write_job
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 
 from tests.data.conftest import Pack
 from tests.data.node_local import BOTH, SPLITS, another, copies, is_copied, seen, the_set, until
-from tests.data.test_codes import written
+from tests.data.test_code_shards import written
 from tests.ranks import run_ranks
-from tests.runs import curve, small_job, train, write_job
+from tests.run_commands import curve, small_job, train, write_job
 from vaedist.core.errors import DataError
 from vaedist.data.format.decoding import Rows
 from vaedist.data.format.index import Index

@@ -26,7 +26,7 @@ import pytest
 import torch
 import yaml
 
-from tests.runs import BODY, ROOT, Training, curve, last_step
+from tests.run_commands import BODY, ROOT, Training, curve, last_step
 
 INSIDE = Path(__file__).parent / "inside"
 STEPS, SAVE = 30, 5

@@ -18,7 +18,7 @@ import pytest
 
 from tests.data.test_damage import COUNT, DAMAGE, HURT, flip, places
 from tests.faults.stage import STEPS, Stage, only_line, shard
-from tests.runs import ROOT, curve, last_step
+from tests.run_commands import ROOT, curve, last_step
 from vaedist.core.errors import EXIT_STOPPED, DataError, UserError
 from vaedist.data.format.index import Index
 

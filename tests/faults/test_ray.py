@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.faults.stage import BUSY, SAVE, STEPS, Stage, job, only_line
-from tests.runs import ROOT, Training, curve
+from tests.run_commands import ROOT, Training, curve
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3000)]
 RAY = ("--engine", "ray", "--device", "cpu")

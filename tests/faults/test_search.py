@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.test_raytune import LONG, Tuning, direct, read
 from tests.faults.stage import BUSY, Stage
-from tests.runs import last_step
+from tests.launchers.ray.test_tuner import LONG, Tuning, direct, read
+from tests.run_commands import last_step
 from tests.spaces import small_space, write_space
 from vaedist.data.format.index import Index
 from vaedist.tuning.space import Space

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.stage import KILLED, Stage, difference, only_line, read_only, small_disk, state
-from tests.runs import curve
+from tests.run_commands import curve
 from vaedist.core.errors import CannotWrite, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

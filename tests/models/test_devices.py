@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import ROOT
+from tests.run_commands import ROOT
 from vaedist.config.job import Spec, load_job
 from vaedist.core.context import Batch, LaneContext
 from vaedist.data.loading.inputs import static_bits

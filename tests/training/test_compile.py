@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.runs import curve, small_job
+from tests.run_commands import curve, small_job
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 

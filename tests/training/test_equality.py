@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import curve, small_job, train, write_job
+from tests.run_commands import curve, small_job, train, write_job
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 

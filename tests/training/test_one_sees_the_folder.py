@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.ranks import run_ranks
-from tests.runs import curve, small_job
+from tests.run_commands import curve, small_job
 
 TRAIN = """
 import sys

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import ROOT
+from tests.run_commands import ROOT
 from vaedist.training import optimizers
 
 

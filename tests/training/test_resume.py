@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from tests.runs import Training, curve, held, last_step, small_job, train, write_job
+from tests.run_commands import Training, curve, held, last_step, small_job, train, write_job
 from vaedist.core.errors import EXIT_STOPPED, WorkerLost
 
 pytestmark = pytest.mark.timeout(1200)  # several runs in a row, each of which loads torch in every rank

@@ -2,7 +2,7 @@
 
 A small convolutional VQ-VAE on 64x64 phantoms. Beside each other: `vaedist-train` on its own, under its launcher with
 two processes, and under Ray with one; and a Python that imports torch, builds the same model and takes no step. What
-Slurm adds is in the README's table of starts, from tests/slurm.
+Slurm adds is in the README's table of starts, from tests/real_slurm.
 """
 
 from __future__ import annotations
