@@ -102,7 +102,7 @@ class Variant(nn.Module):
     compiled: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     """Attributes that `train.compile` compiles: the bodies, never `forward`."""
 
-    rivals: ClassVar[frozenset[str]] = frozenset()
+    adversarial_terms: ClassVar[frozenset[str]] = frozenset()
     """Terms that tell which of two networks is ahead, not how good the model is: a run may not be judged by them."""
 
     config: Strict

@@ -55,7 +55,7 @@ class Model(Autoencoder):
 
     phases = ("discriminator", "encoder", "decoder")
     units: ClassVar[Mapping[str, str]] = {**Autoencoder.units, **_RIVALS}
-    rivals: ClassVar[frozenset[str]] = frozenset(_RIVALS)
+    adversarial_terms: ClassVar[frozenset[str]] = frozenset(_RIVALS)
 
     config: Config
 
