@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.evaluation.comparison import Comparison
     from vaedist.evaluation.groups import read_groups
     from vaedist.runs.checkpoint import resolve
+    from vaedist.runs.open_data import pick_device
 
     keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
@@ -257,6 +258,7 @@ def _evaluate(
     from vaedist.evaluation.groups import grouped
     from vaedist.evaluation.text_report import report
     from vaedist.inference.stored_mixture import density
+    from vaedist.runs.open_data import open_data
     from vaedist.runs.open_run import open_run
 
     run = open_run(path, weights=arguments.weights, device=device)
@@ -360,50 +362,6 @@ def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
     for name, content in contents.items():
         write_atomic(folder / name, content)
     return [f"wrote {folder / name}" for name in contents]
-
-
-def pick_device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here: use --device cpu, or ask the allocation for one")
-    return name
-
-
-def open_data(run: Run, given: str | None, other_data: bool | None) -> Index:
-    """The packed folder, proven to be the one that the run was trained from unless another is allowed.
-
-    Args:
-        run: The run.
-        given: Its folder now; None: where the run read it.
-        other_data: Whether another is allowed; None: that is no question here.
-    """
-    from vaedist.data.format.index import INDEX_NAME, Index
-
-    if given is None and not (Path(run.data_path) / INDEX_NAME).exists():
-        raise UserError(
-            f"the run was trained from {run.data_path}, which is not here: say with --data where the data are now"
-        )
-    index = Index.open(given or run.data_path)
-    if index.identity != run.data_identity and not other_data:
-        raise UserError(
-            f"{index.folder} does not hold the data that the run was trained from (data identity "
-            f"{index.identity[:12]}, the run has {run.data_identity[:12]}): give their folder with --data"
-            + ("" if other_data is None else ", or allow these with --other-data")
-        )
-    expected = run.spec.image_shape
-    if index.shape != expected:
-        raise UserError(
-            f"{index.folder} has images of shape {index.shape} (C, H, W) and the model takes {expected}: pack them "
-            f"with --size {run.spec.shape[0]} and {'--rgb' if run.spec.channels == 3 else '--gray'}"
-        )
-    if run.model.conditional and index.classes != run.classes:
-        raise UserError(
-            f"{index.folder} has classes {index.classes} and the model was trained on {run.classes}"
-        )
-    return index
 
 
 if __name__ == "__main__":

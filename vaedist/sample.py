@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     mode = _check(arguments)
 
     from vaedist.distributed.memory import keep_freed_memory
-    from vaedist.evaluate import pick_device
+    from vaedist.runs.open_data import pick_device
     from vaedist.runs.open_run import open_run
 
     keep_freed_memory()
@@ -314,8 +314,8 @@ def _sampler(run: Run, arguments: argparse.Namespace, bars: ProgressBars) -> Sam
 
 def _mixture(run: Run, data: str | None, bars: ProgressBars) -> Mixture:
     """The density stored with the run; fitted now if there is none."""
-    from vaedist.evaluate import open_data
     from vaedist.inference.stored_mixture import density
+    from vaedist.runs.open_data import open_data
 
     return density(run, lambda: open_data(run, data, other_data=None), bars.start)
 
