@@ -14,7 +14,7 @@ from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 2}
 
 
