@@ -94,6 +94,28 @@ def command(made: Path, name: str) -> list[str]:
     return [str(made / "jobs" / f"{name}.yaml"), "--run-dir", str(made / "runs" / name), "--device", "cpu"]
 
 
+def layout(value: Any) -> Any:
+    """A state without its numbers: names in their order, kinds of values, shapes."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape)
+    if isinstance(value, dict):
+        return [(name, layout(inner)) for name, inner in value.items()]
+    return [layout(inner) for inner in value] if isinstance(value, list | tuple) else type(value).__name__
+
+
+def state(run: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds, as torch reads it."""
+    content: dict[str, Any] = torch.load(
+        run / "checkpoints" / f"step-{step:09d}" / "state.pt", weights_only=True
+    )
+    return content
+
+
+def files_of(run: Path) -> set[str]:
+    """Names in a run folder."""
+    return {path.name for path in run.iterdir()}
+
+
 def numbers_of(run: Path, stored: str) -> None:
     """Samples, latents and reconstructions are those of then."""
     mine = maker.outputs(vaedist.load(run), maker.pictures())
@@ -112,7 +134,8 @@ def test_a_run_goes_on_to_its_end_with_the_numbers_of_then(
     kind: str, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = made / "runs" / kind
-    before = maker.rows(run)
+    before, job, files = maker.rows(run), (run / "job.yaml").read_bytes(), files_of(run)
+    then, best = state(run, STOPPED), json.loads((run / "best.json").read_text())
     assert before[-1]["step"] == STOPPED and not (run / "finished.json").exists()
     assert train.main(command(made, kind)) == 0
     assert "resumed after step 6" in capsys.readouterr().out
@@ -126,6 +149,18 @@ def test_a_run_goes_on_to_its_end_with_the_numbers_of_then(
     assert (first["start_step"], second["start_step"], second["changed"]) == (0, STOPPED, [])
     assert (second["start"]["how"], second["start"]["checkpoint"]) == ("resume", "step-000000006")
     assert json.loads((run / "finished.json").read_text())["step"] == STEPS
+    # What is written is laid out as then.
+    assert (run / "job.yaml").read_bytes() == job
+    assert files_of(run) == files | {"finished.json"}
+    now = state(run, STEPS)
+    assert now["job"] == then["job"]
+    assert now["data"] | {"path": ""} == then["data"] | {"path": ""}
+    for part in then.keys() | now.keys():
+        if part not in ("progress", "collapse"):  # None, or a number, as it comes
+            assert layout(now[part]) == layout(then[part]), part
+    assert list(now) == list(then) and now["progress"].keys() == then["progress"].keys()
+    assert list(json.loads((run / "best.json").read_text())) == list(best)
+    assert first.keys() == second.keys()
     if expected["machine"] == maker.machine():  # the same processor and torch: bit for bit
         last = run / "checkpoints" / f"step-{STEPS:09d}"
         for which, digest in expected["weights"].items():
