@@ -48,7 +48,9 @@ maker = _maker()
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of all of it, whose texts name the place where it is now; also the working folder."""
     root = tmp_path / "made"
-    shutil.copytree(FILES, root, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "make.py"))
+    shutil.copytree(FILES, root, ignore=shutil.ignore_patterns("__pycache__", "make.py"))
+    for name, target in told("links").items():
+        (root / name).symlink_to(target)
     for path in root.rglob("*"):
         if path.is_dir():
             path.chmod(0o700)  # as it was made; a checkout may let a group write

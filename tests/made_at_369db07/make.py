@@ -18,6 +18,7 @@ It takes about a minute. It needs the rights of root, or a ROOT that was made be
     launches/tiny/ vaedist-launch --local, a chain of three; launched/ is its run
     search/        vaedist-tune, two trials; told/search.jsonl: the record after a third
     export/vae/    vaedist-export of runs/vae, with programs
+    told/links.json  symbolic links (search/best), which a source distribution would not keep as such
 
 The digest of weights is the sha256 over the sorted names of a state dict, each followed by its tensor's bytes (C order,
 little-endian) with nothing between.
@@ -368,9 +369,13 @@ def main() -> None:
 
     shutil.rmtree(ROOT / "resumed")
     without_this_machine(ROOT)
+    links = {str(path.relative_to(ROOT)): os.readlink(path) for path in ROOT.rglob("*") if path.is_symlink()}
+    for name in links:
+        (ROOT / name).unlink()
+    (ROOT / "told" / "links.json").write_text(json.dumps(links, indent=1) + "\n")
     for path in sorted(ROOT.iterdir()):
         shutil.rmtree(HERE / path.name, ignore_errors=True)
-        shutil.copytree(path, HERE / path.name, symlinks=True)
+        shutil.copytree(path, HERE / path.name)
     print("made:", sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file()), "bytes")
 
 
