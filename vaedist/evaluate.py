@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.cli.parser import Parser, add_loudness
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_device, add_verbosity, add_weights
 from vaedist.core.errors import UserError, door
 from vaedist.core.terminal import Bars, teller
 
@@ -47,9 +48,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="allow data that the run was not trained from; metrics.json says so",
     )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), help="which weights (default: what the job says)"
-    )
+    add_weights(parser)
     parser.add_argument(
         "--baselines",
         action=argparse.BooleanOptionalAction,
@@ -121,13 +120,8 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="all of it as one HTML file, with curves, pictures and settings, to copy and to send",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one (default: auto)",
-    )
-    add_loudness(
+    add_device(parser)
+    add_verbosity(
         parser,
         quiet="no progress bars, and no tables: they are in the files",
         verbose="also say of each stage how long it took",

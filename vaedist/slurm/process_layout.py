@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaedist.cli.train_options import train_parser
+from vaedist.cli.train_options import build_parser
 from vaedist.config.job import load_job
 from vaedist.config.site import Site
 from vaedist.core.errors import UserError
@@ -125,7 +125,7 @@ def srun(job: SlurmJob, tasks_per_node: int, nodes: int | None = None) -> list[s
 
 def train_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
     """vaedist-train's command line; None where it is not one that trains, and the door itself answers."""
-    parser = train_parser()
+    parser = build_parser()
     parser.set_defaults(engine=None)  # was one asked for?
     try:
         with (
