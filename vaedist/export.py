@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vaedist.cli.parser import Parser
 from vaedist.cli.shared_options import add_run, add_verbosity, add_weights
-from vaedist.core.errors import EXIT_FINISHED, door
+from vaedist.core.errors import EXIT_FINISHED, cli_command
 
 
 def build_parser() -> Parser:
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from vaedist.cli.sample_options import FRAMES, MANIFOLD, build_parser, check_sample_options
-from vaedist.core.errors import NotDefined, door
-from vaedist.core.terminal import Bars, coloured, teller
+from vaedist.core.errors import NotDefined, cli_command
+from vaedist.core.terminal import ProgressBars, colored, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.inference.picture_files import PictureResult
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vaedist.runs.open_run import Run
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     mode = check_sample_options(arguments)
@@ -26,16 +26,16 @@ def main(argv: list[str] | None = None) -> int:
 
     keep_freed_memory()
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     if run.collapse:
-        tell(f"{coloured('ALARM:', 'yellow')} {run.collapse}")
+        tell(f"{colored('ALARM:', 'yellow')} {run.collapse}")
     if arguments.info_only:
         from vaedist.inference.run_info import run_info
 
         print(run_info(run))
         return 0
     try:
-        with Bars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
+        with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
             result = _write(run, mode, arguments, bars)
     except NotDefined as error:
         instead = ""
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write(run: Run, mode: str, arguments: argparse.Namespace, bars: Bars) -> PictureResult:
+def _write(run: Run, mode: str, arguments: argparse.Namespace, bars: ProgressBars) -> PictureResult:
     """Make and write what was asked for."""
     from vaedist.inference.class_labels import class_numbers, single_class
     from vaedist.inference.latent_pictures import write_interpolation, write_manifold, write_traversal
@@ -93,7 +93,7 @@ def _write(run: Run, mode: str, arguments: argparse.Namespace, bars: Bars) -> Pi
     )
 
 
-def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
+def _sampler(run: Run, arguments: argparse.Namespace, bars: ProgressBars) -> Sampler:
     from vaedist.inference.sampling import Sampler
     from vaedist.inference.stored_mixture import load_or_fit_mixture
     from vaedist.runs.open_data import open_data
@@ -101,7 +101,7 @@ def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
     options = {name: getattr(arguments, name) for name in ("top_k", "top_p", "guidance")}
     mixture = None
     if arguments.sampler == "gmm":
-        mixture = load_or_fit_mixture(run, lambda: open_data(run, arguments.data, other_data=None), bars.begin)
+        mixture = load_or_fit_mixture(run, lambda: open_data(run, arguments.data, other_data=None), bars.start)
     return Sampler(
         run.model,
         seed=arguments.seed,

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaedist.cli.train_options import build_parser, check_engine_options
-from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
 
 if TYPE_CHECKING:
     from vaedist.config.job import Job
     from vaedist.runs.fit_options import FitOptions, Outcome
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     # Before torch is loaded, here or in a worker: threads that wait for each other sleep. Threads that spin take the

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vaedist.cli.option_types import non_negative_int, positive_int
 from vaedist.cli.parser import Parser
 from vaedist.cli.shared_options import add_device, add_settings, add_verbosity
-from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.core.terminal import Bars, progress_bar
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
+from vaedist.core.terminal import ProgressBars, progress_bar
 
 if TYPE_CHECKING:
     from vaedist.data.format.index import Index
@@ -94,7 +94,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     # As in vaedist-train: threads that wait for each other sleep. The trials' processes inherit it.
@@ -219,8 +219,8 @@ def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
         from vaedist.data.sources import Settings
 
         settings = Settings(size=size, count=PHANTOM_COUNT)
-        with Bars(quiet=quiet) as bars:
-            pack(Packing(input="phantom", out=place, size=size, settings=settings), bars.of("packing"))
+        with ProgressBars(quiet=quiet) as bars:
+            pack(Packing(input="phantom", out=place, size=size, settings=settings), bars.callback("packing"))
     return Index.open(place)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vaedist.core.errors import NotDefined, UserError, nearest
+from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.runs.open_run import Run
 
 _CLASSES_NAMED = 64
@@ -29,7 +29,7 @@ def class_numbers(run: Run, given: Sequence[str] | None) -> list[int] | None:
     for name in given:
         if name not in numbers:
             valid = [*run.classes, "none"][:_CLASSES_NAMED]
-            raise UserError(f"--class: the model knows no class {name!r}{nearest(name, valid)}")
+            raise UserError(f"--class: the model knows no class {name!r}{did_you_mean(name, valid)}")
     return [numbers[name] for name in given]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vaedist.core.errors import UserError
-from vaedist.core.imaging import channels_last, gif_bytes, grid, png_bytes, write_whole
+from vaedist.core.imaging import channels_last, gif_bytes, grid, png_bytes, write_atomic
 from vaedist.data.format.image_files import Fit
 from vaedist.inference.class_labels import class_labels
 from vaedist.inference.latent_space import TRAVERSAL_REACH, interpolation, manifold, traversal
@@ -55,8 +55,8 @@ def write_interpolation(
     images = interpolation(run.model, latents[0], latents[1], frames, label)
     strip = channels_last(images)
     gif = str(Path(target.picture).with_suffix(".gif"))
-    write_whole(target.picture, png_bytes(grid(strip, frames)))
-    write_whole(gif, gif_bytes(strip))
+    write_atomic(target.picture, png_bytes(grid(strip, frames)))
+    write_atomic(gif, gif_bytes(strip))
     line = f"from {' to '.join(ends)} through the latents of {run.title}"
     return PictureResult([line], [target.picture, gif, *target.write_arrays(images=images)])
 
@@ -73,7 +73,7 @@ def write_traversal(
     """A row of `frames` images for each latent dimension, or channel of a map."""
     reach = TRAVERSAL_REACH * temperature
     images = traversal(run.model, dimensions, frames, label=label, reach=reach)
-    write_whole(target.picture, png_bytes(grid(channels_last(images), frames)))
+    write_atomic(target.picture, png_bytes(grid(channels_last(images), frames)))
     rows = ", ".join(map(str, dimensions))
     line = f"latent dimensions {rows} of {run.title}, from {-reach:g} to {reach:g} standard deviations"
     return PictureResult([line], [target.picture, *target.write_arrays(images=images)])
@@ -84,6 +84,6 @@ def write_manifold(
 ) -> PictureResult:
     """All that a model with two latent numbers can draw, `side` by `side` images."""
     images = manifold(run.model, side, label=label, temperature=temperature)
-    write_whole(target.picture, png_bytes(grid(channels_last(images), side, pad=0)))
+    write_atomic(target.picture, png_bytes(grid(channels_last(images), side, pad=0)))
     line = f"the two latent numbers of {run.title}, {side} x {side} quantiles of the prior"
     return PictureResult([line], [target.picture, *target.write_arrays(images=images)])

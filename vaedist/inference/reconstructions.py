@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vaedist.core.context import Batch
-from vaedist.core.imaging import Pixels, as_numpy, channels_last, code_maps, write_whole
+from vaedist.core.imaging import Pixels, as_numpy, channels_last, code_maps, write_atomic
 from vaedist.data.format.image_files import Fit, open_fitting
 from vaedist.data.loading.inputs import Inputs
 from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
@@ -27,7 +27,7 @@ def read_images(run: Run, files: Sequence[str], fit: Fit = "pad") -> Pixels:
     Raises:
         UserError: one cannot be read.
     """
-    read = np.stack([open_fitting(file, run.shape, fit) for file in files])
+    read = np.stack([open_fitting(file, run.spec.image_shape, fit) for file in files])
     # For a model of binarised images: the static draw of each file's name.
     keys = [Path(file).name for file in files]
     return Inputs(run.job).binarised(torch.from_numpy(read), keys).numpy()
@@ -84,7 +84,7 @@ def write_reconstructions(
     shown = [channels_last(originals), channels_last(others)]
     if codes:
         arrays["codes"] = np.concatenate(code_parts)
-        shown.append(code_maps(arrays["codes"], run.spec.height, run.spec.width))
-    write_whole(target.picture, framed_sheet(*shown, columns=max(1, columns // len(shown))))
+        shown.append(code_maps(arrays["codes"], *run.spec.shape))
+    write_atomic(target.picture, framed_sheet(*shown, columns=max(1, columns // len(shown))))
     lines = [f"reconstructions by {run.title}", metrics_table(rows, "file", spread=False)]
     return PictureResult(lines, [target.picture, *target.write_arrays(**arrays)])

@@ -11,7 +11,7 @@ from vaedist.runs.open_run import Run
 
 def run_info(run: Run) -> str:
     """Facts, a table of layers, and the job as YAML."""
-    shape = "x".join(str(size) for size in run.shape)
+    shape = "x".join(str(size) for size in run.spec.image_shape)
     data = f"{run.data_path}: images of {shape}, {len(run.classes)} classes, identity {run.data_identity}"
     facts = {
         "run": run.folder,

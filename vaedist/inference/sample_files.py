@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from vaedist.core.imaging import Pixels, channels_last, code_maps, grid, png_bytes, write_whole
-from vaedist.core.terminal import Bars
+from vaedist.core.imaging import Pixels, channels_last, code_maps, grid, png_bytes, write_atomic
+from vaedist.core.terminal import ProgressBars
 from vaedist.inference.npz_writer import NpzWriter
 from vaedist.inference.picture_files import PictureFiles, PictureResult
 from vaedist.inference.sample_shards import SampleShards
@@ -36,7 +36,7 @@ def write_samples(
     columns: int,
     classes: Sequence[int] | None = None,
     tar: str | None = None,
-    bars: Bars | None = None,
+    bars: ProgressBars | None = None,
 ) -> PictureResult:
     """Samples 0 .. count - 1 in a grid, and as many as are asked for in arrays and tars.
 
@@ -58,7 +58,7 @@ def write_samples(
         npz = stack.enter_context(NpzWriter(target.npz, count)) if target.npz else None
         shards = stack.enter_context(_shards(run, sampler, tar)) if tar else None
         writer = stack.enter_context(BackgroundWriter())
-        advance = (bars or Bars(quiet=True)).begin("drawing", count)
+        advance = (bars or ProgressBars(quiet=True)).start("drawing", count)
 
         def write(batch: SampleBatch, first: int, labels: list[int] | None) -> None:
             if npz is not None:
@@ -72,7 +72,7 @@ def write_samples(
 
         def show(pictures: Sequence[Pixels]) -> None:
             sheet = grid(np.concatenate(pictures), columns * (2 if sampler.codes else 1))
-            write_whole(target.picture, png_bytes(sheet))
+            write_atomic(target.picture, png_bytes(sheet))
 
         for first in range(0, count, SAMPLE_BATCH):
             numbers = range(first, min(count, first + SAMPLE_BATCH))
@@ -139,7 +139,7 @@ def _shards(run: Run, sampler: Sampler, folder: str) -> SampleShards:
         **sampler.options,
     }
     classes = run.classes if run.model.conditional else ()
-    return SampleShards(folder, run.shape, classes, source, sampler.seed)
+    return SampleShards(folder, run.spec.image_shape, classes, source, sampler.seed)
 
 
 def with_code_maps(images: Pixels, codes: Any) -> Pixels:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vaedist.core.errors import UserError
-from vaedist.core.imaging import write_whole
-from vaedist.core.terminal import Bar
+from vaedist.core.imaging import write_atomic
+from vaedist.core.terminal import StartBar
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics.latents import collect
@@ -55,7 +55,7 @@ def load_mixture(run: Run) -> Mixture | None:
     return Mixture.from_bytes(path.read_bytes(), mixture_stamp(run), path)
 
 
-def load_or_fit_mixture(run: Run, data: Callable[[], Index], bar: Bar = lambda *_: lambda _: None) -> Mixture:
+def load_or_fit_mixture(run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None) -> Mixture:
     """The density kept with the run; fitted now if there is none.
 
     Args:
@@ -104,7 +104,7 @@ def fit_and_store_mixture(run: Run, index: Index, progress: Callable[[int], None
     )
     path = mixture_path(run)
     try:
-        write_whole(path, mixture.to_bytes(mixture_stamp(run)))
+        write_atomic(path, mixture.to_bytes(mixture_stamp(run)))
     except UserError as error:  # a run that only its owner may write to can still be sampled
         log.warning("%s: the density is fitted anew each time", error)
     return mixture

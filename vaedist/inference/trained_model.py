@@ -65,9 +65,9 @@ class TrainedModel:
         return self.run.kind
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image."""
-        return self.run.shape
+        return self.run.spec.image_shape
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
-from vaedist.core.files import awaited, replace_private
+from vaedist.core.files import replace_private, wait_for_file
 from vaedist.distributed.watchdog import watchdog
 from vaedist.launchers import local
 from vaedist.launchers.network import gloo_interface, node_address
@@ -184,7 +184,7 @@ def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
 
 def _told(place: Path, task: Task) -> dict[str, Any]:
     """What rank 0 wrote; after the deadline a sentence that says so."""
-    text = awaited(place, MEET_SECONDS)
+    text = wait_for_file(place, MEET_SECONDS)
     if text is None:
         raise UserError(
             f"rank {task.rank} waited {MEET_SECONDS:.0f} s for rank 0 to write {place}: look at rank 0's messages, "

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaedist.core.errors import UserError
-from vaedist.core.files import TEMPORARY, as_json, replace_file, room, sync_folder, temporary
+from vaedist.core.files import TEMPORARY, as_json, replace_file, disk_errors, sync_folder, temporary
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint, read_checkpoint, write_checkpoint
 from vaedist.runs.checkpoint_paths import BEST, best_checkpoint, list_checkpoints, step_and_serial
 from vaedist.runs.checkpoint_state import DamagedCheckpoint, assert_plain
@@ -51,7 +51,7 @@ class Checkpoints:
         self.run_folder = Path(run_folder)
         self.folder = self.run_folder / "checkpoints"
         self.keep = keep
-        with room("checkpoints", self.run_folder):
+        with disk_errors("checkpoints", self.run_folder):
             self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def commit(self, state: Mapping[str, Any], step: int, *, guard: Callable[[], None]) -> Path:
@@ -72,7 +72,7 @@ class Checkpoints:
         target = self._free_name(step)
         scratch = temporary(target)
         try:
-            with room(f"the checkpoint of step {step}", self.folder):
+            with disk_errors(f"the checkpoint of step {step}", self.folder):
                 scratch.mkdir(mode=0o700)
                 write_checkpoint(scratch, state, step)
                 guard()
@@ -103,7 +103,7 @@ class Checkpoints:
             except DamagedCheckpoint as reason:
                 aside = temporary(path.with_name(f"damaged-{path.name}"))
                 aside = aside.with_name(aside.name.removeprefix(TEMPORARY))
-                with room("a damaged checkpoint under another name", self.folder):
+                with disk_errors("a damaged checkpoint under another name", self.folder):
                     os.rename(path, aside)
                 log.warning(
                     "checkpoint %s is damaged (%s): passed over for the one before, put aside as %s",
@@ -131,7 +131,7 @@ class Checkpoints:
     def mark_best(self, path: Path, best: Best) -> None:
         """Point the run's `best.json` at a committed checkpoint."""
         pointer = {"checkpoint": path.name, "metric": best.metric, "value": best.value}
-        with room(BEST, self.run_folder):
+        with disk_errors(BEST, self.run_folder):
             replace_file(self.run_folder / BEST, as_json(pointer))
 
     def best(self) -> Path | None:

@@ -43,11 +43,6 @@ class Run(NamedTuple):
     """The alarm of the last validation before the checkpoint."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        return self.spec.channels, self.spec.height, self.spec.width
-
-    @property
     def kind(self) -> str:
         """`vae`, `vqvae`, `pixelcnn`, ..."""
         return str(self.job.model["kind"])
@@ -87,7 +82,7 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
         ) from None
     job = parse(Job, saved, where=str(loaded.path))
     config = model_config(job.model, where=str(loaded.path))
-    spec = Spec(channels, height, width, len(classes))
+    spec = Spec(channels, (height, width), len(classes))
     model = build(config, spec, job.seed)
     model.to(device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     try:
@@ -117,7 +112,7 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
 def same_experiment(one: Run, other: Run) -> bool:
     """Whether two runs differ in nothing that matters but their seed: repetitions, whose spread is worth stating."""
     data = [
-        {"identity": run.data_identity, "shape": list(run.shape), "classes": list(run.classes)}
+        {"identity": run.data_identity, "shape": list(run.spec.image_shape), "classes": list(run.classes)}
         for run in (one, other)
     ]
     differences = compare_jobs(one.job, other.job, *data)

@@ -1,7 +1,6 @@
 """What a resumed run may change: the job asked for now is compared with the job in the checkpoint, key by key.
 
-Each setting's mark (`vaedist.config.settings.marks`; the variant's own settings have them too) says what a difference
-means: free, only with `--override` and recorded, or never. The data are compared by their identity, a hash of keys,
+Each setting's resume policy (`vaedist.config.settings.resume_policy`) says what a difference means: free, only with `--override` and recorded, or never. The data are compared by their identity, a hash of keys,
 labels, splits and pixels, not by their path.
 """
 
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaedist.config.job import Job
-from vaedist.config.settings import Mark, marks, parse
+from vaedist.config.settings import ResumePolicy, parse, resume_policy
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.models.contract import variant
@@ -33,7 +32,7 @@ def data_section(index: Index) -> dict[str, Any]:
     """What a checkpoint says of the data it was trained on."""
     return {
         "identity": index.identity,
-        "shape": [index.spec.channels, index.spec.height, index.spec.width],
+        "shape": list(index.spec.image_shape),
         "classes": list(index.classes),
         "path": str(Path(index.folder).absolute()),
     }
@@ -44,19 +43,19 @@ def compare_jobs(
 ) -> Differences:
     """The differences between two jobs (resolved here) and between the data they see (`data_section`)."""
     old, new = (resolved(job).model_dump(mode="json") for job in (saved, asked))
-    patterns = dict(marks(Job))
+    patterns = dict(resume_policy(Job))
     del patterns["model"]
     if old["model"]["kind"] == new["model"]["kind"]:
-        patterns |= dict(marks(variant(new["model"]["kind"]).Config, "model."))
+        patterns |= dict(resume_policy(variant(new["model"]["kind"]).Config, "model."))
     else:  # the rest of two variants' settings has nothing in common
         old["model"], new["model"] = ({"kind": side["model"]["kind"]} for side in (old, new))
-    by_mark: dict[Mark, list[Change]] = {"free": [], "override": [], "fixed": []}
+    by_policy: dict[ResumePolicy, list[Change]] = {"free": [], "override": [], "fixed": []}
     for change in _changes("", old, new):
-        by_mark[_mark(change.key, patterns)].append(change)
+        by_policy[_policy(change.key, patterns)].append(change)
     for key in ("identity", "shape", "classes"):
         if saved_data[key] != asked_data[key]:
-            by_mark["fixed"].insert(0, Change(f"data {key}", saved_data[key], asked_data[key]))
-    return Differences(*(tuple(by_mark[mark]) for mark in ("free", "override", "fixed")))
+            by_policy["fixed"].insert(0, Change(f"data {key}", saved_data[key], asked_data[key]))
+    return Differences(*(tuple(by_policy[policy]) for policy in ("free", "override", "fixed")))
 
 
 def check_differences(differences: Differences, override: bool, run_folder: Path) -> None:
@@ -106,14 +105,14 @@ def _changes(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Ite
             yield Change(f"{prefix}{key}", before, after)
 
 
-def _mark(key: str, patterns: Mapping[str, Mark]) -> Mark:
-    """The mark of a key: of its field, of the section it lies in, or the strictest of the fields below it."""
+def _policy(key: str, patterns: Mapping[str, ResumePolicy]) -> ResumePolicy:
+    """The policy of a key: of its field, of the section it lies in, or the strictest of the fields below it."""
     parts = key.split(".")
-    below: set[Mark] = set()
-    for pattern, mark in patterns.items():
+    below: set[ResumePolicy] = set()
+    for pattern, policy in patterns.items():
         names = pattern.split(".")
         if all(name in ("*", part) for name, part in zip(names, parts, strict=False)):
             if len(names) <= len(parts):
-                return mark
-            below.add(mark)
-    return next((mark for mark in ("fixed", "override", "free") if mark in below), "fixed")
+                return policy
+            below.add(policy)
+    return next((policy for policy in ("fixed", "override", "free") if policy in below), "fixed")

@@ -50,7 +50,7 @@ from vaedist.core.errors import (
     Diverged,
     UserError,
     WorkerLost,
-    door,
+    cli_command,
 )
 from vaedist.runs import stop_request as stop
 from vaedist.runs.run_folder import RunFolder
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     place = os.environ.get("VAEDIST_SITE")

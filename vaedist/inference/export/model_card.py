@@ -30,7 +30,7 @@ def model_card(
         missing: Programs that are not there, and why; None: none were made.
         onnx: Whether they are there as ONNX too.
     """
-    shape = " x ".join(str(axis) for axis in run.shape)
+    shape = " x ".join(str(axis) for axis in run.spec.image_shape)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     about = (
         f"A `{run.kind}` of {shape} images (channels, height, width), {parameters:,} parameters, trained "
@@ -122,7 +122,7 @@ def _files(run: Run, missing: Mapping[str, str] | None, onnx: bool) -> str:
     text = _lines(files)
     if not missing:
         text += (
-            f"\n\n```python\n{usage_example(run.model, run.shape)}\n```"
+            f"\n\n```python\n{usage_example(run.model, run.spec.image_shape)}\n```"
         )
     return text
 

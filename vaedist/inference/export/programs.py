@@ -78,7 +78,7 @@ def check_programs(*, onnx: bool) -> None:
 
 @torch.no_grad()
 def write_programs(
-    model: Variant, shape: tuple[int, int, int], folder: Path, *, onnx: bool = False
+    model: Variant, shape: tuple[int, ...], folder: Path, *, onnx: bool = False
 ) -> dict[str, str]:
     """Write the programs that the variant defines; by file name, the reason for each that it does not.
 
@@ -201,7 +201,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def usage_example(model: Variant, shape: tuple[int, int, int]) -> str:
+def usage_example(model: Variant, shape: tuple[int, ...]) -> str:
     """Lines of Python that use the programs."""
     size = ", ".join(str(axis) for axis in shape)
     label = ", label=torch.zeros(4, dtype=torch.int64)" if _takes_label(model) else ""

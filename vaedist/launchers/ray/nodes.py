@@ -33,8 +33,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.core.files import awaited, listed, replace_private
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
+from vaedist.core.files import exists_uncached, replace_private, wait_for_file
 from vaedist.core.temporary_folder import temporary_folder
 from vaedist.launchers.allocation import allocation
 from vaedist.launchers.local import python_path
@@ -50,7 +50,7 @@ GATHER_SECONDS = 180.0
 _TRIES = 3
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     """One node of the cluster; returns when Ray ends here (1), is no longer needed (0), or on TERM (75)."""
     (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
@@ -121,7 +121,7 @@ def _run(
                     replace_private(folder / "head", up.read_text().strip())
             if ended():
                 code = EXIT_STOPPED
-            elif listed(folder / RAY_END) or not folder.exists():
+            elif exists_uncached(folder / RAY_END) or not folder.exists():
                 code = EXIT_FINISHED
         if code is not None:
             ray.terminate()
@@ -214,7 +214,7 @@ def _alive() -> set[str]:
 
 
 def _wait_for(file: Path, what: str) -> str:
-    text = awaited(file, GATHER_SECONDS)
+    text = wait_for_file(file, GATHER_SECONDS)
     if text is None:
         raise UserError(
             f"{what} did not start within {GATHER_SECONDS:.0f} s: look at what it says in the log"
