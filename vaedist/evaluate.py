@@ -137,14 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.distributed.memory import keep_freed_memory
     from vaedist.evaluation.comparison import Comparison
     from vaedist.evaluation.groups import read_groups
-    from vaedist.runs.checkpoint import resolve
+    from vaedist.runs.checkpoint_paths import resolve_checkpoint
     from vaedist.runs.open_data import pick_device
 
     keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
     device = pick_device(arguments.device)
     for path in arguments.runs:
-        resolve(path)  # before the first of them is measured for an hour
+        resolve_checkpoint(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
     tell = echo_unless(arguments.quiet)
     folders = _folders(arguments)
@@ -251,7 +251,7 @@ def _evaluate(
     from vaedist.evaluation.evaluation import Training, examine
     from vaedist.evaluation.groups import grouped
     from vaedist.evaluation.text_report import report
-    from vaedist.inference.stored_mixture import density
+    from vaedist.inference.stored_mixture import load_or_fit_mixture
     from vaedist.runs.open_data import open_data
     from vaedist.runs.open_run import open_run
 
@@ -269,7 +269,7 @@ def _evaluate(
     training = Training(whole, index.split(train), run.spec.pixels, print)
     with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
         if arguments.sampler == "gmm":
-            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.start))
+            wanted = replace(wanted, mixture=lambda: load_or_fit_mixture(run, lambda: index, bars.start))
         found = examine(
             run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.start
         )

@@ -90,7 +90,9 @@ def build_parser() -> Parser:
     how.add_argument(
         "--engine", choices=("ray", "srun"), help="what starts the ranks (default: what the site says)"
     )
-    how.add_argument("--max-parallel", metavar="N", type=positive_int, help="most tasks of an array at a time")
+    how.add_argument(
+        "--max-parallel", metavar="N", type=positive_int, help="most tasks of an array at a time"
+    )
     place = parser.add_argument_group("where")
     place.add_argument(
         "--runs",

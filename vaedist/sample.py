@@ -10,6 +10,7 @@ from vaedist.core.errors import NotDefined, cli_command
 from vaedist.core.terminal import ProgressBars, colored, echo_unless
 
 if TYPE_CHECKING:
+    from vaedist.data.format.image_files import Fit
     from vaedist.inference.picture_files import PictureResult
     from vaedist.inference.sampling import Sampler
     from vaedist.runs.open_run import Run
@@ -63,7 +64,8 @@ def _write(run: Run, mode: str, arguments: argparse.Namespace, bars: ProgressBar
     classes = class_numbers(run, arguments.classes)
     label = single_class(classes)
     target = PictureFiles(arguments.out, arguments.npz)
-    columns, fit, frames = arguments.grid_size, arguments.fit or "pad", arguments.frames or FRAMES
+    fit: Fit = arguments.fit or "pad"
+    columns, frames = arguments.grid_size, arguments.frames or FRAMES
     temperature, codes = arguments.temperature, bool(arguments.codes)
     if mode == "reconstruct":
         return write_reconstructions(
@@ -101,7 +103,9 @@ def _sampler(run: Run, arguments: argparse.Namespace, bars: ProgressBars) -> Sam
     options = {name: getattr(arguments, name) for name in ("top_k", "top_p", "guidance")}
     mixture = None
     if arguments.sampler == "gmm":
-        mixture = load_or_fit_mixture(run, lambda: open_data(run, arguments.data, other_data=None), bars.start)
+        mixture = load_or_fit_mixture(
+            run, lambda: open_data(run, arguments.data, other_data=None), bars.start
+        )
     return Sampler(
         run.model,
         seed=arguments.seed,

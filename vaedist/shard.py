@@ -56,7 +56,9 @@ def build_parser() -> Parser:
     packing.add_argument(
         "--codec", choices=("png", "npy"), help="lossless both; npy reads faster (default: png)"
     )
-    packing.add_argument("--samples-per-shard", type=positive_int, metavar="N", help="default: what fits in 64 MB")
+    packing.add_argument(
+        "--samples-per-shard", type=positive_int, metavar="N", help="default: what fits in 64 MB"
+    )
     packing.add_argument(
         "--order", choices=("random", "source"), help="order of packing (default: random, seeded)"
     )
@@ -79,8 +81,12 @@ def build_parser() -> Parser:
     packing.add_argument(
         "--skip-bad", action="store_true", help="leave bad files out, listed in rejected.jsonl"
     )
-    packing.add_argument("--max-pixels", type=positive_int, metavar="N", help="per image (default: 67,108,864)")
-    packing.add_argument("--max-bytes", type=positive_int, metavar="N", help="per file (default: 268,435,456)")
+    packing.add_argument(
+        "--max-pixels", type=positive_int, metavar="N", help="per image (default: 67,108,864)"
+    )
+    packing.add_argument(
+        "--max-bytes", type=positive_int, metavar="N", help="per file (default: 268,435,456)"
+    )
     some = parser.add_argument_group("some sources only")
     some.add_argument("--match", metavar="GLOB", help="folder, volume: only paths below INPUT that match")
     some.add_argument(

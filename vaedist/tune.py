@@ -31,9 +31,7 @@ def build_parser() -> Parser:
         "worker processes died; 3 the data are damaged; 2 the command, a file or a setting is wrong. A trial that "
         "diverges counts as failed, and the search goes on.",
     )
-    add_settings(
-        parser, "settings that replace those of the space's base job, for example train.steps=500"
-    )
+    add_settings(parser, "settings that replace those of the space's base job, for example train.steps=500")
     what = parser.add_argument_group("what")
     what.add_argument(
         "--space",

@@ -31,9 +31,7 @@ def add_device(parser: Any) -> None:
 
 def add_fit(parser: Any, what: str) -> None:
     """Add `--fit`; `what` is made square."""
-    parser.add_argument(
-        "--fit", choices=("pad", "crop", "stretch"), help=f"how {what} (default: pad)"
-    )
+    parser.add_argument("--fit", choices=("pad", "crop", "stretch"), help=f"how {what} (default: pad)")
 
 
 def add_settings(parser: Any, text: str) -> None:

@@ -24,7 +24,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("job", metavar="JOB", help="job file (YAML), for example jobs/vqvae_phantom.yaml")
     add_settings(
-        parser, "settings that replace those of the file, for example train.steps=1000 model.codebook.codes=512"
+        parser,
+        "settings that replace those of the file, for example train.steps=1000 model.codebook.codes=512",
     )
     _add_launch_options(parser.add_argument_group("where"))
     parser.add_argument(
@@ -119,9 +120,14 @@ def check_engine_options(arguments: argparse.Namespace) -> None:
     reason = ""
     if engine == "srun":
         ineffective = ("workers", "max_failures")
-        reason = "with --engine srun, which starts nothing: srun's own --ntasks says how many processes there are"
+        reason = (
+            "with --engine srun, which starts nothing: srun's own --ntasks says how many processes there are"
+        )
     elif engine == "local" and (workers or 1) == 1:
-        ineffective, reason = ("max_failures", "hang_timeout"), "on a single process: give --workers 2 or more"
+        ineffective, reason = (
+            ("max_failures", "hang_timeout"),
+            "on a single process: give --workers 2 or more",
+        )
     for option in ineffective:
         if getattr(arguments, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} has no effect {reason}")

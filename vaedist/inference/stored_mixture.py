@@ -19,8 +19,8 @@ from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics.latents import collect
 from vaedist.inference.mixture import COMPONENTS, Mixture, fit_mixture
-from vaedist.runs.checkpoint import weights_digest
 from vaedist.runs.open_run import Run
+from vaedist.runs.weights import weights_digest
 
 log = logging.getLogger("vaedist")
 
@@ -55,7 +55,9 @@ def load_mixture(run: Run) -> Mixture | None:
     return Mixture.from_bytes(path.read_bytes(), mixture_stamp(run), path)
 
 
-def load_or_fit_mixture(run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None) -> Mixture:
+def load_or_fit_mixture(
+    run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None
+) -> Mixture:
     """The density kept with the run; fitted now if there is none.
 
     Args:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaedist.core.errors import UserError
-from vaedist.core.files import TEMPORARY, as_json, replace_file, disk_errors, sync_folder, temporary
+from vaedist.core.files import TEMPORARY, as_json, disk_errors, replace_file, sync_folder, temporary
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint, read_checkpoint, write_checkpoint
 from vaedist.runs.checkpoint_paths import BEST, best_checkpoint, list_checkpoints, step_and_serial
 from vaedist.runs.checkpoint_state import DamagedCheckpoint, assert_plain

@@ -1,7 +1,8 @@
 """What a resumed run may change: the job asked for now is compared with the job in the checkpoint, key by key.
 
-Each setting's resume policy (`vaedist.config.settings.resume_policy`) says what a difference means: free, only with `--override` and recorded, or never. The data are compared by their identity, a hash of keys,
-labels, splits and pixels, not by their path.
+Each setting's resume policy (`vaedist.config.settings.resume_policy`) says what a difference means: free, only
+with `--override` and recorded, or never. The data are compared by their identity, a hash of keys, labels, splits and
+pixels, not by their path.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import yaml
 
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
-from vaedist.core.files import as_json, replace_file, disk_errors
+from vaedist.core.files import as_json, disk_errors, replace_file
 from vaedist.runs.provenance import Change, append_start, provenance
 from vaedist.runs.tensorboard_events import truncate_event_files
 

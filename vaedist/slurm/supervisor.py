@@ -52,9 +52,9 @@ from vaedist.core.errors import (
     WorkerLost,
     cli_command,
 )
-from vaedist.runs import stop_request as stop
 from vaedist.runs.run_folder import RunFolder
-from vaedist.runs.startup_timings import handed_on, process_began
+from vaedist.runs.startup_timings import process_start_time, timings_to_environment
+from vaedist.runs.stop_request import write_stop_file
 from vaedist.slurm.batch_job import SlurmJob
 from vaedist.slurm.cleanup import sweep_here
 from vaedist.slurm.process_layout import RAY_END, RAY_NODES, Plan, plan, srun
@@ -254,7 +254,7 @@ class _Supervisor:
         environment = os.environ | {"VAEDIST_ATTEMPT": self.plan.attempt}
         if death == 0:
             what = "srun" if self.plan.command[0] == "srun" else "start"
-            environment |= handed_on((("supervisor", process_began()), (what, time.time())))
+            environment |= timings_to_environment((("supervisor", process_start_time()), (what, time.time())))
         with contextlib.ExitStack() as exits:
             cluster = beside = None
             if self.plan.cluster is not None:
@@ -298,7 +298,7 @@ class _Supervisor:
         _say("asked to stop: saving a checkpoint" if self.plan.run_folder else "asked to stop")
         if self.plan.run_folder is not None:
             RunFolder.make(self.plan.run_folder)
-            stop.ask(self.plan.run_folder, self.plan.attempt)
+            write_stop_file(self.plan.run_folder, self.plan.attempt)
         else:
             child.terminate()
 

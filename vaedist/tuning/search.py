@@ -16,7 +16,7 @@ from typing import Any
 from vaedist.core import errors
 from vaedist.core.errors import UserError, WorkerLost
 from vaedist.data.format.index import Index
-from vaedist.runs import stop_request as stop
+from vaedist.runs.stop_request import STOP_FILE, write_stop_file
 from vaedist.tuning import asha as halving
 from vaedist.tuning.feasibility import Plan, plan, try_out
 from vaedist.tuning.objectives import best, value_of, values_of
@@ -152,7 +152,7 @@ class Sweep:
         """
         with self._lock:
             self.running.discard(number)
-            (self.folder_of(number) / stop.NAME).unlink(
+            (self.folder_of(number) / STOP_FILE).unlink(
                 missing_ok=True
             )  # it has left: whoever trains on must not
             trial = self.record.trials[number]
@@ -184,7 +184,7 @@ class Sweep:
         """Ask a trial that runs to save and leave; nothing happens before its run folder is there."""
         with self._lock, contextlib.suppress(FileNotFoundError):
             if number in self.running:
-                stop.ask(self.folder_of(number), "any")
+                write_stop_file(self.folder_of(number), "any")
 
     def stop(self) -> None:
         """Start nothing more."""

@@ -35,7 +35,7 @@ import vaedist
 from vaedist.config.job import Job, one_length
 from vaedist.config.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
 from vaedist.core.errors import UserError, did_you_mean
-from vaedist.runs.run_folder import Change
+from vaedist.runs.provenance import Change
 
 Setting = bool | int | float | str
 """A value of a dimension as the record holds it; a choice among sections is held by name."""

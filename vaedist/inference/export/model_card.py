@@ -121,9 +121,7 @@ def _files(run: Run, missing: Mapping[str, str] | None, onnx: bool) -> str:
     files |= {f"`{name}` is not there": reason for name, reason in missing.items()}
     text = _lines(files)
     if not missing:
-        text += (
-            f"\n\n```python\n{usage_example(run.model, run.spec.image_shape)}\n```"
-        )
+        text += f"\n\n```python\n{usage_example(run.model, run.spec.image_shape)}\n```"
     return text
 
 

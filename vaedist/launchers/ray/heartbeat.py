@@ -23,7 +23,7 @@ from typing import Any
 
 from vaedist.distributed.watchdog import BEAT_SECONDS
 from vaedist.launchers.ray.cluster import on_node, this_node
-from vaedist.runs.run_lock import started
+from vaedist.runs.run_lock import process_start_ticks
 
 _LOOK_SECONDS = 0.5
 
@@ -45,7 +45,7 @@ def beating(work: Path, number: int) -> Iterator[None]:
     path, over = _beats(work, number), threading.Event()
     who = {
         "pid": os.getpid(),
-        "started": started(os.getpid()),
+        "started": process_start_ticks(os.getpid()),
         "node": this_node(),
     }
 
@@ -133,7 +133,7 @@ def _killed(who: dict[str, Any]) -> bool:
 
 def kill_here(pid: int, since: int) -> bool:
     """Kill a process of this machine if it is still the one that was meant."""
-    if started(pid) != since:
+    if process_start_ticks(pid) != since:
         return False
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
