@@ -12,8 +12,8 @@ def build_parser() -> Parser:
         prog="vaedist-export",
         description="Put a trained run's chosen weights into a new folder that others can use: with vaedist (every "
         "command opens it like a run, and init_from starts from it), with torch alone (encoder and decoder as programs "
-        "of torch.export, checked against the run), or by name from a safetensors file. A model card says what it is; no "
-        "path of this machine is in it.",
+        "of torch.export, checked against the run), or by name from a safetensors file. A model card says what it is; "
+        "no path of this machine is in it.",
     )
     add_run(parser)
     parser.add_argument("folder", metavar="DIR", help="a new folder")

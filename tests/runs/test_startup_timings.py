@@ -37,7 +37,7 @@ def test_phases_are_handed_on() -> None:
 
 
 def test_a_process_knows_when_it_began() -> None:
-    code = "from vaedist.runs.startup_timings import process_began; print(process_began())"
+    code = "from vaedist.runs.startup_timings import process_start_time; print(process_start_time())"
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert before - 0.05 <= float(done.stdout) <= time.time()
