@@ -14,7 +14,7 @@ from tests.run_commands import ROOT, small_job, write_job
 from vaedist.config.site import Site
 from vaedist.core.errors import UserError
 from vaedist.launchers.network import gloo_interface, interfaces, node_address
-from vaedist.launchers.srun import Task
+from vaedist.launchers.srun import SrunTask
 from vaedist.slurm import supervisor as batch
 from vaedist.slurm.batch_job import SlurmJob, tasks_per_node
 from vaedist.slurm.process_layout import Plan, plan, train_arguments
@@ -166,11 +166,11 @@ def test_a_task_knows_its_place_and_a_bare_allocation_makes_none() -> None:
         "SLURM_STEP_NUM_NODES": "2",
         "SLURM_STEP_TASKS_PER_NODE": "3,2",
     }
-    task = Task.here(step)
+    task = SrunTask.here(step)
     assert (task.rank, task.world, task.local_rank, task.local_world, task.nodes) == (3, 5, 0, 2, 2)
     assert task.name == "12.0.0"
     with pytest.raises(UserError, match="put srun before the command"):
-        Task.here(JOB)
+        SrunTask.here(JOB)
 
 
 def test_an_address_counts_only_if_this_machine_has_it() -> None:

@@ -3,7 +3,7 @@
     srun --ntasks=4 vaedist-train jobs/vqvae_oasis.yaml --engine srun
 
 Slurm starts the processes, numbers them and kills all when one dies (`--kill-on-bad-exit`); this module only makes
-them meet, and sees to it that one that is stopped dies (`vaedist.distributed.watchdog`). Rank 0 listens on a port
+them meet, and sees to it that one that is stopped dies (`vaedist.distributed.liveness`). Rank 0 listens on a port
 that the kernel chose, on its node's address and no other, and writes the place into a file in the run folder (0600
 in a 0700 folder, which every node sees) together with a secret. Whoever cannot read that file can reach the port,
 but cannot prove the secret, which every rank asks of every other before the first collective
@@ -29,7 +29,7 @@ from typing import Any
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.core.files import awaited, replace_private
-from vaedist.distributed.watchdog import watchdog
+from vaedist.distributed.liveness.silence import watchdog
 from vaedist.launchers import local
 from vaedist.launchers.network import gloo_interface, node_address
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -45,7 +45,7 @@ _LET_RANK_0_SPEAK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Task:
+class SrunTask:
     """This process's place in the step that srun started.
 
     Attributes:
@@ -63,7 +63,7 @@ class Task:
     nodes: int
 
     @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Task:
+    def here(cls, environment: Mapping[str, str] = os.environ) -> SrunTask:
         """Read from the variables of srun.
 
         Raises:
@@ -111,7 +111,7 @@ def run(
     Raises:
         UserError: what stopped the run; all ranks know it, rank 0 tells it.
     """
-    task = Task.here()
+    task = SrunTask.here()
     options = options or FitOptions()
     if task.world == 1:
         return local.run(job, run_folder, workers=1, device=device, options=options)
@@ -148,7 +148,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
+def _meeting(task: SrunTask, run_folder: Path) -> Iterator[Path]:
     """Set what `Group.join` looks for; the file that tells where rank 0 listens."""
     address = "127.0.0.1" if task.nodes == 1 else node_address()
     os.environ |= local.loopback() if task.nodes == 1 else gloo_interface(address)
@@ -182,7 +182,7 @@ def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _told(place: Path, task: Task) -> dict[str, Any]:
+def _told(place: Path, task: SrunTask) -> dict[str, Any]:
     """What rank 0 wrote; after the deadline a sentence that says so."""
     text = awaited(place, MEET_SECONDS)
     if text is None:
