@@ -23,7 +23,7 @@ import numpy as np
 from vaedist.core.context import Batch
 from vaedist.core.errors import NotDefined
 from vaedist.core.imaging import Pixels
-from vaedist.core.terminal import Bar
+from vaedist.core.terminal import StartBar
 from vaedist.data.format.index import Split
 from vaedist.evaluation import sample_quality as quality
 from vaedist.evaluation.memorization import audit
@@ -127,7 +127,7 @@ def examine(
     *,
     seed: int,
     step: int,
-    bar: Bar,
+    bar: StartBar,
 ) -> Findings:
     """Measure everything `wanted` of `model` that is defined for it.
 
@@ -175,7 +175,7 @@ def examine(
     return found
 
 
-def _likelihood(model: Variant, batches: Batches, wanted: Wanted, seed: int, bar: Bar) -> dict[str, Any]:
+def _likelihood(model: Variant, batches: Batches, wanted: Wanted, seed: int, bar: StartBar) -> dict[str, Any]:
     found = likelihood.measure(
         model,
         batches,
@@ -188,7 +188,7 @@ def _likelihood(model: Variant, batches: Batches, wanted: Wanted, seed: int, bar
     return found.document()
 
 
-def _latents(model: Variant, batches: Batches, seed: int, found: Findings, bar: Bar) -> dict[str, Any]:
+def _latents(model: Variant, batches: Batches, seed: int, found: Findings, bar: StartBar) -> dict[str, Any]:
     held = found.posteriors = latents.collect(
         model, batches, seed=seed, progress=bar("latents", batches.count)
     )
@@ -202,7 +202,7 @@ def _samples(
     counts: TokenBaselines | None,
     wanted: Wanted,
     found: Findings,
-    bar: Bar,
+    bar: StartBar,
 ) -> dict[str, Any]:
     """Sample quality, and the audit of the same samples."""
     assert wanted.features is not None

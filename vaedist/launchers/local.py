@@ -14,7 +14,7 @@ A rank that lives but does not run (SIGSTOP, a frozen cgroup, a machine that swa
 pipe, and the others would wait for it in a collective for half an hour. So a thread of each rank says a byte every
 second, and one that has said nothing for `hang_seconds` is killed. Silence is counted in this process's own looks
 at the pipes: a launcher that was itself stopped (Ctrl-Z, a closed laptop) blames nobody for the time it slept. A rank
-that still says its bytes while its main thread stands still finds that out itself (`vaedist.distributed.liveness.stalls`),
+that still says its bytes while its main thread stands still finds that out itself (`vaedist.distributed.liveness`),
 says so, and ends.
 
 A lost rank costs what was trained since the last checkpoint: all ranks start again from there, at most

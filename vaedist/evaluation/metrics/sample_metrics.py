@@ -39,7 +39,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 from vaedist.core.imaging import Pixels
 from vaedist.evaluation.metrics.features import Extractor
 
@@ -110,7 +110,7 @@ def sample_metrics(
     asked = set(BETTER) if only is None else set(only)
     for name in sorted(asked):
         if name not in BETTER:
-            raise UserError(f"there is no sample metric {name!r}{nearest(name, BETTER)}")
+            raise UserError(f"there is no sample metric {name!r}{did_you_mean(name, BETTER)}")
         if name in missing and only is not None:
             raise UserError(missing[name])
     asked -= missing.keys()
@@ -190,7 +190,9 @@ def pick(found: Mapping[str, float], name: str) -> float:
     for full, value in found.items():
         if full != PIXELS and plain(full) == name:
             return value
-    raise UserError(f"there is no sample metric {name!r} here{nearest(name, [*found, *map(plain, found)])}")
+    raise UserError(
+        f"there is no sample metric {name!r} here{did_you_mean(name, [*found, *map(plain, found)])}"
+    )
 
 
 # The metrics, of features (N, D) and (M, D) in float64 -----------------------------------------------------------
