@@ -22,7 +22,7 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("request", "nodes", "gpus", "room"),
+    ("resources", "nodes", "gpus", "room"),
     [
         (ResourceRequest(2, 2), [FOUR], 0, 2),
         (ResourceRequest(1, 8), [FOUR], 0, 4),  # elastic: as many as there is room for
@@ -33,12 +33,12 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0}
         (ResourceRequest(1, 4, device="cuda"), [TWO_GPUS, TWO_GPUS], 1, 4),
     ],
 )
-def test_what_fits(request: ResourceRequest, nodes: list[dict[str, float]], gpus: int, room: int) -> None:
-    assert request.fit(nodes) == (gpus, room)
+def test_what_fits(resources: ResourceRequest, nodes: list[dict[str, float]], gpus: int, room: int) -> None:
+    assert resources.fit(nodes) == (gpus, room)
 
 
 @pytest.mark.parametrize(
-    ("request", "nodes", "told"),
+    ("resources", "nodes", "told"),
     [
         (
             ResourceRequest(5, 5),
@@ -65,11 +65,11 @@ def test_what_fits(request: ResourceRequest, nodes: list[dict[str, float]], gpus
     ],
 )
 def test_what_can_never_fit_is_one_sentence(
-    request: ResourceRequest, nodes: list[dict[str, float]], told: str
+    resources: ResourceRequest, nodes: list[dict[str, float]], told: str
 ) -> None:
     limits = {"CPU": "SLURM_CPUS_ON_NODE"} if "limited" in told else None
     with pytest.raises(UserError) as caught:
-        request.fit(nodes, limits)
+        resources.fit(nodes, limits)
     assert told in str(caught.value)
 
 
