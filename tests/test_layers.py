@@ -23,6 +23,7 @@ HEIGHT = {
     "commands": 12,
     "launchers": 11,
     "slurm": 10,
+    "slurm.batch_job": 1,  # Slurm's variables and commands alone
     "tuning": 9,
     "evaluation": 8,
     "training": 7,

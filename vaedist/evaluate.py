@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.cli.parser import Parser, add_loudness
-from vaedist.core.errors import UserError, door
-from vaedist.core.terminal import Bars, teller
+from vaedist.core.errors import UserError, cli_command
+from vaedist.core.terminal import ProgressBars, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.data.format.index import Index
@@ -135,7 +135,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _check(arguments)
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in arguments.runs:
         resolve(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     folders = _folders(arguments)
     entries: list[RunEvaluation] = []
     opened: list[Run] = []
@@ -273,11 +273,11 @@ def _evaluate(
     batches = whole_split(index, name, run.job, device=device, limit=arguments.limit)
     whole = whole_split(index, train, run.job, device=device)
     training = TrainingSplit(whole, index.split(train), run.spec.pixels, print)
-    with Bars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
+    with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
         if arguments.sampler == "gmm":
-            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.begin))
+            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.start))
         found = evaluate(
-            run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.begin
+            run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.start
         )
     document: dict[str, Any] = {
         "format": 1,
@@ -310,7 +310,7 @@ def _evaluate(
     if run.model.reconstructs:
         contents["pairs.png"] = _pairs(run, batches, found, name)
     written = _write(out or run.folder / "evaluation" / name, contents)
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     tell(format_report(document))
     tell("\n" + "\n".join(written))
     opened.append(run)
@@ -353,14 +353,14 @@ def _experiment(opened: list[Run]) -> int:
 
 def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
     """Write files into a folder that is private to the user; a line for each."""
-    from vaedist.core.imaging import write_whole
+    from vaedist.core.imaging import write_atomic
 
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        write_atomic(folder / name, content)
     return [f"wrote {folder / name}" for name in contents]
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vaedist.cli.parser import Parser, add_loudness, count, count_or_none, share
-from vaedist.core.errors import EXIT_FINISHED, DataError, UserError, door
-from vaedist.core.terminal import Bars, teller
+from vaedist.core.errors import EXIT_FINISHED, DataError, UserError, cli_command
+from vaedist.core.terminal import ProgressBars, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.data.format.image_files import Limits
@@ -106,7 +106,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     task = _task(arguments)
@@ -142,7 +142,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     index = Index.open(arguments.input)
     damages = _damages(index, arguments)
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     _describe(index, tell)
     if not damages:
         tell("sound      every byte and image is as it was packed")
@@ -161,7 +161,7 @@ def _damages(index: Index, arguments: argparse.Namespace) -> list[Damage]:
     from vaedist.data.packing.maintenance import verify
 
     with _bars(arguments) as bars:
-        return verify(index, bars.of("checking"))
+        return verify(index, bars.callback("checking"))
 
 
 def _strike(arguments: argparse.Namespace) -> int:
@@ -189,7 +189,7 @@ def _strike(arguments: argparse.Namespace) -> int:
     elif not keys:
         raise UserError("say which samples: --strike KEY..., --strike-file FILE, or --verify --strike")
     struck, count = strike(index, keys, reason)
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     _describe(struck, tell)
     tell(
         f"struck     {count} now, {len(struck.struck)} in all; the data identity was {index.identity[:12]}..."
@@ -205,9 +205,9 @@ def _index(arguments: argparse.Namespace) -> int:
     with _bars(arguments, "tars") as bars:
         folder = Path(arguments.input)
         index, rejected = index_tars(
-            folder, skip_bad=arguments.skip_bad, limits=_limits(arguments), progress=bars.of("indexing")
+            folder, skip_bad=arguments.skip_bad, limits=_limits(arguments), progress=bars.callback("indexing")
         )
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     _describe(index, tell)
     if rejected:
         tell(f"left out   {rejected} samples: see {folder / 'rejected.jsonl'}")
@@ -215,8 +215,8 @@ def _index(arguments: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def _bars(arguments: argparse.Namespace, unit: str = "images") -> Bars:
-    return Bars(unit, quiet=arguments.quiet, verbose=arguments.verbose)
+def _bars(arguments: argparse.Namespace, unit: str = "images") -> ProgressBars:
+    return ProgressBars(unit, quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
@@ -229,8 +229,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from vaedist.data.packing.pack import pack
 
     with _bars(arguments) as bars:
-        report = pack(_packing(arguments), bars.of("packing"))
-    tell = teller(arguments.quiet)
+        report = pack(_packing(arguments), bars.callback("packing"))
+    tell = echo_unless(arguments.quiet)
     if report.already:
         tell(f"{arguments.out} is packed already; nothing to do")
     _describe(report.index, tell)

@@ -36,7 +36,7 @@ class Net(nn.Module):
         return per_row + pairs + variance.log().sum() + total
 net = Net()
 start, stop = slice_bounds(B, group.rank, group.world)
-ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, start=start, stop=stop)
+ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, rows=(start, stop))
 parallel = group.parallel(net, 1)
 loss = parallel(data[start:stop], ctx)
 (loss.sum() * group.world / B).backward()
@@ -67,9 +67,9 @@ from vaedist.distributed.process_group import Group
 B, begun = 7, sys.argv[1] == "begun"
 group = Group.join("cpu", 60)
 start, stop = slice_bounds(B, group.rank, group.world)
-ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, start=start, stop=stop)
+ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, rows=(start, stop))
 for first, last in [(0, 1), (1, stop - start)]:
-    part = ctx.part(first, last)
+    part = ctx.micro_batch(first, last)
     part.accumulate("same name", torch.full((2,), float(last - first), requires_grad=True))
     part.collect("same name", torch.arange(start + first, start + last)[:, None] * torch.ones(1, 3))
 if begun:
@@ -120,7 +120,7 @@ class Poison(torch.autograd.Function):
 group = Group.join("cpu", 60)
 model = {"kind": "vae", "latent": 2, "encoder": {"kind": "mlp", "width": 8}}
 job = Job.model_validate({"model": model, "train": {"steps": 9, "batch_size": 8}})
-model = build(model_config(job.model), Spec(1, 8, 8), 0)
+model = build(model_config(job.model), Spec(1, (8, 8)), 0)
 sound = model.forward
 
 def forward(batch, ctx):

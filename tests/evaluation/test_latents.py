@@ -26,7 +26,7 @@ from vaedist.evaluation.metrics.latents import (
 from vaedist.models.contract import Variant
 from vaedist.nets.divergences import DiagonalGaussian
 
-SPEC = Spec(1, 4, 5)
+SPEC = Spec(1, (4, 5))
 
 
 def made(

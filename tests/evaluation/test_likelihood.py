@@ -26,7 +26,7 @@ from vaedist.evaluation.metrics.likelihood import (
 from vaedist.models.contract import build, model_config
 from vaedist.nets.likelihoods import Bernoulli
 
-SPEC = Spec(1, 4, 5)
+SPEC = Spec(1, (4, 5))
 
 
 def exact(model: Linear, pixels: np.ndarray, seed: int) -> Tensor:
@@ -84,7 +84,7 @@ def test_elbo_and_effective_samples() -> None:
 
 def test_black_and_white_images_are_a_probability() -> None:
     """Over all 2^4 images of two by two values, the estimates of p(x) sum to one."""
-    spec = Spec(1, 2, 2)
+    spec = Spec(1, (2, 2))
     model = Linear(spec, latent=2, bernoulli=True, spread=1.1, sigma=1.0)
     pixels = np.array([*itertools.product((0, 255), repeat=4)], np.uint8).reshape(16, 1, 2, 2)
     found = measure_likelihood(model, batches(pixels, 16), draws=2000)
@@ -187,9 +187,9 @@ def test_what_has_no_latent_density_says_why() -> None:
         "encoder": {"kind": "conv", "width": 8, "depth": 0, "downsample": 2},
         "codebook": {"kind": "ema", "codes": 4, "dim": 2},
     }
-    model = build(model_config(section), Spec(1, 4, 4), seed=0).eval()
+    model = build(model_config(section), Spec(1, (4, 4)), seed=0).eval()
     with pytest.raises(NotDefined, match="encode is not defined, because"):
-        measure_likelihood(model, batches(linear_images(Spec(1, 4, 4), 3), 3))
+        measure_likelihood(model, batches(linear_images(Spec(1, (4, 4)), 3), 3))
     with pytest.raises(NotDefined, match="no image"):
         measure_likelihood(Linear(SPEC), [])
     noisy = [{**batch, "target": batch["image"]} for batch in batches(linear_images(SPEC, 3), 3)]

@@ -21,7 +21,7 @@ from vaedist.evaluation.metrics.image_quality import pair_metrics
 from vaedist.evaluation.metrics.per_image import evaluate_images, pairs, pick_evenly, training_images
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 16, 16)
+SPEC = Spec(1, (16, 16))
 VAE = {"kind": "vae", "encoder": {"kind": "mlp", "width": 16, "depth": 1}, "latent": 3, "beta": 2.0}
 VQVAE = {
     "kind": "vqvae",
@@ -42,8 +42,9 @@ def make(section: dict[str, object], spec: Spec = SPEC) -> Variant:
 def images(spec: Spec = SPEC, count: int = 33) -> np.ndarray:
     """Blobs, each elsewhere, so that an SSIM means something."""
     generator = np.random.Generator(np.random.PCG64(2))
-    y, x = np.mgrid[: spec.height, : spec.width]
-    centres = generator.uniform(3, spec.height - 3, (count, spec.channels, 2, 1, 1))
+    height, width = spec.shape
+    y, x = np.mgrid[:height, :width]
+    centres = generator.uniform(3, height - 3, (count, spec.channels, 2, 1, 1))
     distance = (y - centres[:, :, 0]) ** 2 + (x - centres[:, :, 1]) ** 2
     return np.rint(255 * np.exp(-distance / 12)).astype(np.uint8)
 
@@ -132,7 +133,7 @@ def test_what_is_not_defined_says_why() -> None:
     found = evaluate_images(make(VAE), batches(images(), 8))
     assert found.codes is None
     assert "codes is not defined, because " in found.not_defined["codes"]
-    small = Spec(3, 8, 8)
+    small = Spec(3, (8, 8))
     model = make({**VAE, "encoder": {"kind": "mlp", "width": 8}}, small)
     document = evaluate_images(model, batches(images(small), 8)).document()
     assert "smaller than the 11x11 window" in document["not_defined"]["ssim"]
@@ -183,7 +184,7 @@ def test_pairs_span_the_range_and_show_what_was_measured() -> None:
 
 
 def test_images_without_an_ssim_are_ranked_by_their_error() -> None:
-    small = Spec(1, 6, 6)
+    small = Spec(1, (6, 6))
     model = make({**VAE, "encoder": {"kind": "mlp", "width": 8}}, small)
     rows = pick_evenly(evaluate_images(model, batches(images(small), 8)).rows, 33)
     errors = [row.metrics["mse"] for row in rows]

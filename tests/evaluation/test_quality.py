@@ -20,7 +20,7 @@ from vaedist.evaluation.sample_quality import compare_samples, draw_per_position
 from vaedist.models.contract import Likelihood
 from vaedist.nets.likelihoods import Gaussian
 
-SPEC = Spec(1, 16, 16)
+SPEC = Spec(1, (16, 16))
 
 
 class Sampler(Linear):

@@ -19,7 +19,7 @@ from vaedist.nets.likelihoods import Observation
 from vaedist.training.ema import WeightAverage
 from vaedist.training.step import Stepper
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 2}
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
 GAN = {"kind": "gan", "generator": BODY, "discriminator": BODY, "latent": 3}
@@ -30,7 +30,7 @@ def make(spec: Spec = SPEC, **section: Any) -> Variant:
 
 
 def images(rows: int = 4, spec: Spec = SPEC) -> Tensor:
-    shape = (rows, spec.channels, spec.height, spec.width)
+    shape = (rows, *spec.image_shape)
     return torch.randint(0, 256, shape, generator=generator("gan"), dtype=torch.uint8)
 
 
@@ -115,7 +115,7 @@ def vae(likelihood: dict[str, Any], spec: Spec = SPEC) -> Variant:
 
 
 @pytest.mark.parametrize(("likelihood", "output"), EXACT, ids=str)
-@pytest.mark.parametrize("spec", [SPEC, Spec(3, 8, 8)], ids=str)
+@pytest.mark.parametrize("spec", [SPEC, Spec(3, (8, 8))], ids=str)
 def test_the_first_samples_are_the_vaes_own(likelihood: dict[str, Any], output: str, spec: Spec) -> None:
     source, model = vae(likelihood, spec), make(spec, output=output)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
         },
     }
     job = parse(Job, content, "test")
-    net = build(model_config(job.model), Spec(1, 1, 1), 0)
+    net = build(model_config(job.model), Spec(1, (1, 1)), 0)
     one = Stepper(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
     average = WeightAverage(net, half_life=2000)
 

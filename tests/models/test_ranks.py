@@ -48,7 +48,7 @@ start, stop = slice_bounds(B, group.rank, group.world)
 seen = {}
 for name in SECTIONS:
     model = model_of(name)
-    ctx = GroupLaneContext(group, seed=1, step=2, batch_size=B, lanes=LANES, start=start, stop=stop)
+    ctx = GroupLaneContext(group, seed=1, step=2, batch_size=B, lanes=LANES, rows=(start, stop))
     parallel = group.parallel(model, 1)
     terms = parallel(batch(start, stop), ctx)
     (terms["loss"].sum() * group.world / B).backward()
@@ -70,7 +70,7 @@ group.close()
 
 
 def model_of(name: str) -> Any:
-    return build(model_config(SECTIONS[name]), Spec(1, 8, 8, 3), 0).double()
+    return build(model_config(SECTIONS[name]), Spec(1, (8, 8), 3), 0).double()
 
 
 def batch(start: int = 0, stop: int = B) -> Any:

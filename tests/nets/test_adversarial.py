@@ -16,7 +16,7 @@ from vaedist.core.context import LaneContext, generator
 from vaedist.core.errors import UserError
 from vaedist.nets.adversarial import Adversary, Discriminator, SpectralNorm
 
-SPEC = Spec(2, 8, 8)
+SPEC = Spec(2, (8, 8))
 SMALL = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 2, "norm": "none"}
 SCORES = torch.tensor([-3.0, -0.5, 0.4, 2.0], dtype=torch.float64)
 REAL, FAKE = SCORES, SCORES.flip(0) / 2
@@ -33,7 +33,7 @@ def discriminator(spec: Spec = SPEC, **given: Any) -> Discriminator:
 
 
 def images(rows: int = 3, spec: Spec = SPEC) -> Tensor:
-    shape = (rows, spec.channels, spec.height, spec.width)
+    shape = (rows, *spec.image_shape)
     return torch.rand(shape, generator=generator("adversarial"), dtype=torch.float64) * 2 - 1
 
 

@@ -272,7 +272,7 @@ def test_sizes_of_a_transformer_that_cannot_be() -> None:
 
 
 def seeds(rows: int = 8, start: int = 0, step: int = 0) -> Tensor:
-    ctx = LaneContext(seed=1, step=step, batch_size=8, lanes=4, start=start, stop=start + rows)
+    ctx = LaneContext(seed=1, step=step, batch_size=8, lanes=4, rows=(start, start + rows))
     return sample_seeds(ctx, rows)
 
 

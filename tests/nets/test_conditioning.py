@@ -18,7 +18,7 @@ from vaedist.nets.bodies import Body, decoder, encoder
 from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelCode, conditioned, drop
 from vaedist.nets.divergences import DiagonalGaussian
 
-SPEC = Spec(2, 8, 8, classes=4)
+SPEC = Spec(2, (8, 8), classes=4)
 BODIES = [
     {"kind": "mlp", "width": 12, "depth": 2},
     {"kind": "conv", "width": 16, "depth": 0, "downsample": 4},
@@ -47,13 +47,16 @@ def nets(settings: dict[str, Any], condition: Condition | None, *, vector: bool)
         down = encoder(body, SPEC, 5, vector=vector, extra=extra)
         up = decoder(body, SPEC, 5, vector=vector, extra=extra)
         latent = (5,) if vector else (5, 2, 2)
-        return [conditioned(down, condition, size, SPEC[:3]), conditioned(up, condition, size, latent)]
+        return [
+            conditioned(down, condition, size, SPEC.image_shape),
+            conditioned(up, condition, size, latent),
+        ]
 
 
 def inputs(vector: bool, rows: int = 4) -> list[Tensor]:
     draw = generator("inputs")
     latent = (rows, 5) if vector else (rows, 5, 2, 2)
-    return [torch.randn(shape, generator=draw) for shape in ((rows, *SPEC[:3]), latent)]
+    return [torch.randn(shape, generator=draw) for shape in ((rows, *SPEC.image_shape), latent)]
 
 
 @pytest.mark.parametrize("vector", [True, False], ids=["vector", "map"])
@@ -165,7 +168,7 @@ def test_what_a_label_may_be() -> None:
 
 def test_mistakes_in_a_condition_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.condition needs classes, and these data carry no labels"):
-        LabelCode(Condition(), Spec(1, 8, 8))
+        LabelCode(Condition(), Spec(1, (8, 8)))
     for section, told in [
         ({"label": "one_hot", "size": 4}, "a one-hot code is as long as there are classes"),
         ({"dropout": 1.0}, "dropout: input should be less than 1"),

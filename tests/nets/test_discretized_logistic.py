@@ -199,7 +199,7 @@ def test_the_mean_is_that_of_the_levels_within_half_a_level(log_scale: float) ->
 )
 def test_channels_of_the_decoder(components: int, scale: str, channels: int, outputs: int) -> None:
     config = LogisticLikelihood.model_validate({"components": components, "scale": scale})
-    observation = Observation(config, Spec(channels, 4, 4)).double()
+    observation = Observation(config, Spec(channels, (4, 4))).double()
     assert observation.outputs == config.outputs(channels) == outputs
     assert len(list(observation.parameters())) == (scale == "learned")
     output = normal(2, outputs, 4, 4).requires_grad_()
@@ -214,7 +214,7 @@ def test_channels_of_the_decoder(components: int, scale: str, channels: int, out
 
 @pytest.mark.parametrize("components", [1, 3])
 def test_gradients(components: int) -> None:
-    observation = Observation(LogisticLikelihood(components=components), Spec(2, 2, 2)).double()
+    observation = Observation(LogisticLikelihood(components=components), Spec(2, (2, 2))).double()
     image = torch.tensor([0, 255, 3, 128, 254, 1, 77, 200], dtype=torch.uint8).view(1, 2, 2, 2)
     output = normal(1, observation.outputs, 2, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda a: observation(a).log_prob(image), (output,))
@@ -222,7 +222,7 @@ def test_gradients(components: int) -> None:
 
 
 def test_it_leaves_autocast_and_half_precision() -> None:
-    observation = Observation(LogisticLikelihood(components=3), Spec(1, 8, 8))
+    observation = Observation(LogisticLikelihood(components=3), Spec(1, (8, 8)))
     output = normal(2, 9, 8, 8).float()
     image = torch.randint(0, 256, (2, 1, 8, 8), generator=generator("image"), dtype=torch.uint8)
     exact = observation(output).log_prob(image)
@@ -243,7 +243,7 @@ def test_four_components_fit_two_peaks_and_one_does_not(components: int) -> None
     image = torch.where(pick, 60 + 6 * spread, 190 + 10 * spread).round().clamp(0, 255).to(torch.uint8)
     counts = torch.bincount(image.flatten().long(), minlength=256).double()
     entropy = float(torch.special.entr(counts / counts.sum()).sum())
-    observation = Observation(LogisticLikelihood(components=components), Spec(1, 1, 1))
+    observation = Observation(LogisticLikelihood(components=components), Spec(1, (1, 1)))
     output = torch.zeros(1, observation.outputs, 1, 1, requires_grad=True)
     optimizer = torch.optim.Adam([output], 0.1)
     for _ in range(250):

@@ -249,7 +249,7 @@ group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]
 out = {}
 for block in (None, 3):
-    ctx = GroupLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, start=start, stop=stop)
+    ctx = GroupLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, rows=(start, stop))
     value, gradient = gathered_mmd(ctx, stop - start, block)
     out[str(block)] = [value, (group.total(gradient) / group.world).tolist()]
 print(json.dumps(out))

@@ -27,7 +27,7 @@ from vaedist.nets.likelihoods import (
 from vaedist.nets.ssim import ssim
 
 SHAPE = (3, 2, 5, 4)
-GRAY = Spec(1, 8, 8)
+GRAY = Spec(1, (8, 8))
 
 
 def images(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> torch.Tensor:
@@ -197,7 +197,7 @@ def test_dequantised_densities_bound_the_mass_of_each_level(kind: type) -> None:
 
 
 def test_a_learned_sigma_finds_the_size_of_the_error() -> None:
-    observation = Observation(GaussianLikelihood(sigma="learned"), Spec(1, 16, 16))
+    observation = Observation(GaussianLikelihood(sigma="learned"), Spec(1, (16, 16)))
     assert observation.outputs == 1 and not observation.batch_statistics
     assert float(observation(torch.zeros(1, 1, 16, 16)).sigma.detach()) == pytest.approx(0.1, rel=0.02)
     image = torch.full((4, 1, 16, 16), 128, dtype=torch.uint8)
@@ -225,7 +225,7 @@ def test_sigmas_stay_above_the_rounding_to_bytes(sigma: str) -> None:
 
 
 def test_predicted_sigmas_come_from_the_second_half_of_the_channels() -> None:
-    observation = Observation(GaussianLikelihood(sigma="predicted"), Spec(2, 5, 4)).double()
+    observation = Observation(GaussianLikelihood(sigma="predicted"), Spec(2, (5, 4))).double()
     assert observation.outputs == 4
     output, image = outputs((3, 4, 5, 4)).requires_grad_(), images()
     decoded = observation(output)
@@ -313,7 +313,7 @@ from vaedist.distributed.process_group import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]
-ctx = GroupLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, start=start, stop=stop)
+ctx = GroupLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, rows=(start, stop))
 loss, gradient, scale = optimal_step(ctx, start, stop, group.world)
 print(json.dumps([group.total(loss).item(), (group.total(gradient) / group.world).tolist(), scale]))
 group.close()
@@ -345,7 +345,7 @@ def test_the_optimal_sigma_over_ranks_is_that_of_the_global_batch() -> None:
 
 
 def test_dssim_needs_images_as_large_as_its_window() -> None:
-    check_dssim(1.0, Spec(1, 11, 11))
-    check_dssim(0.0, Spec(1, 8, 8))
+    check_dssim(1.0, Spec(1, (11, 11)))
+    check_dssim(0.0, Spec(1, (8, 8)))
     with pytest.raises(UserError, match="at least 11x11 and these are 8x12"):
-        check_dssim(1.0, Spec(1, 8, 12))
+        check_dssim(1.0, Spec(1, (8, 12)))

@@ -32,7 +32,8 @@ def normal(*shape: int, name: object = 0, dtype: torch.dtype = torch.float64) ->
 
 
 def context(step: int = 0, batch: int = 4, start: int = 0, stop: int | None = None) -> LaneContext:
-    return LaneContext(seed=0, step=step, batch_size=batch, lanes=2, start=start, stop=stop)
+    rows = (start, batch if stop is None else stop)
+    return LaneContext(seed=0, step=step, batch_size=batch, lanes=2, rows=rows)
 
 
 def ema(codes: int = 8, dim: int = 3, **settings: float) -> EmaQuantizer:
@@ -169,7 +170,7 @@ class Joined(LaneContext):
     """One of several processes inside this one: sums and gathers what the others hold under the same name."""
 
     def __init__(self, *, start: int, stop: int, batch: int, step: int = 0) -> None:
-        super().__init__(seed=0, step=step, batch_size=batch, lanes=2, start=start, stop=stop)
+        super().__init__(seed=0, step=step, batch_size=batch, lanes=2, rows=(start, stop))
         self.peers: list[Joined] = [self]
 
     def total(self, name: str) -> Tensor:
@@ -200,7 +201,7 @@ def test_any_cut_of_the_batch_leaves_the_same_codebook() -> None:
             for module, rank, own in zip(others[name], ranks, contexts, strict=True):
                 own.peers = contexts
                 for start, stop in rank:
-                    module(z[start:stop], own.part(start - own.start, stop - own.start))
+                    module(z[start:stop], own.micro_batch(start - own.start, stop - own.start))
             for module, own in zip(others[name], contexts, strict=True):
                 shown = module.after_step(own)
                 torch.testing.assert_close(shown, used)

@@ -25,7 +25,7 @@ from vaedist.training.progress import Progress
 from vaedist.training.step import Phase, Stepper
 from vaedist.training.validation import check_monitor
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 BATCH = 8
 BODY = {"kind": "conv", "width": 8, "depth": 0, "downsample": 2}
 GAN = {"kind": "gan", "generator": BODY, "discriminator": BODY, "latent": 3}
@@ -123,7 +123,7 @@ def test_a_lazy_penalty_counts_turns_not_steps() -> None:
 
 def test_a_context_of_its_own_has_a_turn_at_every_step() -> None:
     assert LaneContext(seed=0, step=5, batch_size=2, lanes=1).turn == 5
-    assert LaneContext(seed=0, step=5, turn=2, batch_size=2, lanes=1).part(0, 1).turn == 2
+    assert LaneContext(seed=0, step=5, turn=2, batch_size=2, lanes=1).micro_batch(0, 1).turn == 2
 
 
 def test_a_window_averages_each_term_over_the_steps_that_had_it() -> None:

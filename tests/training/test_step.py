@@ -17,7 +17,7 @@ from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
 from vaedist.training.step import Stepper, micro_batches
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 BATCH = 8
 
 

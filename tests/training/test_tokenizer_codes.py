@@ -418,7 +418,7 @@ def section(**change: Any) -> dict[str, Any]:
 
 
 def test_what_is_borrowed_is_frozen_stays_in_evaluation_mode_and_is_not_averaged() -> None:
-    model = build(model_config(section()), Spec(1, 16, 16), seed=0)
+    model = build(model_config(section()), Spec(1, (16, 16)), seed=0)
     model.train()
     assert model.training and not model.get_submodule("tokenizer.encoder").training
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["logits"]
@@ -436,4 +436,4 @@ def test_a_tokenizers_section_is_checked_and_compares_equal_to_itself() -> None:
     with pytest.raises(UserError, match=r"unknown key 'model\.codebok'"):
         Tokenizer.model_validate(section(model={"kind": "vqvae", "codebok": {}})["tokenizer"])
     with pytest.raises(UserError, match="what that run is has not been read"):
-        build(model_config(section() | {"tokenizer": "runs/vqvae"}), Spec(1, 16, 16), seed=0)
+        build(model_config(section() | {"tokenizer": "runs/vqvae"}), Spec(1, (16, 16)), seed=0)

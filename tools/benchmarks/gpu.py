@@ -258,9 +258,7 @@ class _Training:
         job, device = self.job(WAYS[name]), self.chip.device
         spec = Index.open(self.shards).spec
         model = build(model_config(job.model), spec, job.seed).to(device)
-        image = torch.randint(
-            0, 256, (self.batch, spec.channels, spec.height, spec.width), dtype=torch.uint8
-        ).to(device)
+        image = torch.randint(0, 256, (self.batch, *spec.image_shape), dtype=torch.uint8).to(device)
         label = torch.zeros(self.batch, dtype=torch.int64, device=device)
         keys = [str(number) for number in range(self.batch)]
 

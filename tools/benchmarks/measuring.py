@@ -39,7 +39,7 @@ def likelihoods() -> dict[str, Rate]:
     run = open_run(Path(__file__).resolve().parents[2] / "jobs" / "pretrained" / "vae_mnist")
     spec, together = run.spec, 256
     image = torch.randint(
-        0, 256, (IMAGES, *spec[:3]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0, 256, (IMAGES, *spec.image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     names = [str(number) for number in range(IMAGES)]
     batch: Batch = {
@@ -80,7 +80,7 @@ def ways(side: int, rows: int) -> dict[str, Rate]:
     torch.set_num_threads(1)
     jobs = Path(__file__).resolve().parents[2] / "jobs"
     model = build(
-        model_config(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model), Spec(1, side, side, 0), 0
+        model_config(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model), Spec(1, (side, side)), 0
     )
     model.eval()
     generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ import numpy as np
 from vaedist.core.context import Batch
 from vaedist.core.errors import NotDefined
 from vaedist.core.imaging import Pixels
-from vaedist.core.terminal import Bar
+from vaedist.core.terminal import StartBar
 from vaedist.data.format.index import Split
 from vaedist.evaluation import sample_quality as quality
 from vaedist.evaluation.memorization import audit
@@ -127,7 +127,7 @@ def evaluate(
     *,
     seed: int,
     step: int,
-    bar: Bar,
+    bar: StartBar,
 ) -> EvaluationResult:
     """Measure everything `wanted` of `model` that is defined for it.
 
@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _likelihood(
-    model: Variant, batches: Batches, wanted: EvaluationConfig, seed: int, bar: Bar
+    model: Variant, batches: Batches, wanted: EvaluationConfig, seed: int, bar: StartBar
 ) -> dict[str, Any]:
     found = likelihood.measure_likelihood(
         model,
@@ -191,7 +191,7 @@ def _likelihood(
 
 
 def _latents(
-    model: Variant, batches: Batches, seed: int, found: EvaluationResult, bar: Bar
+    model: Variant, batches: Batches, seed: int, found: EvaluationResult, bar: StartBar
 ) -> dict[str, Any]:
     held = found.posteriors = latents.collect_latents(
         model, batches, seed=seed, progress=bar("latents", batches.count)
@@ -206,7 +206,7 @@ def _samples(
     counts: TokenBaselines | None,
     wanted: EvaluationConfig,
     found: EvaluationResult,
-    bar: Bar,
+    bar: StartBar,
 ) -> dict[str, Any]:
     """Sample quality, and the audit of the same samples."""
     assert wanted.features is not None

@@ -74,7 +74,7 @@ class Model(Variant):
     phases = ("discriminator", "generator")
     samples = True
     units: ClassVar[Mapping[str, str]] = {"loss": "who is ahead, not how good", **UNITS}
-    rivals: ClassVar[frozenset[str]] = frozenset(units)
+    adversarial_terms: ClassVar[frozenset[str]] = frozenset(units)
     why_not: ClassVar[Mapping[str, str]] = {
         "encode": "a GAN has no encoder (a VAE-GAN has one: kind vaegan)",
         "reconstruct": "a GAN has no encoder (a VAE-GAN has one: kind vaegan)",

@@ -32,14 +32,18 @@ from vaedist.config.loss_weights import Weight, ramp_end, weight_at
 from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
-from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
 from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
 from vaedist.nets.decoder_distribution import Decoded
 
-_RIVALS = {"loss": "who is ahead, not how good", "similarity": "nats in the features of the day", **UNITS}
+_ADVERSARIAL_TERMS = {
+    "loss": "who is ahead, not how good",
+    "similarity": "nats in the features of the day",
+    **UNITS,
+}
 
 
-class Config(Settings, Adversary):
+class Config(GaussianAutoencoderConfig, Adversary):
     """Settings of `kind: vaegan`."""
 
     kind: Literal["vaegan"] = "vaegan"
@@ -50,12 +54,12 @@ class Config(Settings, Adversary):
     pixel: float = Field(0.0, ge=0, description="Weight of the distortion.", json_schema_extra=OVERRIDE)
 
 
-class Model(Autoencoder):
+class Model(GaussianAutoencoder):
     """See the module."""
 
     phases = ("discriminator", "encoder", "decoder")
-    units: ClassVar[Mapping[str, str]] = {**Autoencoder.units, **_RIVALS}
-    rivals: ClassVar[frozenset[str]] = frozenset(_RIVALS)
+    units: ClassVar[Mapping[str, str]] = {**GaussianAutoencoder.units, **_ADVERSARIAL_TERMS}
+    adversarial_terms: ClassVar[frozenset[str]] = frozenset(_ADVERSARIAL_TERMS)
 
     config: Config
 

@@ -285,8 +285,8 @@ def check_dssim(weight: float, spec: Spec) -> None:
     Raises:
         UserError: naming the smallest side that works.
     """
-    if weight > 0 and min(spec.height, spec.width) < SIDE["gaussian"]:
+    if weight > 0 and min(spec.shape) < SIDE["gaussian"]:
         raise UserError(
             f"model.dssim is {weight}, but SSIM needs images of at least {SIDE['gaussian']}x"
-            f"{SIDE['gaussian']} and these are {spec.height}x{spec.width}: set model.dssim=0"
+            f"{SIDE['gaussian']} and these are {'x'.join(map(str, spec.shape))}: set model.dssim=0"
         )

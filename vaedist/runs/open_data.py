@@ -46,11 +46,11 @@ def open_data(run: Run, given: str | None, other_data: bool | None) -> Index:
             f"{index.identity[:12]}, the run has {run.data_identity[:12]}): give their folder with --data"
             + ("" if other_data is None else ", or allow these with --other-data")
         )
-    expected = run.spec[:3]
+    expected = run.spec.image_shape
     if index.shape != expected:
         raise UserError(
             f"{index.folder} has images of shape {index.shape} (C, H, W) and the model takes {expected}: pack them "
-            f"with --size {run.spec.height} and {'--rgb' if run.spec.channels == 3 else '--gray'}"
+            f"with --size {run.spec.shape[0]} and {'--rgb' if run.spec.channels == 3 else '--gray'}"
         )
     if run.model.conditional and index.classes != run.classes:
         raise UserError(

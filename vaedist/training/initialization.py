@@ -13,8 +13,8 @@ only in a resumed run.
 within each mapped submodule every tensor must have its counterpart of the same shape. The source is written down
 with the sha256 of its checkpoint.
 
-Submodules that a variant borrows (`Variant.borrows`, such as a prior's tokenizer) are loaded from their run when a run
-starts or imports, and come with its own checkpoint ever after.
+Submodules from another run (`Variant.pretrained`, such as a prior's tokenizer) are loaded from it when a run starts or
+imports, and come with its own checkpoint ever after.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vaedist.config.job import InitFrom, Job
 from vaedist.config.settings import expand
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, model_config
 from vaedist.runs.checkpoint import Loaded, Source, load_source, source_from
@@ -103,7 +103,7 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
     """
     if found is not None:
         return _resume(model, job, found)
-    borrowed = {name: _borrow(model, name, run, group) for name, run in model.borrows.items()}
+    borrowed = {name: _borrow(model, name, run, group) for name, run in model.pretrained.items()}
     record: dict[str, Any] = {"how": "start"}
     beside = ""
     if borrowed:
@@ -224,7 +224,7 @@ def transfer(
         for prefix in prefixes:
             if not any(_inside(name, prefix) for name in names):
                 raise UserError(
-                    f"init_from.map: {side} has no weights in {prefix!r}{nearest(prefix, _modules(names))}"
+                    f"init_from.map: {side} has no weights in {prefix!r}{did_you_mean(prefix, _modules(names))}"
                 )
     pairs: dict[str, str] = {}
     for name in source:

@@ -43,7 +43,7 @@ def layer_table(job: Job) -> str:
     if model.reads == "codes":
         batch["codes"] = torch.zeros(1, *model.latent_shape, dtype=torch.int64)
     else:
-        batch["image"] = torch.zeros(1, spec.channels, spec.height, spec.width, dtype=torch.uint8)
+        batch["image"] = torch.zeros(1, *spec.image_shape, dtype=torch.uint8)
     with torch.no_grad():
         for phase in model.phases:
             ctx = LaneContext(seed=job.seed, step=0, phase=phase, batch_size=1, lanes=1)
@@ -56,8 +56,8 @@ def layer_table(job: Job) -> str:
         for name, kind, shape, count in lines
     ]
     buffers = sum(buffer.numel() for buffer in model.buffers())
-    total = f"{job.model['kind']} on {spec.channels}x{spec.height}x{spec.width}: {_count(model):,} parameters"
-    if frozen := sum(_count(model.get_submodule(name)) for name in model.borrows):
+    total = f"{job.model['kind']} on {'x'.join(map(str, spec.image_shape))}: {_count(model):,} parameters"
+    if frozen := sum(_count(model.get_submodule(name)) for name in model.pretrained):
         total += f", {frozen:,} of them frozen"
     return "\n".join([*table, total + (f", {buffers:,} numbers in buffers" if buffers else "")])
 

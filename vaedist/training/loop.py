@@ -23,7 +23,7 @@ import torch
 
 from vaedist.config.job import Job
 from vaedist.config.settings import expand
-from vaedist.core.errors import Diverged, UserError, nearest
+from vaedist.core.errors import Diverged, UserError, did_you_mean
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.staging import staged
@@ -185,9 +185,8 @@ def _fit(
     # What a model measures on the data before its first step.
     if beginning.prepares:
         ctx = GroupLaneContext(
-            group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes,
-            start=bounds[0], stop=bounds[1],
-        )  # fmt: skip
+            group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes, rows=bounds
+        )
         first = stream.batches(0)
         with torch.no_grad():
             model.prepare([inputs(next(first), ctx) for _ in range(model.prepare_batches)], ctx)
@@ -313,13 +312,15 @@ def _fit(
                 numbers, seen = validate(chosen, held_out, job, group, done)
             metric = job.train.monitor.metric
             if metric not in numbers:
-                raise UserError(f"train.monitor.metric: unknown metric {metric!r}{nearest(metric, numbers)}")
+                raise UserError(
+                    f"train.monitor.metric: unknown metric {metric!r}{did_you_mean(metric, numbers)}"
+                )
             improved = progress.validated(numbers, job, settled=done >= model.schedule_end)
             if improved:
                 best = Best(metric, numbers[metric])
             if done >= model.schedule_end:
                 for phase in stepper.phases:
-                    if phase.plateau and phase.plateau.hear(numbers[metric]):
+                    if phase.plateau and phase.plateau.step(numbers[metric]):
                         log.message(
                             f"step {done}: no better for a while, learning rate of {phase.name!r} cut"
                         )
@@ -392,7 +393,7 @@ def _stopped_early(
 def _check_phases(job: Job, model: Variant) -> None:
     for name in job.train.optim:
         if name not in model.phases:
-            raise UserError(f"train.optim: unknown phase {name!r}{nearest(name, model.phases)}")
+            raise UserError(f"train.optim: unknown phase {name!r}{did_you_mean(name, model.phases)}")
     for name in model.phases:
         if name not in job.train.optim:
             raise UserError(
@@ -439,7 +440,7 @@ def _summary(
         f" ({rest} of them, other ones each epoch, do not fill a batch and are left out)" if rest else ""
     )
     return {
-        "data": f"{index.folder}: {split.count} training images {spec.channels}x{spec.height}x{spec.width}"
+        "data": f"{index.folder}: {split.count} training images {'x'.join(map(str, spec.image_shape))}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
         "reads": how.told(stream.cache),
         "model": f"{job.model['kind']}, {parameters:,} parameters"

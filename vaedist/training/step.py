@@ -160,8 +160,7 @@ class Stepper:
             turn=turn,
             batch_size=self.job.train.batch_size,
             lanes=self.lanes,
-            start=self.bounds[0],
-            stop=self.bounds[1],
+            rows=self.bounds,
         )
 
     def warm_up(self, batch: Batch, step: int) -> None:
@@ -267,7 +266,7 @@ class Stepper:
             )
             with quiet:
                 with precision(self.job, self.group.device):
-                    terms = self.parallel(cut(batch, start, stop), ctx.part(start, stop))
+                    terms = self.parallel(cut(batch, start, stop), ctx.micro_batch(start, stop))
                 for name, value in terms.items():
                     # A scalar is a statistic of the whole batch: it stands for each of its rows.
                     value = value.detach().double()

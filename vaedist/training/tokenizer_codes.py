@@ -84,7 +84,7 @@ def _describe(path: str, index: Index) -> dict[str, Any]:
         run = open_run(expand(path, "model.tokenizer"))
     except UserError as error:
         raise UserError(f"model.tokenizer: {error}") from None
-    model, shape = run.model, (run.spec.channels, run.spec.height, run.spec.width)
+    model, shape = run.model, run.spec.image_shape
     if model.latent != "codes" or model.reads != "images":
         raise UserError(
             f"model.tokenizer: {path} is a run of {run.job.model['kind']!r}, whose latent is not a map of codes: give "

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from vaedist.config.job import Job
 from vaedist.core.context import SampleContext
-from vaedist.core.errors import NotDefined, UserError, nearest
+from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.core.imaging import as_numpy, to_uint8
 from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.stream import EvaluationStream, slice_bounds
@@ -186,7 +186,7 @@ def check_monitor(job: Job, model: Variant) -> None:
             game between two networks.
     """
     metric = job.train.monitor.metric
-    if metric.partition("/")[0] in model.rivals:
+    if metric.partition("/")[0] in model.adversarial_terms:
         raise UserError(
             f"train.monitor.metric is {metric!r}, which tells which of this model's networks is ahead, not how good it "
             "is: name a measure of its samples, as in train.monitor.metric=kid"
@@ -225,7 +225,7 @@ def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) ->
             terms = model(batch, ctx)
         known |= {name if len(model.phases) == 1 else f"{name}/{phase}" for name in terms}
     if metric not in known:
-        raise UserError(f"train.monitor.metric: unknown metric {metric!r}{nearest(metric, known)}")
+        raise UserError(f"train.monitor.metric: unknown metric {metric!r}{did_you_mean(metric, known)}")
 
 
 def _sample_quality(model: Variant, real: Tensor, job: Job, group: Group) -> dict[str, float]:

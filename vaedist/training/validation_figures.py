@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from vaedist.config.job import Job
-from vaedist.core.files import as_json, replace_file, room
-from vaedist.core.imaging import GREY, Pixels, as_numpy, channels_last, framed, grid, png_bytes
+from vaedist.core.files import as_json, disk_errors, replace_file
+from vaedist.core.imaging import GRAY, Pixels, as_numpy, channels_last, framed, grid, png_bytes
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
 from vaedist.models.contract import Variant
 from vaedist.runs.run_folder import RunFolder
@@ -70,7 +70,7 @@ class Watch:
             self.collapse = seen.usage.collapse(step)
         if self.run is None:
             return
-        with room("what validation shows", self.run.path):
+        with disk_errors("what validation shows", self.run.path):
             self._show(step, pictures(model, seen, self.job.seed))
             if seen.latents:
                 self._embed(seen)
@@ -147,18 +147,18 @@ def pictures(model: Variant, seen: Seen, seed: int) -> dict[str, Pixels]:
         image, label = seen.pictures["image"], seen.pictures["label"]
         rows["originals"] = _row(framed(channels_last(seen.pictures.get("target", image))))
         if "target" in seen.pictures:
-            rows["inputs"] = _row(framed(channels_last(image), GREY))
+            rows["inputs"] = _row(framed(channels_last(image), GRAY))
         made = model.reconstruct(image, label if model.conditional else None)
-        rows["reconstructions"] = _row(framed(channels_last(made), GREY))
+        rows["reconstructions"] = _row(framed(channels_last(made), GRAY))
     if model.samples:
-        rows["samples"] = _row(framed(channels_last(model.sample(SAMPLES, seed=seed)), GREY))
+        rows["samples"] = _row(framed(channels_last(model.sample(SAMPLES, seed=seed)), GRAY))
     return rows
 
 
 def _row(images: Pixels) -> Pixels:
     """Filled up to whole rows with nothing, in the grey of the sheet."""
     missing = -len(images) % SHOWN
-    return np.concatenate([images, np.full((missing, *images.shape[1:]), GREY[0], np.uint8)])
+    return np.concatenate([images, np.full((missing, *images.shape[1:]), GRAY[0], np.uint8)])
 
 
 def _one_line(text: str) -> str:

@@ -29,7 +29,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 from vaedist.tuning.space import KNEE, Asha, Space
 from vaedist.tuning.trial_log import Trial
 
@@ -95,7 +95,9 @@ def check(space: Space) -> None:
                 f"all trials: choose among {', '.join(METRICS)}"
             )
         if name not in METRICS:
-            raise UserError(f"space {space.name!r}: there is no objective {name!r}{nearest(name, METRICS)}")
+            raise UserError(
+                f"space {space.name!r}: there is no objective {name!r}{did_you_mean(name, METRICS)}"
+            )
         metric = METRICS[name]
         if objective.mode not in (None, metric.mode):
             raise UserError(
@@ -108,7 +110,7 @@ def check(space: Space) -> None:
         if name not in HALVING:
             raise UserError(
                 f"space {space.name!r}: scheduler.metric {name!r} is no number of validation that means the same in "
-                f"all trials{nearest(name, HALVING)}"
+                f"all trials{did_you_mean(name, HALVING)}"
             )
         _refuse(space, name, HALVING[name])
         for key in space.dimensions:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vaedist.core.files import replace_file, room, temporary
+from vaedist.core.files import disk_errors, replace_file, temporary
 from vaedist.tuning.objectives import best, front, modes, value_of, values_of
 from vaedist.tuning.space import Space
 from vaedist.tuning.trial_log import Record, Trial, run_folder
@@ -53,7 +53,7 @@ def numbers(space: Space, trial: Trial) -> str:
 
 def write(record: Record) -> None:
     """results.csv and `best`."""
-    with room("the results", record.folder):
+    with disk_errors("the results", record.folder):
         replace_file(record.folder / TABLE, table(record).encode())
         ahead = best(record.space, record.trials)
         if ahead is not None:
@@ -100,7 +100,7 @@ def finish(record: Record) -> list[Path]:
     if not any(trial.ended for trial in record.trials):
         return []
     folder = record.folder / "figures"
-    with room("the figures", record.folder):
+    with disk_errors("the figures", record.folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         drawn = draw(record)
         for name, picture in drawn.items():

@@ -34,7 +34,7 @@ from pydantic import Field, model_validator
 import vaedist
 from vaedist.config.job import Job, one_length
 from vaedist.config.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 from vaedist.runs.run_folder import Change
 
 Setting = bool | int | float | str
@@ -293,7 +293,7 @@ class Space(Strict):
             for other, wanted in dimension.when.items():
                 if other not in before:
                     raise ValueError(
-                        f"dimensions.{key}.when: {other!r} is no dimension before it{nearest(other, before)}"
+                        f"dimensions.{key}.when: {other!r} is no dimension before it{did_you_mean(other, before)}"
                     )
                 choice = self.dimensions[other]
                 values = wanted if isinstance(wanted, list) else [wanted]
@@ -310,7 +310,7 @@ class Space(Strict):
         if len(set(names)) < len(names):
             raise ValueError("objectives: a metric stands there twice")
         if self.pick != KNEE and self.pick not in names:
-            raise ValueError(f"pick: {self.pick!r} is no objective{nearest(self.pick, [KNEE, *names])}")
+            raise ValueError(f"pick: {self.pick!r} is no objective{did_you_mean(self.pick, [KNEE, *names])}")
         if "path" in (self.base.get("data") or {}):
             raise ValueError("base.data.path: where the data lie is said by data.path of the space")
         return self
@@ -400,8 +400,8 @@ def load_space(given: str, overrides: Sequence[str] = ()) -> Space:
     path = expand(given, "--space") if by_path else SHIPPED / f"{given}.yaml"
     if not by_path and not path.exists():
         raise UserError(
-            f"there is no space {given!r}{nearest(given, shipped())}; a file of your own is given by its path, as in "
-            f"./{given}.yaml"
+            f"there is no space {given!r}{did_you_mean(given, shipped())}; a file of your own is given by its path, as "
+            f"in ./{given}.yaml"
         )
     content = read_yaml(path)
     base = content.get("base")

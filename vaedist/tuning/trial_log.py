@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
-from vaedist.core.files import room, sync_folder
+from vaedist.core.files import disk_errors, sync_folder
 from vaedist.tuning.space import Setting, Space
 
 NAME = "trials.jsonl"
@@ -167,7 +167,7 @@ class Record:
 
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
-        with room("the record of the search", self.folder), (self.folder / NAME).open("ab") as file:
+        with disk_errors("the record of the search", self.folder), (self.folder / NAME).open("ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

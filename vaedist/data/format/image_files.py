@@ -196,7 +196,7 @@ def resize(picture: Picture, height: int, width: int) -> Picture:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def open_fitting(path: str | Path, shape: tuple[int, int, int], fit: Fit) -> Picture:
+def open_fitting(path: str | Path, shape: tuple[int, ...], fit: Fit) -> Picture:
     """One of the user's files as uint8 (C, H, W) of a model's shape, by the rules that packing follows.
 
     Raises:

@@ -48,7 +48,7 @@ from pydantic import model_validator
 
 from vaedist.config.job import Spec
 from vaedist.config.settings import Strict, parse
-from vaedist.core.errors import DataError, UserError, nearest
+from vaedist.core.errors import DataError, UserError, did_you_mean
 from vaedist.core.files import replace_file
 from vaedist.data.format.columns import Columns, write_columns
 
@@ -67,7 +67,7 @@ def pixel_digest(image: NDArray[np.uint8]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(image).data).digest()
 
 
-def identity(samples: Iterable[tuple[str, str, int, bytes]], shape: tuple[int, int, int]) -> str:
+def identity(samples: Iterable[tuple[str, str, int, bytes]], shape: tuple[int, ...]) -> str:
     """The data identity: 64 hex digits, whatever the codec, the shards and the order of `samples`.
 
     Args:
@@ -348,7 +348,7 @@ class Index:
         return moved
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(C, H, W); of codes (1, h, w)."""
         return self.channels, self.height, self.width
 
@@ -359,7 +359,7 @@ class Index:
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.channels, self.height, self.width, len(self.classes))
+        return Spec(self.channels, (self.height, self.width), len(self.classes))
 
     def split(self, name: str) -> Split:
         """The split of that name.
@@ -368,7 +368,7 @@ class Index:
             UserError: there is none, or it is empty; names those that exist.
         """
         if name not in self.splits:
-            raise UserError(f"{self.folder} has no split {name!r}{nearest(name, self.splits)}")
+            raise UserError(f"{self.folder} has no split {name!r}{did_you_mean(name, self.splits)}")
         if not self.splits[name].count:
             raise UserError(f"the split {name!r} of {self.folder} is empty: name another one, or pack again")
         return self.splits[name]
@@ -387,7 +387,7 @@ def write_index(
     folder: Path,
     *,
     identity: str,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     codec: str,
     classes: Sequence[str],
     splits: Mapping[str, Sequence[Shard]],

@@ -21,7 +21,7 @@ _STRIP = 15  # pixels under a picture for the name of its class
 _TITLE = 26
 
 
-def picture_of(data: bytes, shape: tuple[int, int, int], codec: str) -> Picture:
+def picture_of(data: bytes, shape: tuple[int, ...], codec: str) -> Picture:
     """The image whose data (as the index points at them) are `data`, (H, W) or (H, W, C).
 
     Raises:
@@ -44,7 +44,7 @@ def picture_of(data: bytes, shape: tuple[int, int, int], codec: str) -> Picture:
 
 
 def write_contact_sheet(
-    folder: Path, split: Split, classes: Sequence[str], shape: tuple[int, int, int], codec: str
+    folder: Path, split: Split, classes: Sequence[str], shape: tuple[int, ...], codec: str
 ) -> Path:
     """Write `contact-<split>.png`: samples evenly spread over the split, in index order.
 

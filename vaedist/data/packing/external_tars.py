@@ -53,7 +53,7 @@ class _Row:
     size: int
     crc: int
     digest: bytes
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     codec: str
 
 

@@ -216,7 +216,7 @@ def _open(name: str, options: Packing, workspace: Path) -> Source:
     return opened
 
 
-def _told(name: str, options: Packing, shape: tuple[int, int, int], per_shard: int) -> dict[str, Any]:
+def _told(name: str, options: Packing, shape: tuple[int, ...], per_shard: int) -> dict[str, Any]:
     """The settings that decide the bytes, for the plan and for `index.json`; no path of this machine."""
     chosen = options.settings
     told = {

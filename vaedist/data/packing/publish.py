@@ -20,7 +20,7 @@ def publish(
     folder: Path,
     splits: Splits,
     *,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     codec: str,
     classes: Sequence[str],
     source: Mapping[str, Any],

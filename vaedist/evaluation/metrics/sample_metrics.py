@@ -39,7 +39,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 from vaedist.core.imaging import Pixels
 from vaedist.evaluation.metrics.features import Extractor
 
@@ -110,7 +110,7 @@ def sample_metrics(
     asked = set(SAMPLE_METRICS) if only is None else set(only)
     for name in sorted(asked):
         if name not in SAMPLE_METRICS:
-            raise UserError(f"there is no sample metric {name!r}{nearest(name, SAMPLE_METRICS)}")
+            raise UserError(f"there is no sample metric {name!r}{did_you_mean(name, SAMPLE_METRICS)}")
         if name in missing and only is not None:
             raise UserError(missing[name])
     asked -= missing.keys()
@@ -191,7 +191,7 @@ def monitored_value(found: Mapping[str, float], name: str) -> float:
         if full != PIXELS and base_name(full) == name:
             return value
     raise UserError(
-        f"there is no sample metric {name!r} here{nearest(name, [*found, *map(base_name, found)])}"
+        f"there is no sample metric {name!r} here{did_you_mean(name, [*found, *map(base_name, found)])}"
     )
 
 

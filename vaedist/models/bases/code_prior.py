@@ -92,7 +92,7 @@ class CodePrior(Variant):
         raise NotImplementedError
 
     @property
-    def borrows(self) -> Mapping[str, str]:
+    def pretrained(self) -> Mapping[str, str]:
         run = self.config.tokenizer
         return {"tokenizer": run if isinstance(run, str) else run.run}
 

@@ -17,7 +17,7 @@ images.
             self.tokenizer = frozen_tokenizer(config.tokenizer, spec)   # .codes(image), .decode_codes(codes).mean
             self.num_codes, self.latent_shape = config.tokenizer.codes, config.tokenizer.grid
         @property
-        def borrows(self):
+        def pretrained(self):
             return {"tokenizer": self.config.tokenizer.run}   # filled by the loop when a new run starts
 """
 

@@ -31,7 +31,7 @@ class MapLatent(Strict):
     channels: int = Field(ge=1)
 
 
-class Settings(Strict):
+class GaussianAutoencoderConfig(Strict):
     """What the variants share; each adds its `kind` and the weights of its loss."""
 
     encoder: Body = Conv()
@@ -52,7 +52,7 @@ class Settings(Strict):
     )
 
 
-class Autoencoder(Variant):
+class GaussianAutoencoder(Variant):
     """See the module.
 
     Args:
@@ -72,9 +72,9 @@ class Autoencoder(Variant):
     }
     why_not: ClassVar[Mapping[str, str]] = {"codes": "its latent is made of numbers, not of codes"}
 
-    config: Settings
+    config: GaussianAutoencoderConfig
 
-    def __init__(self, config: Settings, spec: Spec, *, stochastic: bool = True) -> None:
+    def __init__(self, config: GaussianAutoencoderConfig, spec: Spec, *, stochastic: bool = True) -> None:
         super().__init__()
         check_dssim(config.dssim, spec)
         self.config, self.spec, self.stochastic = config, spec, stochastic
@@ -94,7 +94,7 @@ class Autoencoder(Variant):
         down = encoder(
             config.encoder, spec, channels * (1 + stochastic), vector=vector, extra=extra
         )  # mean, and log-variance
-        self.encoder = conditioned(down, condition, size, spec[:3])
+        self.encoder = conditioned(down, condition, size, spec.image_shape)
         self.observation = Observation(config.likelihood, spec)
         self.batch_statistics = self.observation.batch_statistics
         up = decoder(mirrored, spec, channels, vector=vector, extra=extra, channels=self.observation.outputs)
