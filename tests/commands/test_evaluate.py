@@ -416,13 +416,13 @@ def test_classes_of_samples_are_as_often_as_among_the_training_images(
     from vaedist.runs.open_run import open_run
 
     asked: list[int] = []
-    draw = quality.draw
+    draw = quality.draw_samples
 
     def seen(*arguments: object, labels: list[int], **settings: object) -> object:
         asked.extend(labels)
         return draw(*arguments, labels=labels, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(quality, "draw", seen)
+    monkeypatch.setattr(quality, "draw_samples", seen)
     assert main([str(cvae), "--samples", "24", "--importance", "0", "--out", str(tmp_path)]) == 0
     train = Index.open(open_run(cvae).data_path).split("train")
     there = [train.label(place) for place in range(train.count)]

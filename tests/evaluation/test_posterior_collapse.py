@@ -29,9 +29,9 @@ from vaedist.runs.open_run import open_run, resolved
 from vaedist.runs.run_folder import RunFolder
 from vaedist.sample import main as sample
 from vaedist.training.loop import fit
-from vaedist.training.run_log import Log
-from vaedist.training.validation import Seen
-from vaedist.training.validation_figures import Watch
+from vaedist.training.run_log import RunLog
+from vaedist.training.validation import ValidationSamples
+from vaedist.training.validation_figures import ValidationFigures
 
 ALONE = Group(torch.device("cpu"))
 
@@ -174,13 +174,13 @@ def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_p
     run = RunFolder.make(tmp_path / "run")
     run.begin(settings, step=None)
     console = io.StringIO()
-    log = Log(run, settings, total_steps=100, console=console)
+    log = RunLog(run, settings, total_steps=100, console=console)
     index = Index.open(phantom)
     model = build(model_config(settings.model), index.spec, 0)
-    watch = Watch(run, log, settings, index.classes, None)
+    watch = ValidationFigures(run, log, settings, index.classes, None)
     for step, variance in enumerate([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]):
         usage = Usage(variance, [one / 2 for one in variance], "dimensions")
-        watch.validated(step, model, Seen({}, {}, usage))
+        watch.update(step, model, ValidationSamples({}, {}, usage))
         assert run.collapse.exists() == (min(variance) == 0)
     told = console.getvalue().splitlines()
     assert [line.partition(":")[0] for line in told] == ["ALARM", "ALARM", "step 3"]

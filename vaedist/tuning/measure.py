@@ -82,13 +82,13 @@ def measure(run_folder: Path, space: Space, *, device: torch.device | str = "cpu
     return finite
 
 
-def _why(name: str, model: object, told: dict[str, str]) -> str:
+def _why(name: str, model: object, reasons: dict[str, str]) -> str:
     part = METRICS[name].part
     operation = {"samples": "sample", "reconstructions": "reconstruct", "codes": "codes"}.get(part, name)
-    if name in told:
-        return told[name]
-    if operation in told:
-        return told[operation]
+    if name in reasons:
+        return reasons[name]
+    if operation in reasons:
+        return reasons[operation]
     if part == "samples":
         return str(model.not_defined("sample"))  # type: ignore[attr-defined]
     return "this model has no such term, or it is not finite"
