@@ -21,7 +21,7 @@ class FitOptions:
         engine: For the start-up summary.
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
-        hang_seconds: After how long without progress a rank is killed (`vaedist.distributed.pulse`); 0: never.
+        hang_seconds: After how long a stalled rank is killed (`vaedist.distributed.liveness.stalls`); 0: never.
         verbose: On the console also the libraries, and each checkpoint.
         startup: The stages of this start so far (`vaedist.runs.startup_timings`); None: this attempt replaces a group
             that was lost.

@@ -105,7 +105,7 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
         classes=classes,
         checkpoint=loaded.path,
         folder=run_folder_of(loaded.path) or loaded.path,
-        collapse=Collapse.read(loaded.state.get("collapse"), loaded.path),
+        collapse=Collapse.from_json(loaded.state.get("collapse"), loaded.path),
     )
 
 

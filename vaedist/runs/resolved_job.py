@@ -6,8 +6,8 @@ from vaedist.config.job import Job, Monitor
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.data.loading.stream import default_lanes
-from vaedist.evaluation.metrics.features import default
-from vaedist.evaluation.metrics.sample_metrics import BETTER, is_sample_metric, plain
+from vaedist.evaluation.metrics.features import default_extractor
+from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS, base_name, is_sample_metric
 from vaedist.models.contract import model_config
 
 
@@ -30,10 +30,10 @@ def _monitor(monitor: Monitor) -> str:
     metric = monitor.metric
     if not is_sample_metric(metric):
         return metric
-    better = BETTER[plain(metric)]
+    better = SAMPLE_METRICS[base_name(metric)]
     if monitor.mode != better:
         raise UserError(
-            f"train.monitor.mode is {monitor.mode!r}, but of {plain(metric)} the {better}imum is best: set "
+            f"train.monitor.mode is {monitor.mode!r}, but of {base_name(metric)} the {better}imum is best: set "
             f"train.monitor.mode={better}"
         )
-    return metric if metric != plain(metric) else f"{metric}[{default().label}]"
+    return metric if metric != base_name(metric) else f"{metric}[{default_extractor().label}]"
