@@ -9,7 +9,7 @@ import pytest
 from tests.spaces import DIMENSIONS, ended, small_space
 from vaedist.core.errors import UserError
 from vaedist.evaluation.metrics.image_quality import NAMES
-from vaedist.evaluation.metrics.sample_metrics import BETTER
+from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS
 from vaedist.tuning.objectives import METRICS, best_trial, check_objectives, pareto_front, value_of, values_of
 from vaedist.tuning.space import load_space, shipped
 from vaedist.tuning.trial_log import Trial
@@ -20,7 +20,7 @@ ASHA = {"kind": "asha", "metric": "mse"}
 
 def test_the_table_agrees_with_the_metrics_that_it_names() -> None:
     samples = {name for name, metric in METRICS.items() if metric.part == "samples"}
-    assert all(METRICS[name].mode == BETTER[name] for name in samples)
+    assert all(METRICS[name].mode == SAMPLE_METRICS[name] for name in samples)
     pictures = {name for name, metric in METRICS.items() if metric.part == "reconstructions"}
     assert pictures <= set(NAMES)
 

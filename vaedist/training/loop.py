@@ -20,13 +20,13 @@ import torch
 
 from vaedist.config.job import Job
 from vaedist.core.errors import Diverged, UserError, did_you_mean
+from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
-from vaedist.distributed.pulse import Tell, on_stderr
 from vaedist.runs.checkpoint import Best
 from vaedist.runs.fit_options import FitOptions, Outcome
-from vaedist.runs.open_run import data_section
-from vaedist.runs.startup_timings import told as told_of_start
+from vaedist.runs.resume_rules import data_section
+from vaedist.runs.startup_timings import startup_summary
 from vaedist.training.session import Session, prepare
 from vaedist.training.step import StepResult, phase_suffix
 from vaedist.training.validation import validate
@@ -43,7 +43,7 @@ def fit(
     report: Report | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 - frozen
     reached: Reached = lambda _: None,
-    stuck: Tell = on_stderr,
+    stuck: StallReport = print_to_stderr,
 ) -> Outcome:
     """Train `job` in `run_folder`, from its newest checkpoint or from the start.
 
@@ -88,7 +88,7 @@ def train(session: Session, report: Report | None, reached: Reached) -> Outcome:
             train_step.warm_up(batch, step)
 
         # Step. A rank may not stand still meanwhile, except where a body may be compiled anew, which takes minutes.
-        with session.group.pulse.strict(step > start and not settings.compile):
+        with session.group.stall_monitor.strict(step > start and not settings.compile):
             result = train_step(batch, step, session.total_steps, session.stop.requested)
         step += 1
         if step == start + 1:
@@ -130,9 +130,9 @@ def train(session: Session, report: Report | None, reached: Reached) -> Outcome:
 
 def _log_startup(session: Session, ready: float) -> None:
     """Where the time went before the first step, which began at `ready`."""
-    if session.options.phases:
-        phases = (*session.options.phases, ("data and model", session.began), ("first step", ready))
-        session.log.message(told_of_start(phases, time.time()))
+    if session.options.startup:
+        phases = (*session.options.startup, ("data and model", session.began), ("first step", ready))
+        session.log.message(startup_summary(phases, time.time()))
 
 
 def _refuse(session: Session, step: int, reason: str) -> None:

@@ -26,10 +26,13 @@ from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.runs.checkpoint import Checkpoints, Committer, Loaded, from_bytes, to_bytes
+from vaedist.runs.checkpoint import Checkpoints, Committer
+from vaedist.runs.checkpoint_manifest import LoadedCheckpoint, checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
-from vaedist.runs.open_run import resolved, resume
-from vaedist.runs.run_folder import Change, RunFolder, libraries
+from vaedist.runs.provenance import Change, library_versions
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.resume_rules import check_resume
+from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
 from vaedist.runs.stop_request import StopRequest
 from vaedist.training.ema import WeightAverage
@@ -52,7 +55,7 @@ class Storage:
     run: RunFolder | None = None
     committer: Committer | None = None
     changed: tuple[Change, ...] = ()
-    newest: Loaded | None = None
+    newest: LoadedCheckpoint | None = None
 
     @property
     def start(self) -> int:
@@ -211,12 +214,12 @@ def _open_storage(
         )
         checkpoints = Checkpoints(folder, keep=job.train.keep)
         newest = checkpoints.newest()
-        storage.changed = resume(run, newest, job, index, override=options.override)
+        storage.changed = check_resume(run.path, newest, job, index, override=options.override)
         storage.run, storage.committer = run, Committer(checkpoints, lock.check)
         exits.callback(storage.committer.close)
-        return to_bytes(newest)
+        return checkpoint_to_bytes(newest)
 
-    storage.newest = from_bytes(group.from_leader(open_folder))
+    storage.newest = checkpoint_from_bytes(group.from_leader(open_folder))
     return storage
 
 
@@ -262,7 +265,7 @@ def _measure_data(
     initialization.restore_imported(model)
 
 
-def _average(model: Variant, job: Job, newest: Loaded | None) -> WeightAverage | None:
+def _average(model: Variant, job: Job, newest: LoadedCheckpoint | None) -> WeightAverage | None:
     """The average of the weights, if the job wants one: a copy of them, or what the checkpoint holds."""
     if not job.train.ema_half_life:
         return None
@@ -301,10 +304,10 @@ def _open_log(session: Session, exits: contextlib.ExitStack) -> None:
 
 def _begin_run(session: Session, run: RunFolder) -> None:
     options, initialization, start = session.options, session.initialization, session.storage.start
-    run.begin(
+    run.record_start(
         session.job,
         step=start if session.storage.newest else None,
-        beginning=initialization.record,
+        initialization=initialization.record,
         changed=session.storage.changed,
         engine=options.engine,
         world=session.group.world,
@@ -316,7 +319,7 @@ def _begin_run(session: Session, run: RunFolder) -> None:
     )
     log.summary(_summary(session))
     if options.verbose:
-        log.message(libraries())
+        log.message(library_versions())
     if initialization.report:
         log.message("\n".join(initialization.report))
 

@@ -28,7 +28,12 @@ from vaedist.data.loading.stream import EvaluationStream, slice_bounds
 from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.posterior_collapse import Usage, UsageCounter
-from vaedist.evaluation.metrics.sample_metrics import is_sample_metric, pick, plain, sample_metrics
+from vaedist.evaluation.metrics.sample_metrics import (
+    base_name,
+    is_sample_metric,
+    monitored_value,
+    sample_metrics,
+)
 from vaedist.models.contract import Posterior, Variant
 from vaedist.training.step import phase_suffix, precision
 
@@ -228,7 +233,7 @@ def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) ->
 
 def _sample_quality(model: Variant, real: Tensor, job: Job, group: Group) -> dict[str, float]:
     """The monitored measure of as many generated images as real ones: every rank draws its share. Collective."""
-    from vaedist.evaluation.metrics.features import default
+    from vaedist.evaluation.metrics.features import default_extractor
 
     start, stop = slice_bounds(len(real), group.rank, group.world)
     drawn = [real[:0]]
@@ -241,9 +246,13 @@ def _sample_quality(model: Variant, real: Tensor, job: Job, group: Group) -> dic
 
     def measure() -> bytes:
         found = sample_metrics(
-            as_numpy(real), as_numpy(generated), default(group.device), seed=job.seed, only=[plain(metric)]
+            as_numpy(real),
+            as_numpy(generated),
+            default_extractor(group.device),
+            seed=job.seed,
+            only=[base_name(metric)],
         )
-        return json.dumps({**found, metric: pick(found, metric)}).encode()
+        return json.dumps({**found, metric: monitored_value(found, metric)}).encode()
 
     told: dict[str, float] = json.loads(group.from_leader(measure))
     return told

@@ -54,13 +54,13 @@ class ValidationFigures:
         saved: Mapping[str, Any] | None,
     ) -> None:
         self.run, self.log, self.job, self.classes = run, log, job, tuple(classes)
-        self.collapse = Collapse.read((saved or {}).get("collapse"), "the checkpoint")
+        self.collapse = Collapse.from_json((saved or {}).get("collapse"), "the checkpoint")
         if run is not None:
             self._write_alarm(run)
 
     def state(self) -> dict[str, Any] | None:
         """For the checkpoint."""
-        return self.collapse.plain() if self.collapse else None
+        return self.collapse.to_json() if self.collapse else None
 
     @torch.no_grad()
     def update(self, step: int, model: Variant, samples: ValidationSamples) -> None:
@@ -96,7 +96,7 @@ class ValidationFigures:
         if self.collapse is None:
             run.collapse.unlink(missing_ok=True)
         else:
-            replace_file(run.collapse, as_json(self.collapse.plain()))
+            replace_file(run.collapse, as_json(self.collapse.to_json()))
 
     def _show(self, step: int, rows: dict[str, Pixels]) -> None:
         """Rows of pictures, as one numbered file and for TensorBoard."""

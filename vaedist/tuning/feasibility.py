@@ -12,9 +12,9 @@ from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
-from vaedist.evaluation.metrics.per_image import evaluate
+from vaedist.evaluation.metrics.per_image import evaluate_images
 from vaedist.models.contract import Variant, build, model_config, variant
-from vaedist.runs.open_run import resolved
+from vaedist.runs.resolved_job import resolved
 from vaedist.tuning import asha
 from vaedist.tuning.dimensions import Categorical, Setting
 from vaedist.tuning.objectives import METRICS, check_objectives
@@ -151,7 +151,7 @@ def _objectives_exist(space: Space, base: Job, index: Index) -> None:
     known: set[str] = set()
     if "terms" in parts:
         images = whole_split(index, base.data.validation_split, base, limit=_TRIED_IMAGES)
-        known = {name for row in evaluate(model, images, seed=base.seed).rows for name in row.terms}
+        known = {name for row in evaluate_images(model, images, seed=base.seed).rows for name in row.terms}
     for objective in space.objectives:
         name = objective.metric
         part = METRICS[name].part
