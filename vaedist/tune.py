@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         from vaedist.launchers.ray import tuner as raytune
         from vaedist.tuning import results
 
-        sweep = raytune.run(
+        search = raytune.run(
             space,
             folder,
             index,
@@ -149,10 +149,14 @@ def main(argv: list[str] | None = None) -> int:
         raise
     finally:
         shown.close()
-    figures = results.finish(sweep.record)
-    for line in [*results.summary(sweep.record), f"table: {folder / results.TABLE}", *map(str, figures)]:
+    figures = results.write_all(search.record)
+    for line in [
+        *results.summary_lines(search.record),
+        f"table: {folder / results.TABLE}",
+        *map(str, figures),
+    ]:
         tell(line)
-    if not sweep.complete:
+    if not search.complete:
         tell("stopped on request: trials that were interrupted are kept, the same command continues")
         return EXIT_STOPPED
     return EXIT_FINISHED

@@ -17,7 +17,7 @@ from vaedist.models.contract import Variant, build, model_config
 from vaedist.models.gan import OUTPUTS, reading
 from vaedist.nets.likelihoods import Observation
 from vaedist.training.ema import WeightAverage
-from vaedist.training.step import Stepper
+from vaedist.training.step import TrainStep
 
 SPEC = Spec(1, (8, 8))
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 2}
@@ -208,7 +208,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
     }
     job = parse(Job, content, "test")
     net = build(model_config(job.model), Spec(1, (1, 1)), 0)
-    one = Stepper(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
+    one = TrainStep(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
     average = WeightAverage(net, half_life=2000)
 
     def law() -> tuple[float, float]:
@@ -220,7 +220,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
     for step in range(steps):
         noise = torch.randn((rows, 1, 1, 1), generator=generator("toy", step))
         image = (80 + 25 * noise).clamp(0, 255).to(torch.uint8)
-        assert one.take({"image": image}, step, steps, stop_requested=False).accepted
+        assert one({"image": image}, step, steps, stop_requested=False).accepted
         average.update((step + 1) * rows, rows)
     mean, std = law()
     assert mean == pytest.approx(80, abs=12)

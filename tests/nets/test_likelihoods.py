@@ -308,12 +308,12 @@ def test_a_denoiser_measures_its_target() -> None:
 RANK = """
 import json
 from tests.nets.test_likelihoods import optimal_step
-from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]
-ctx = GroupLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, rows=(start, stop))
+ctx = DistributedLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, rows=(start, stop))
 loss, gradient, scale = optimal_step(ctx, start, stop, group.world)
 print(json.dumps([group.total(loss).item(), (group.total(gradient) / group.world).tolist(), scale]))
 group.close()

@@ -35,7 +35,7 @@ from vaedist.runs.open_run import open_run
 from vaedist.training.ema import WeightAverage
 from vaedist.training.layer_table import layer_table
 from vaedist.training.loop import fit
-from vaedist.training.tokenizer_codes import settled
+from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("variants")]
 
@@ -249,7 +249,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     """Nothing but the missing ones is made: a shard that is there is taken as it is, which another code shows."""
     job = prior_job(phantom, tokenizer, steps=1)
     images = Index.open(phantom)
-    described = settled(job, images, Group.join("cpu")).model["tokenizer"]
+    described = resolve_tokenizer(job, images, Group.join("cpu")).model["tokenizer"]
     stamp = {
         "made_by": "vaedist-train",
         "tokenizer": {name: value for name, value in described.items() if name != "run"},

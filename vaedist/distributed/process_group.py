@@ -7,7 +7,7 @@ variables, as an interactive allocation leaves behind, never count.
 Every decision of a run is made once: on rank 0 (`from_leader`) or from small vectors that all ranks combine to
 identical bits (`total`, `largest`). Nothing here pickles an object.
 
-Who has something to do while others answer asks in two parts (`begin_sum`, `begin_rows`, `begin_largest`). All ranks
+Who has something to do while others answer asks in two parts (`begin_sum`, `begin_gather`, `begin_largest`). All ranks
 begin the same collectives in the same order; what DDP begins during a backward pass comes after them.
 """
 
@@ -38,7 +38,7 @@ _PART = 256 << 20
 _STORE_SECONDS = 10.0
 _COLLECTIVE_SECONDS = 1800.0
 """Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
-Later = Callable[[], Tensor]
+Pending = Callable[[], Tensor]
 """A collective that has begun: waits for it, and gives what it made."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -143,19 +143,19 @@ class Group:
         """Elementwise maximum over ranks; no gradient."""
         return self.begin_largest(values)()
 
-    def begin_sum(self, values: Tensor) -> Later:
+    def begin_sum(self, values: Tensor) -> Pending:
         """Begin to sum over ranks, to the same bits on each; no gradient."""
         result = values.detach().clone(memory_format=torch.contiguous_format)
         return self._later(dist.all_reduce(result, async_op=True), lambda: result)
 
-    def begin_largest(self, values: Tensor) -> Later:
+    def begin_largest(self, values: Tensor) -> Pending:
         """Begin to find the elementwise maximum over ranks; no gradient."""
         if self.world == 1:
             return lambda: values
         blocks = self._begin_blocks(values)
         return lambda: blocks().amax(0)
 
-    def begin_rows(self, values: Tensor, rows: Sequence[int]) -> Later:
+    def begin_gather(self, values: Tensor, rows: Sequence[int]) -> Pending:
         """Begin to concatenate the rows of all ranks, `rows[r]` of rank r; no gradient."""
         # Collectives want blocks of one size.
         padded = values.new_zeros((max(rows), *values.shape[1:]))
@@ -166,7 +166,7 @@ class Group:
             work, lambda: torch.cat([block[:n] for block, n in zip(blocks, rows, strict=True)])
         )
 
-    def _later(self, work: Any, result: Callable[[], Tensor]) -> Later:
+    def _later(self, work: Any, result: Callable[[], Tensor]) -> Pending:
         def wait() -> Tensor:
             with self.pulse.meeting():
                 work.wait()
@@ -215,7 +215,7 @@ class Group:
                 part[:] = tensor.cpu().numpy().data
         return bytes(held)
 
-    def synchronise(self, module: nn.Module) -> None:
+    def synchronize(self, module: nn.Module) -> None:
         """Give every rank rank 0's parameters and buffers."""
         if self.world > 1:
             with torch.no_grad(), self.pulse.meeting():
@@ -263,9 +263,9 @@ class Group:
             self._ours = False
             dist.destroy_process_group()
 
-    def _begin_blocks(self, values: Tensor) -> Later:
+    def _begin_blocks(self, values: Tensor) -> Pending:
         """(world, ...) stack of every rank's values, where the values are."""
-        blocks = self.begin_rows(values.detach().to(self.device)[None], [1] * self.world)
+        blocks = self.begin_gather(values.detach().to(self.device)[None], [1] * self.world)
         return lambda: blocks().to(values.device)
 
 

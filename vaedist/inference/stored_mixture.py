@@ -17,7 +17,7 @@ from vaedist.core.imaging import write_atomic
 from vaedist.core.terminal import StartBar
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
-from vaedist.evaluation.metrics.latents import collect
+from vaedist.evaluation.metrics.latents import collect_latents
 from vaedist.inference.mixture import COMPONENTS, Mixture, fit
 from vaedist.runs.checkpoint import weights_digest
 from vaedist.runs.open_run import Run
@@ -98,7 +98,7 @@ def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None =
     batches = whole_split(
         index, run.job.data.train_split, run.job, device=next(run.model.parameters()).device
     )
-    latents = collect(run.model, batches, seed=run.job.seed, progress=progress)
+    latents = collect_latents(run.model, batches, seed=run.job.seed, progress=progress)
     mixture = fit(latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed)
     path = density_path(run)
     try:

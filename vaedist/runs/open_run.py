@@ -19,9 +19,9 @@ from vaedist.config.settings import ResumePolicy, Strict, parse, resume_policy
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.stream import default_lanes
-from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
-from vaedist.evaluation.metrics.sample_metrics import BETTER, is_sample_metric, plain
+from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS, base_name, is_sample_metric
 from vaedist.models.contract import Variant, build, model_config, variant
 from vaedist.runs.checkpoint import Loaded, chosen_weights, load, resolve, run_folder_of
 from vaedist.runs.run_folder import ABSENT, Change, RunFolder
@@ -71,13 +71,13 @@ def _monitor(monitor: Monitor) -> str:
     metric = monitor.metric
     if not is_sample_metric(metric):
         return metric
-    better = BETTER[plain(metric)]
+    better = SAMPLE_METRICS[base_name(metric)]
     if monitor.mode != better:
         raise UserError(
-            f"train.monitor.mode is {monitor.mode!r}, but of {plain(metric)} the {better}imum is best: set "
+            f"train.monitor.mode is {monitor.mode!r}, but of {base_name(metric)} the {better}imum is best: set "
             f"train.monitor.mode={better}"
         )
-    return metric if metric != plain(metric) else f"{metric}[{default().label}]"
+    return metric if metric != base_name(metric) else f"{metric}[{default_extractor().label}]"
 
 
 def data_section(index: Index) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
         classes=classes,
         checkpoint=loaded.path,
         folder=run_folder_of(loaded.path) or loaded.path,
-        collapse=Collapse.read(loaded.state.get("collapse"), loaded.path),
+        collapse=Collapse.from_json(loaded.state.get("collapse"), loaded.path),
     )
 
 

@@ -35,7 +35,7 @@ from vaedist.runs.checkpoint import Loaded, Source, load_source, source_from
 from vaedist.training.step import Phase
 
 
-class Row(NamedTuple):
+class TensorTransfer(NamedTuple):
     """What became of one tensor."""
 
     what: Literal["copied", "own start", "not used", "other shape", "borrowed"]
@@ -49,12 +49,12 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Beginning:
-    """What `begin` did.
+class Initialization:
+    """What `init_weights` did.
 
     Attributes:
         how: `start`, `import` or `resume`.
-        told: The same in words, with the source.
+        description: The same in words, with the source.
         record: For provenance.json.
         report: Lines about every tensor; only of an import.
         optim, sched: States to go on with, by phase.
@@ -62,7 +62,7 @@ class Beginning:
     """
 
     how: Literal["start", "import", "resume"]
-    told: str
+    description: str
     record: dict[str, Any]
     report: Sequence[str] = ()
     optim: dict[str, Any] = field(default_factory=dict)
@@ -70,11 +70,11 @@ class Beginning:
     prepares: bool = True
     copied: dict[str, Tensor] = field(default_factory=dict)
 
-    def again(self, model: Variant) -> None:
+    def restore_imported(self, model: Variant) -> None:
         """Put what was imported back, after `prepare` has seen it and may have written over it."""
         model.load_state_dict(self.copied, strict=False)
 
-    def hand_over(self, phases: Iterable[Phase]) -> None:
+    def load_optimizers(self, phases: Iterable[Phase]) -> None:
         """Give the optimizers and schedules what they had learnt.
 
         Raises:
@@ -90,12 +90,12 @@ class Beginning:
             phase.load(state, self.sched.get(phase.name))
 
 
-def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Beginning:
+def init_weights(model: Variant, job: Job, found: Loaded | None, group: Group) -> Initialization:
     """Give a freshly built model its first weights. Collective.
 
     Args:
         model: On its device.
-        job: Resolved and settled.
+        job: Resolved and with its tokenizer described.
         found: The run's own newest checkpoint.
 
     Raises:
@@ -111,7 +111,7 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
         beside = "".join(f"; {name} frozen, from {_told(source)}" for name, source in borrowed.items())
     wanted = job.init_from
     if wanted is None:
-        return Beginning("start", f"from nothing, seed {job.seed}{beside}", record)
+        return Initialization("start", f"from nothing, seed {job.seed}{beside}", record)
 
     # Another run's weights, tensor by tensor.
     path, optimizer = expand(wanted.run, "init_from"), job.imports_optimizer
@@ -126,7 +126,7 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
         f"imported from {_told(source)}: {len(copied)} of {len(own)} tensors; "
         f"optimizer {'as there' if source.optim else 'new'}{beside}"
     )
-    return Beginning(
+    return Initialization(
         "import",
         told,
         {
@@ -142,14 +142,14 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
     )
 
 
-def _resume(model: Variant, job: Job, found: Loaded) -> Beginning:
+def _resume(model: Variant, job: Job, found: Loaded) -> Initialization:
     try:
         model.load_state_dict(found.state["model"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{found.path}: its weights do not fit this job's model: {reason}") from None
     forgets = job.train.reset_optimizer == "always"
-    return Beginning(
+    return Initialization(
         "resume",
         f"resumed after step {found.step} from {found.path.name}"
         + ("; optimizer new (train.reset_optimizer: always)" if forgets else ""),
@@ -205,7 +205,7 @@ def transfer(
     target: Mapping[str, Tensor],
     settings: InitFrom,
     borrowed: Sequence[str] = (),
-) -> list[Row]:
+) -> list[TensorTransfer]:
     """What goes where: one row for every tensor of both sides, copied ones first.
 
     Args:
@@ -246,21 +246,21 @@ def transfer(
     for name, tensor in target.items():
         shape = _shape(tensor)
         if any(_inside(name, module) for module in borrowed):
-            left.append(Row("borrowed", "", name, shape))
+            left.append(TensorTransfer("borrowed", "", name, shape))
         elif name not in pairs:
-            left.append(Row("own start", "", name, shape))
+            left.append(TensorTransfer("own start", "", name, shape))
             if any(_inside(name, new) for new in mapping.values()):
                 problems.append(f"{name} is not there")
         elif source[pairs[name]].shape != tensor.shape:
             there = _shape(source[pairs[name]])
-            left.append(Row("other shape", pairs[name], name, f"{there} there, {shape} here"))
+            left.append(TensorTransfer("other shape", pairs[name], name, f"{there} there, {shape} here"))
             problems.append(f"{pairs[name]} is {there} there and {name} is {shape} here")
         else:
-            copied.append(Row("copied", pairs[name], name, shape))
+            copied.append(TensorTransfer("copied", pairs[name], name, shape))
     used = {row.source for row in copied + left}
     for name, tensor in source.items():
         if name not in used:
-            left.append(Row("not used", name, "", _shape(tensor)))
+            left.append(TensorTransfer("not used", name, "", _shape(tensor)))
             if any(_inside(name, old) for old in mapping) and not any(_inside(name, one) for one in borrowed):
                 problems.append(f"{name} has no place here")
     if settings.strict and problems:

@@ -34,8 +34,8 @@ SPEED = frozenset({"images_per_second", "data_wait"})
 """Names that measure the machine: images per second, and the share of time spent waiting for data."""
 
 
-class Silent:
-    """The log of every process but rank 0: writes nothing, says nothing. `Log` is the one that does."""
+class SilentLog:
+    """The log of every process but rank 0: writes nothing, says nothing. `RunLog` is the one that does."""
 
     def summary(self, lines: Mapping[str, object]) -> None:
         """Show what is about to run: name and value per line."""
@@ -77,7 +77,7 @@ class Silent:
         """Draw curves.png and close the files."""
 
 
-class Log(Silent):
+class RunLog(SilentLog):
     """Rank 0's log.
 
     Args:

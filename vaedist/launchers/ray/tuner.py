@@ -41,7 +41,7 @@ from vaedist.runs import stop_request as stop
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_lock import RunLock
 from vaedist.training.run_log import read_metrics
-from vaedist.tuning.search import Sweep
+from vaedist.tuning.controller import SearchController
 from vaedist.tuning.space import Space
 
 _KNOBS = {
@@ -72,7 +72,7 @@ def run(
     detail: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda _, __: None,
     command: tuple[str, ...] = (),
-) -> Sweep:
+) -> SearchController:
     """Search through `space` in `folder`, from where it stands, to its end or until asked to stop.
 
     Args:
@@ -101,7 +101,7 @@ def run(
     with contextlib.ExitStack() as exits:
         early = exits.enter_context(stop.StopRequest(None, ""))
         exits.enter_context(RunLock.acquire(folder))
-        sweep = Sweep.open(folder, space, index, tell)
+        sweep = SearchController.open(folder, space, index, tell)
         if not sweep.left:
             return sweep
         exits.enter_context(environment(_KNOBS))
@@ -168,7 +168,7 @@ def at_once(room: int, workers: int, wanted: int | None) -> int:
 
 
 def _tuner(
-    sweep: Sweep,
+    sweep: SearchController,
     work: Path,
     workers: int,
     gpus: int,
@@ -193,7 +193,7 @@ def _tuner(
             return True
 
         def suggest(self, trial_id: str) -> Any:
-            trial = sweep.next()
+            trial = sweep.next_trial()
             if trial is None:
                 return Searcher.FINISHED
             numbers[trial_id] = trial.number
@@ -203,7 +203,7 @@ def _tuner(
             self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
         ) -> None:
             answer = None if error or not result or "answer" not in result else json.loads(result["answer"])
-            sweep.ended(numbers[trial_id], answer)
+            sweep.on_trial_end(numbers[trial_id], answer)
             ended()
 
         def save(self, checkpoint_path: str) -> None:
@@ -224,8 +224,8 @@ def _tuner(
                 found = json.loads(result["numbers"])
                 shown = "  ".join(f"{name} {value:.5g}" for name, value in found.items() if value is not None)
                 detail(f"trial {number}  step {result['step']}  {shown}")
-                if sweep.validated(number, result["step"], found):
-                    sweep.ask(number)
+                if sweep.on_validation(number, result["step"], found):
+                    sweep.request_stop(number)
             goes_on: str = TrialScheduler.CONTINUE
             return goes_on
 
@@ -234,7 +234,7 @@ def _tuner(
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = numbers[trial.trial_id]
-            sweep.tell(f"trial {number}: {hearts.why(number)}; it goes on from its last checkpoint")
+            sweep.echo(f"trial {number}: {hearts.why(number)}; it goes on from its last checkpoint")
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (tune.Callback, ())
@@ -285,17 +285,17 @@ class _Driving(threading.Thread):
 
 
 def _drive(
-    sweep: Sweep, tuner: Any, hearts: Hearts, early: stop.StopRequest, asked: stop.StopRequest
+    sweep: SearchController, tuner: Any, hearts: Hearts, early: stop.StopRequest, asked: stop.StopRequest
 ) -> None:
     driving = _Driving(tuner)
     driving.start()
     while not driving.over.wait(_POLL_SECONDS):
         hearts.look(list(sweep.running))
         if early.requested or asked.requested:
-            sweep.stop()
+            sweep.stop_all()
         if sweep.stopping:
             for number in list(sweep.running):
-                sweep.ask(number)  # again and again: one may only now have come to look
+                sweep.request_stop(number)  # again and again: one may only now have come to look
     if driving.error is not None and sweep.error is None:
         raise RuntimeError(f"Ray Tune failed\n{driving.error}") from driving.error
     if not (sweep.stopping or sweep.complete):
@@ -310,8 +310,8 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
     from ray import tune
 
     from vaedist.distributed.pulse import Pulse
-    from vaedist.tuning import trial_run as trial
     from vaedist.tuning.trial_log import run_folder
+    from vaedist.tuning.trial_run import run_trial
 
     orders = json.loads((Path(config["work"]) / "orders.json").read_text())
     os.chdir(orders["folder"])
@@ -383,7 +383,7 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
         )
         with beating(work, number), watched:
             training = alone if orders["workers"] == 1 else together
-            answer = trial.run(search, number, orders["data"], training, device=device)
+            answer = run_trial(search, number, orders["data"], training, device=device)
     except Exception:  # noqa: BLE001 - a bug: the driver shows it, and Tune need not try again
         answer = {"status": "error", "error": "RuntimeError", "text": traceback.format_exc()}
     return {"answer": json.dumps(answer), "at": time.time()}

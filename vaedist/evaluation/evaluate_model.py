@@ -32,7 +32,7 @@ from vaedist.evaluation.metrics import latents, likelihood
 from vaedist.evaluation.metrics.baselines import Baselines, latent_size
 from vaedist.evaluation.metrics.code_priors import TokenBaselines, training_codes
 from vaedist.evaluation.metrics.features import Extractor
-from vaedist.evaluation.metrics.per_image import Evaluation, evaluate, training_images
+from vaedist.evaluation.metrics.per_image import SplitMetrics, evaluate_images, training_images
 from vaedist.inference.mixture import Mixture
 from vaedist.models.contract import Variant
 
@@ -49,7 +49,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluationConfig:
     """What to measure beyond one pass over the split."""
 
     baselines: bool = True
@@ -68,10 +68,10 @@ class Wanted:
 
 
 @dataclass
-class Findings:
+class EvaluationResult:
     """What was found."""
 
-    evaluation: Evaluation
+    evaluation: SplitMetrics
     parts: dict[str, Any] = field(default_factory=dict)
     """`likelihood`, `latents`, `prior`, `samples`, `audit` as JSON values, where measured."""
     not_defined: dict[str, str] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Findings:
         return found
 
 
-class Training:
+class TrainingSplit:
     """The training split: what baselines, counts and the memorisation audit are fitted on.
 
     Args:
@@ -119,16 +119,16 @@ class Training:
         return [self.split.key(number) for number in numbers], subjects if all(subjects) else None
 
 
-def examine(
+def evaluate(
     model: Variant,
     batches: Batches,
-    training: Training,
-    wanted: Wanted,
+    training: TrainingSplit,
+    wanted: EvaluationConfig,
     *,
     seed: int,
     step: int,
     bar: StartBar,
-) -> Findings:
+) -> EvaluationResult:
     """Measure everything `wanted` of `model` that is defined for it.
 
     Args:
@@ -145,8 +145,8 @@ def examine(
     fitted = None
     if wanted.baselines and model.reconstructs:
         fitted = Baselines(training.images, latent_size(model))
-    found = Findings(
-        evaluate(
+    found = EvaluationResult(
+        evaluate_images(
             model, batches, seed=seed, step=step, baselines=fitted, progress=bar("evaluate", batches.count)
         )
     )
@@ -163,7 +163,7 @@ def examine(
         progress = bar("codes", batches.count)
         part(
             "prior",
-            lambda: tokens.measure(
+            lambda: tokens.measure_prior(
                 model, batches, counts, seed=seed, step=step, progress=progress
             ).document(),
         )
@@ -175,8 +175,10 @@ def examine(
     return found
 
 
-def _likelihood(model: Variant, batches: Batches, wanted: Wanted, seed: int, bar: StartBar) -> dict[str, Any]:
-    found = likelihood.measure(
+def _likelihood(
+    model: Variant, batches: Batches, wanted: EvaluationConfig, seed: int, bar: StartBar
+) -> dict[str, Any]:
+    found = likelihood.measure_likelihood(
         model,
         batches,
         draws=wanted.importance,
@@ -188,20 +190,22 @@ def _likelihood(model: Variant, batches: Batches, wanted: Wanted, seed: int, bar
     return found.document()
 
 
-def _latents(model: Variant, batches: Batches, seed: int, found: Findings, bar: StartBar) -> dict[str, Any]:
-    held = found.posteriors = latents.collect(
+def _latents(
+    model: Variant, batches: Batches, seed: int, found: EvaluationResult, bar: StartBar
+) -> dict[str, Any]:
+    held = found.posteriors = latents.collect_latents(
         model, batches, seed=seed, progress=bar("latents", batches.count)
     )
-    return latents.describe(held, seed=seed, classes=model.conditional)
+    return latents.latent_statistics(held, seed=seed, classes=model.conditional)
 
 
 def _samples(
     model: Variant,
     batches: Batches,
-    training: Training,
+    training: TrainingSplit,
     counts: TokenBaselines | None,
-    wanted: Wanted,
-    found: Findings,
+    wanted: EvaluationConfig,
+    found: EvaluationResult,
     bar: StartBar,
 ) -> dict[str, Any]:
     """Sample quality, and the audit of the same samples."""
@@ -214,7 +218,7 @@ def _samples(
         # As often as they are among the training images: drawn evenly, as by default, samples of rare classes would be
         # measured as a deviation from the real set, which has few of them.
         labels = [training.split.label(place) for place in _spread(training.split.count, wanted.samples)]
-    made = quality.draw(
+    made = quality.draw_samples(
         model, wanted.samples, mixture=mixture, labels=labels, progress=bar("samples", wanted.samples)
     )
     if wanted.audit:
@@ -224,11 +228,11 @@ def _samples(
         found.pictures["memorisation.png"] = told.picture
     sets = {"this run": made}
     if counts is not None:
-        sets[quality.POSITIONS] = quality.draw_positions(model, counts, wanted.samples)
+        sets[quality.POSITIONS] = quality.draw_per_position(model, counts, wanted.samples)
     images = training.images
     sets[quality.TRAINING] = images[_spread(len(images), min(wanted.samples, len(images)))]
     latents_from = quality.PRIOR if mixture is None else str(mixture)
-    return {"latents_from": latents_from, **quality.compare(real, sets, wanted.features)}
+    return {"latents_from": latents_from, **quality.compare_samples(real, sets, wanted.features)}
 
 
 def _spread(total: int, count: int) -> list[int]:

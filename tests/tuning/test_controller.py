@@ -22,9 +22,8 @@ from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.stop_request import POLL_SECONDS
 from vaedist.train import main as train_door
 from vaedist.training.loop import fit
-from vaedist.tuning import results
-from vaedist.tuning import trial_run as trial
-from vaedist.tuning.search import Sweep
+from vaedist.tuning import results, trial_run
+from vaedist.tuning.controller import SearchController
 from vaedist.tuning.space import Space
 from vaedist.tuning.trial_log import Record, Trial
 
@@ -42,17 +41,17 @@ class Killed(Exception):
     """Stands for a process that is no more: nothing after it is done."""
 
 
-def opened(folder: Path, space: Space, index: Index, lines: list[str] | None = None) -> Sweep:
+def opened(folder: Path, space: Space, index: Index, lines: list[str] | None = None) -> SearchController:
     folder.mkdir(exist_ok=True)
-    return Sweep.open(folder, space, index, (lines if lines is not None else []).append)
+    return SearchController.open(folder, space, index, (lines if lines is not None else []).append)
 
 
-def drive(sweep: Sweep, training: Callable[[Job, Path], Outcome] = train) -> list[int]:
+def drive(search: SearchController, training: Callable[[Job, Path], Outcome] = train) -> list[int]:
     """What an engine does, one trial at a time; the numbers that were trained."""
     done = []
-    while (one := sweep.next()) is not None:
-        answer = trial.run(sweep.record.folder, one.number, str(sweep.index.folder), training)
-        sweep.ended(one.number, json.loads(json.dumps(answer)))
+    while (one := search.next_trial()) is not None:
+        answer = trial_run.run_trial(search.record.folder, one.number, str(search.index.folder), training)
+        search.on_trial_end(one.number, json.loads(json.dumps(answer)))
         done.append(one.number)
     return done
 
@@ -71,10 +70,10 @@ def numbers(folder: Path) -> list[dict[str, float]]:
 def whole(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed search of three trials."""
     folder = tmp_path_factory.mktemp("whole") / "search"
-    sweep = opened(folder, small_space(), index)
-    assert drive(sweep) == [0, 1, 2]
-    assert sweep.complete
-    results.finish(sweep.record)
+    search = opened(folder, small_space(), index)
+    assert drive(search) == [0, 1, 2]
+    assert search.complete
+    results.write_all(search.record)
     return folder
 
 
@@ -115,11 +114,11 @@ def test_killed_between_any_two_trials_it_ends_the_same(whole: Path, index: Inde
     """What the driver knew is forgotten after each trial; the record and the run folders are all that is left."""
     folder = tmp_path / "search"
     for number in range(3):
-        sweep = opened(folder, small_space(), index)
-        one = sweep.next()
+        search = opened(folder, small_space(), index)
+        one = search.next_trial()
         assert one is not None and one.number == number
-        sweep.ended(number, trial.run(folder, number, str(index.folder), train))
-    assert opened(folder, small_space(), index).next() is None
+        search.on_trial_end(number, trial_run.run_trial(folder, number, str(index.folder), train))
+    assert opened(folder, small_space(), index).next_trial() is None
     assert [one.settings for one in read(folder)] == [one.settings for one in read(whole)]
     assert numbers(folder) == numbers(whole)
 
@@ -177,13 +176,13 @@ def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(index: Index, t
     base = {"seed": 3, "model": MODEL, "train": TRAIN | {"max_bad_steps": 2}}
     space = small_space(base=base, dimensions=rates, search={"kind": "grid"}, trials=2)
     lines: list[str] = []
-    sweep = opened(tmp_path / "search", space, index, lines)
-    assert drive(sweep) == [0, 1]
+    search = opened(tmp_path / "search", space, index, lines)
+    assert drive(search) == [0, 1]
     good, bad = read(tmp_path / "search")
     assert (good.status, bad.status) == ("finished", "failed")
     assert bad.reason is not None and "non-finite" in bad.reason
     assert any(line.startswith("trial 1 failed: ") for line in lines)
-    assert sweep.best() is sweep.record.trials[0]
+    assert search.best() is search.record.trials[0]
 
 
 def test_settings_that_make_no_model_have_failed_without_training(index: Index, tmp_path: Path) -> None:
@@ -197,13 +196,13 @@ def test_settings_that_make_no_model_have_failed_without_training(index: Index, 
 
 
 def test_when_the_first_ones_all_fail_the_search_ends(index: Index, tmp_path: Path) -> None:
-    sweep = opened(tmp_path / "search", small_space(trials=9), index)
+    search = opened(tmp_path / "search", small_space(trials=9), index)
     for _ in range(3):
-        one = sweep.next()
+        one = search.next_trial()
         assert one is not None
-        sweep.ended(one.number, None)
-    assert sweep.next() is None
-    assert "the first 3 trials all failed, the last one because: its process died" in str(sweep.error)
+        search.on_trial_end(one.number, None)
+    assert search.next_trial() is None
+    assert "the first 3 trials all failed, the last one because: its process died" in str(search.error)
 
 
 def test_an_error_that_no_trial_escapes_ends_the_search_and_leaves_the_trial_unfinished(
@@ -212,9 +211,9 @@ def test_an_error_that_no_trial_escapes_ends_the_search_and_leaves_the_trial_unf
     def full(job: Job, place: Path) -> Outcome:
         raise UserError("no room to write a checkpoint")
 
-    sweep = opened(tmp_path / "search", small_space(), index)
-    assert drive(sweep, full) == [0]
-    assert str(sweep.error) == "trial 0: no room to write a checkpoint"
+    search = opened(tmp_path / "search", small_space(), index)
+    assert drive(search, full) == [0]
+    assert str(search.error) == "trial 0: no room to write a checkpoint"
     assert [one.ended for one in read(tmp_path / "search")] == [False]
 
 
@@ -222,15 +221,15 @@ def test_a_search_that_is_stopped_keeps_what_was_interrupted(index: Index, tmp_p
     folder = tmp_path / "search"
 
     def asked(job: Job, place: Path) -> Outcome:
-        sweep.stop()
+        search.stop_all()
         place.mkdir(parents=True, exist_ok=True)
-        sweep.ask(0)
+        search.request_stop(0)
         assert (place / "stop").read_text() == "any\n"
         return train(job, place)
 
-    sweep = opened(folder, small_space(), index)
-    drive(sweep, asked)
-    assert not sweep.complete
+    search = opened(folder, small_space(), index)
+    drive(search, asked)
+    assert not search.complete
     assert [one.ended for one in read(folder)] == [False]
     assert not (folder / "trials" / "000" / "stop").exists()
     assert drive(opened(folder, small_space(), index)) == [0, 1, 2]
@@ -252,22 +251,22 @@ def test_a_trial_that_is_behind_is_stopped_measured_and_not_best(index: Index, t
     def reports(job: Job, place: Path) -> Outcome:
         def report(told: dict[str, float]) -> None:
             found = {name.removeprefix("validation/"): value for name, value in told.items()}
-            if any(name.startswith("validation/") for name in told) and sweep.validated(
+            if any(name.startswith("validation/") for name in told) and search.on_validation(
                 int(place.name), int(told["step"]), found
             ):
-                sweep.ask(int(place.name))
+                search.request_stop(int(place.name))
                 time.sleep(1.1 * POLL_SECONDS)
 
         return fit(job, place, group=Group.join("cpu"), report=report, options=FitOptions(quiet=True))
 
     lines: list[str] = []
-    sweep = opened(folder, space, index, lines)
-    assert drive(sweep, reports) == [0, 1]
+    search = opened(folder, space, index, lines)
+    assert drive(search, reports) == [0, 1]
     first, second = read(folder)
     assert first.status == "finished" and len(first.rungs) > 2
     assert second.status == "stopped early" and second.halted == 4 and second.step == 5
     assert second.measures["mse"] > 0
-    assert sweep.best() is sweep.record.trials[0]
+    assert search.best() is search.record.trials[0]
     assert any(line.startswith("trial 1 is behind at step 4") for line in lines)
 
 
@@ -276,17 +275,17 @@ def test_told_to_stop_and_killed_before_it_was_measured_it_is_only_measured(
 ) -> None:
     folder = tmp_path / "search"
     space = small_space(**ASHA)
-    sweep = opened(folder, space, index)
-    one = sweep.next()
+    search = opened(folder, space, index)
+    one = search.next_trial()
     assert one is not None
-    train(space.job(one.settings, str(index.folder), "small-000"), sweep.folder_of(0))
-    sweep.record.rung(one, 4, 0.5, True)
+    train(space.job(one.settings, str(index.folder), "small-000"), search.folder_of(0))
+    search.record.rung(one, 4, 0.5, True)
 
     def never(job: Job, place: Path) -> Outcome:
         raise AssertionError("it was halted: nothing is trained")
 
     again = opened(folder, space, index)
-    assert again.next() is not None
-    again.ended(0, trial.run(folder, 0, str(index.folder), never))
+    assert again.next_trial() is not None
+    again.ended(0, trial_run.run_trial(folder, 0, str(index.folder), never))
     found = read(folder)[0]
     assert (found.status, found.step) == ("stopped early", 4)

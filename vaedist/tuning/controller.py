@@ -16,31 +16,32 @@ from typing import Any
 from vaedist.core import errors
 from vaedist.core.errors import UserError, WorkerLost
 from vaedist.data.format.index import Index
-from vaedist.runs import stop_request as stop
-from vaedist.tuning import asha as halving
-from vaedist.tuning.feasibility import Plan, plan, try_out
-from vaedist.tuning.objectives import best, value_of, values_of
-from vaedist.tuning.results import told, write
+from vaedist.runs import stop_request
+from vaedist.tuning.asha import should_continue
+from vaedist.tuning.dimensions import Setting
+from vaedist.tuning.feasibility import SearchPlan, check_settings, plan_search
+from vaedist.tuning.objectives import best_trial, value_of, values_of
+from vaedist.tuning.results import trial_line, write_table
 from vaedist.tuning.samplers import propose
-from vaedist.tuning.space import Asha, Grid, Setting, Space, differences
+from vaedist.tuning.space import Asha, Grid, Space, differences
 from vaedist.tuning.trial_log import Record, Trial, run_folder
 
 MOST_FAILURES = 3
 """So many trials that fail before any has ended well stop the search: something is wrong with all of them."""
 
 
-class Sweep:
+class SearchController:
     """See the module. Its methods may be called from several threads.
 
     Args:
         record: Of this search.
         index: The data.
         plan: What is known beforehand.
-        tell: Shows one line.
+        echo: Shows one line.
     """
 
-    def __init__(self, record: Record, index: Index, plan: Plan, tell: Callable[[str], None]) -> None:
-        self.record, self.index, self.plan, self.tell = record, index, plan, tell
+    def __init__(self, record: Record, index: Index, plan: SearchPlan, echo: Callable[[str], None]) -> None:
+        self.record, self.index, self.plan, self.echo = record, index, plan, echo
         self.running: set[int] = set()
         self.error: Exception | None = None
         """Why no further trial is started; raised once those that run have stopped."""
@@ -50,18 +51,18 @@ class Sweep:
         self._waiting = [trial for trial in record.trials if not trial.ended]
 
     @classmethod
-    def open(cls, folder: Path, space: Space, index: Index, tell: Callable[[str], None]) -> Sweep:
+    def open(cls, folder: Path, space: Space, index: Index, echo: Callable[[str], None]) -> SearchController:
         """The search in `folder`, begun or continued.
 
         Raises:
             UserError: it is another search's folder, or the space does not fit the data.
         """
         record = Record.read(folder)
-        planned = plan(space, index)
-        if planned.doubt:
-            tell(f"warning: {planned.doubt}")
+        planned = plan_search(space, index)
+        if planned.warning:
+            echo(f"warning: {planned.warning}")
         if record is None:
-            return cls(Record.begin(folder, space, index.identity), index, planned, tell)
+            return cls(Record.create(folder, space, index.identity), index, planned, echo)
         changed = differences(record.space, space)
         if changed:
             raise UserError(
@@ -74,8 +75,8 @@ class Sweep:
                 f"{index.identity[:12]}): give those data with --data, or search anew with another --run-dir"
             )
         record.space = space  # what may differ, such as the number of trials, is as asked now
-        record.mend()
-        return cls(record, index, planned, tell)
+        record.truncate_torn_line()
+        return cls(record, index, planned, echo)
 
     @property
     def space(self) -> Space:
@@ -95,7 +96,7 @@ class Sweep:
         """Whether every trial has ended."""
         return not self.left and all(trial.ended for trial in self.record.trials)
 
-    def next(self) -> Trial | None:
+    def next_trial(self) -> Trial | None:
         """The next trial to start: one that was interrupted, else a new one; None when there are no more."""
         with self._lock:
             if self.stopping:
@@ -103,7 +104,7 @@ class Sweep:
             if self._waiting:
                 trial = self._waiting.pop(0)
                 self.running.add(trial.number)
-                self.tell(f"trial {trial.number} goes on: {self.shown(trial.settings)}")
+                self.echo(f"trial {trial.number} goes on: {self.describe(trial.settings)}")
                 return trial
             while len(self.record.trials) < self.space.trials:
                 settings = propose(self.space, len(self.record.trials), self.record.trials)
@@ -111,39 +112,39 @@ class Sweep:
                     return None  # a grid has no more
                 trial = self.record.propose(settings)
                 try:
-                    try_out(self.space, settings, self.index)
+                    check_settings(self.space, settings, self.index)
                 except UserError as error:
                     self._failed(trial, str(error))
                     if self.stopping:
                         return None
                     continue
                 self.running.add(trial.number)
-                self.tell(f"trial {trial.number} starts: {self.shown(settings)}")
+                self.echo(f"trial {trial.number} starts: {self.describe(settings)}")
                 return trial
             return None
 
-    def validated(self, number: int, step: int, numbers: Mapping[str, float]) -> bool:
+    def on_validation(self, number: int, step: int, numbers: Mapping[str, float]) -> bool:
         """Take in a validation of a running trial; True if it is to stop there."""
-        asha = self.space.scheduler
-        if not isinstance(asha, Asha) or step not in self.plan.rungs:
+        scheduler = self.space.scheduler
+        if not isinstance(scheduler, Asha) or step not in self.plan.rungs:
             return False
         with self._lock:
             trial = self.record.trials[number]
             if trial.halted is not None:
                 return True
-            value = value_of(numbers, asha.metric)
+            value = value_of(numbers, scheduler.metric)
             if value is None or step in trial.rungs:
                 return False
             others = [other for other in self.record.trials if other.number != number]
-            halt = not halving.goes_on(asha, step, value, others)
+            halt = not should_continue(scheduler, step, value, others)
             self.record.rung(trial, step, value, halt)
             if halt:
-                self.tell(
-                    f"trial {number} is behind at step {step} ({asha.metric} {value:.5g}): it stops there"
+                self.echo(
+                    f"trial {number} is behind at step {step} ({scheduler.metric} {value:.5g}): it stops there"
                 )
             return halt
 
-    def ended(self, number: int, answer: Mapping[str, Any] | None) -> None:
+    def on_trial_end(self, number: int, answer: Mapping[str, Any] | None) -> None:
         """Take in a trial's end.
 
         Args:
@@ -152,7 +153,7 @@ class Sweep:
         """
         with self._lock:
             self.running.discard(number)
-            (self.folder_of(number) / stop.NAME).unlink(
+            (self.folder_of(number) / stop_request.NAME).unlink(
                 missing_ok=True
             )  # it has left: whoever trains on must not
             trial = self.record.trials[number]
@@ -177,34 +178,34 @@ class Sweep:
                     seconds=answer["seconds"],
                     measures=answer["measures"],
                 )
-                self.tell(told(self.space, self.record.trials, trial))
+                self.echo(trial_line(self.space, self.record.trials, trial))
                 self.write()
 
-    def ask(self, number: int) -> None:
+    def request_stop(self, number: int) -> None:
         """Ask a trial that runs to save and leave; nothing happens before its run folder is there."""
         with self._lock, contextlib.suppress(FileNotFoundError):
             if number in self.running:
-                stop.ask(self.folder_of(number), "any")
+                stop_request.ask(self.folder_of(number), "any")
 
-    def stop(self) -> None:
+    def stop_all(self) -> None:
         """Start nothing more."""
         with self._lock:
             self.stopping = True
 
     def write(self) -> None:
         """Results as far as there are any."""
-        write(self.record)
+        write_table(self.record)
 
     def best(self) -> Trial | None:
         """The best trial so far."""
         with self._lock:
-            return best(self.space, self.record.trials)
+            return best_trial(self.space, self.record.trials)
 
     def folder_of(self, number: int) -> Path:
         """Where a trial trains."""
         return run_folder(self.record.folder, number)
 
-    def shown(self, settings: Mapping[str, Setting]) -> str:
+    def describe(self, settings: Mapping[str, Setting]) -> str:
         """Settings on one line."""
         return "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -213,7 +214,7 @@ class Sweep:
 
     def _failed(self, trial: Trial, reason: str, *, step: int = 0, seconds: float = 0.0) -> None:
         self.record.end(trial, "failed", step=step, seconds=seconds, reason=reason)
-        self.tell(f"trial {trial.number} failed: {reason}")
+        self.echo(f"trial {trial.number} failed: {reason}")
         self.write()
         ended = [one for one in self.record.trials if one.ended]
         if len(ended) >= MOST_FAILURES and not any(values_of(self.space, one) for one in ended):
