@@ -259,7 +259,7 @@ def test_a_prior_stands_beside_counts(
     assert means["prior"] == pytest.approx(float(nats) / 16, rel=1e-5)
     assert found["name"] == "dequantised"
     uniform = SampleContext(seed=0, samples=range(21)).uniform("dequantise", batch["image"].shape)
-    decoder = -tokenizer.decode_codes(codes).dequantised(batch["image"], uniform).mean()
+    decoder = -tokenizer.decode_codes(codes).dequantized_log_prob(batch["image"], uniform).mean()
     assert found["nll"]["mean"] == pytest.approx(float(nats + decoder), rel=1e-5)
     assert found["bits_per_dim"]["mean"] == pytest.approx(
         float(nats + decoder) / (256 * math.log(2)), rel=1e-5

@@ -77,10 +77,10 @@ if begun:
 largest = group.begin_largest(torch.tensor([float(group.rank), float("nan")]))
 print(group.total(torch.ones(1)).item(), "others may meet meanwhile")
 ctx.finish()
-met = group.pulse.met
+met = group.stall_monitor.collectives
 print(ctx.total("same name").tolist(), ctx.total("same name").requires_grad)
 print(ctx.collected("same name").tolist())
-assert group.pulse.met == met, "nobody is waited for when they are read"
+assert group.stall_monitor.collectives == met, "nobody is waited for when they are read"
 print(largest().tolist())
 group.close()
 """

@@ -29,9 +29,9 @@ from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.staging import staged
 from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
 from vaedist.distributed.contexts import DistributedLaneContext
+from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
-from vaedist.distributed.pulse import Tell, on_stderr
 from vaedist.models.contract import Variant, build, model_config
 from vaedist.runs.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -62,7 +62,7 @@ def fit(
     report: Report | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 - frozen
     reached: Reached = lambda _: None,
-    stuck: Tell = on_stderr,
+    stuck: StallReport = print_to_stderr,
 ) -> Outcome:
     """Train `job` in `run_folder`, from its newest checkpoint or from the start.
 
@@ -266,7 +266,7 @@ def _fit(
         if done == start:
             train_step.warm_up(batch, done)
         # A compiled body may be compiled anew at any step, which takes minutes.
-        with group.pulse.strict(done > start and not job.train.compile):
+        with group.stall_monitor.strict(done > start and not job.train.compile):
             result = train_step(batch, done, total, stop.requested)
         done += 1
         if done == start + 1:
