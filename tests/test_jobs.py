@@ -196,7 +196,7 @@ class Spool:
         tools = folder / "bin"
         tools.mkdir()
         # A supervisor that prints the job file and what a successor would get; an installed package.
-        python = f"#!/bin/sh\n[ \"$2\" = vaedist.slurm.supervisor ] || exec {sys.executable} \"$@\"\n"
+        python = f'#!/bin/sh\n[ "$2" = vaedist.slurm.supervisor ] || exec {sys.executable} "$@"\n'
         python += 'printf "%s\\n" "$3 $4 $5" "$VAEDIST_SCRIPT" "$VAEDIST_SCRIPT_FOLDER" "$VAEDIST_SCRIPT_ARGUMENTS"\n'
         self.tool(tools / "python", python)
         self.tool(tools / "vaedist-train", "#!/bin/sh\nexit 9\n")
@@ -213,7 +213,9 @@ class Spool:
         copy = self.folder / "spool" / "slurm_script"
         self.tool(copy, text)
         command = submitted_as or str(copy)
-        line = f"JobId=7 JobName=x Command={command} {' '.join(words)} WorkDir={self.submitted} StdIn=/dev/null"
+        line = (
+            f"JobId=7 JobName=x Command={command} {' '.join(words)} WorkDir={self.submitted} StdIn=/dev/null"
+        )
         self.tool(self.folder / "slurm" / "scontrol", f"#!/bin/sh\necho '{line}'\n")
         (self.folder / "shards").mkdir(exist_ok=True)
         (self.folder / "shards" / "index.json").touch()

@@ -122,10 +122,16 @@ def test_every_script_can_be_stopped_and_goes_on(name: str, site: str) -> None:
 def test_the_module_that_queued_jobs_run_keeps_its_name() -> None:
     """Scripts wait in the queue for days: renaming the module would end them all at their start."""
     assert LAST_LINE == 'exec python -m vaedist.slurm.supervisor "$@"'
-    for text in [*(path.read_text() for path in (ROOT / "cluster").glob("*.sbatch")), filled("train", "generic")]:
+    for text in [
+        *(path.read_text() for path in (ROOT / "cluster").glob("*.sbatch")),
+        filled("train", "generic"),
+    ]:
         assert text.endswith(f"\n{LAST_LINE}\n")
     done = subprocess.run(
-        [sys.executable, "-m", "vaedist.slurm.supervisor", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "vaedist.slurm.supervisor", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for option in ("--engine", "--ranks-per-node", "--continue-by", "--max-restarts"):
         assert option in done.stdout

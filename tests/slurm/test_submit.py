@@ -103,7 +103,8 @@ def test_a_chain_runs_here_and_a_failed_link_keeps_its_successors_from_running(
 def test_a_local_launch_is_cancelled_with_all_its_processes(launch: LaunchConfig) -> None:
     """The launcher, submitit's two processes and the script's own: none is left."""
     script = (
-        "import sys; from pathlib import Path; from vaedist.slurm.local_run import *; from vaedist.config.site import *\n"
+        "import sys; from pathlib import Path; from vaedist.slurm.local_run import *\n"
+        "from vaedist.config.site import *\n"
         "from vaedist.slurm.chain import Stage, Task; folder = Path(sys.argv[1])\n"
         "site = Site(setup=('echo begun', 'exec sleep 61.25'))\n"
         "launch = LaunchConfig(folder, site)\n"

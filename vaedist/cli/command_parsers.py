@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 from vaedist.cli.parser import CommandLineError, Parser
 
+_PARSERS = {name: f"vaedist.cli.{name}_options" for name in ("train", "tune", "sample")} | {
+    name: f"vaedist.{name}" for name in ("shard", "evaluate")
+}
 _REQUIRED = {"train": ["JOB"], "tune": ["--space", "NAME"], "evaluate": ["RUN"], "sample": ["RUN"]}
 """Stand-ins for the arguments that a command cannot do without."""
 
 
 def check_options(command: str, words: Sequence[str]) -> str:
     """What is wrong with further options of a command, in one sentence; empty: nothing."""
-    parser: Parser = importlib.import_module(f"vaedist.cli.{command}_options").build_parser()
+    parser: Parser = importlib.import_module(_PARSERS[command]).build_parser()
     parser.raise_errors = True
     arguments = [*_REQUIRED.get(command, []), *words]
     try:

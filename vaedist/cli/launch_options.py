@@ -30,10 +30,11 @@ def build_parser() -> Parser:
     """The parser of what is launched; positional arguments and options may be mixed (`parse_intermixed_args`)."""
     parser = Parser(
         prog="vaedist-launch",
-        description="Submit jobs to Slurm through submitit: one job file or several, a grid of settings and seeds as a "
-        "job array, and chains whose stages wait for each other's success. A job that runs out of time or is preempted "
-        "saves and goes on, as the site file says. `vaedist-launch status`, `cancel` and `logs -f` show, end and follow "
-        "what was launched last, or what the folder that they are given holds; they need no accounting (sacct).",
+        description="Submit jobs to Slurm through submitit: one job file or several, a grid of settings and seeds "
+        "as a job array, and chains whose stages wait for each other's success. A job that runs out of time or is "
+        "preempted saves and goes on, as the site file says. `vaedist-launch status`, `cancel` and `logs -f` show, "
+        "end and follow what was launched last, or what the folder that they are given holds; they need no "
+        "accounting (sacct).",
         epilog="example: vaedist-launch jobs/infovae_oasis.yaml --site cluster/sites/example.yaml --grid "
         "model.beta=0.5,1,4 --seeds 0-4. What follows -- goes to vaedist-train (with --space: to vaedist-tune).",
     )

@@ -38,12 +38,15 @@ _LIBRARIES = ("torch", "ray", "numpy")
 _PROBE_MODULE = "vaedist.slurm.preflight"
 
 
+Verdict = Literal["ok", "note", "WRONG"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the table."""
 
     what: str
-    verdict: Literal["ok", "note", "WRONG"]
+    verdict: Verdict
     text: str
 
 
@@ -243,17 +246,15 @@ def _findings_there(site: Site, report: dict[str, Any], token: str, *, requeued:
     if site.interface is not None:
         wanted = tuple(re.sub(r"^[=^]+", "", site.interface).split(","))
         there = any(name.startswith(wanted) for name in report["interfaces"])
-        verdict = "ok" if there or site.interface.startswith("^") else "WRONG"
+        ok = there or site.interface.startswith("^")
         text = f"{site.interface}; there are {', '.join(report['interfaces'])}"
-        findings.append(Finding("interface", verdict, text))
+        findings.append(Finding("interface", "ok" if ok else "WRONG", text))
     works = {"requeue": requeued, "resubmit": report["resubmit"] == ""}
     text = ", ".join(f"{name} works" if ok else f"{name} does not" for name, ok in works.items())
     reasons = "; ".join(reason for reason in (report["requeue"], report["resubmit"]) if reason)
-    verdict = "ok" if works.get(site.continue_by, True) else "WRONG"
-    findings.append(
-        Finding(f"continue_by: {site.continue_by}", verdict, text + (f" ({reasons})" if reasons else ""))
-    )
-    return findings
+    text += f" ({reasons})" if reasons else ""
+    verdict: Verdict = "ok" if works.get(site.continue_by, True) else "WRONG"
+    return [*findings, Finding(f"continue_by: {site.continue_by}", verdict, text)]
 
 
 # On a compute node ------------------------------------------------------------------------------------------

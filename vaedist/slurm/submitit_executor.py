@@ -1,8 +1,8 @@
 """sbatch through submitit: its executor with a batch script of our own.
 
 submitit's own batch script sends `USR2` to every process of a job step, which kills Ray's, and runs a pickled function.
-Ours is a filled-in template (`vaedist.slurm.script`), so there is no pickle that somebody could exchange. submitit still
-submits, keeps the script, and parses the job's number.
+Ours is a filled-in template (`vaedist.slurm.script`), so there is no pickle that somebody could exchange. What submitit
+still does: it submits and keeps the script, and reads the job's number.
 
 submitit has no public way to submit a script. `ScriptExecutor` therefore relies on the private methods that
 `PRIVATE_METHODS` lists, and says so where a version of submitit lacks one.
