@@ -56,9 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = run.path
     try:
         run.refuse_strangers("job.yaml")
+        from vaedist.distributed.liveness.silence import HANG_SECONDS
         from vaedist.launchers import local
 
-        hang_seconds = local.HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout
+        hang_seconds = HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout
         if arguments.engine == "local":
             outcome = local.run(
                 job,
