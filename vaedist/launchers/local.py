@@ -44,11 +44,11 @@ from vaedist.distributed.liveness.silence import HANG_SECONDS, LOADING_SECONDS, 
 from vaedist.launchers.environment import loopback_interface, python_path, rank_environment
 from vaedist.launchers.rank_process import fit_rank
 from vaedist.launchers.recovery import Recovery
-from vaedist.runs import stop_request as stop
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import process_began
+from vaedist.runs.startup_timings import process_start_time
+from vaedist.runs.stop_request import StopRequest, write_stop_file
 
 _GRACE_SECONDS = 5.0
 """How long the other ranks may report errors after one has failed, and how long a rank may take to exit."""
@@ -94,10 +94,10 @@ def run(
     if workers is None or workers == 1:
         return fit_rank(job, run_folder, device, options)
     RunFolder.make(run_folder)
-    with stop.StopRequest(None, "") as request, RunLock.acquire(run_folder) as lock:
+    with StopRequest(None, "") as request, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token, hang_seconds=hang_seconds)
-        if options.phases is not None:
-            options = replace(options, phases=(*options.phases, ("launcher", process_began())))
+        if options.startup is not None:
+            options = replace(options, startup=(*options.startup, ("launcher", process_start_time())))
         failures = 0
         recovery = Recovery()
         while True:
@@ -107,7 +107,7 @@ def run(
                 failures += 1
                 if failures > max_failures or request.requested:
                     raise
-                options = replace(options, phases=None)
+                options = replace(options, startup=None)
                 message = f"{lost}; starting again from there ({failures} of at most {max_failures} times)"
                 print(f"vaedist: {message}", file=sys.stderr, flush=True)
 
@@ -171,7 +171,7 @@ def _run_group(
     workers: int,
     device: str,
     options: FitOptions,
-    request: stop.StopRequest,
+    request: StopRequest,
     recovery: Recovery,
 ) -> Outcome:
     config = {
@@ -231,7 +231,7 @@ def _start(
 
 
 def _watch(
-    ranks: list[_Rank], run_folder: Path, options: FitOptions, request: stop.StopRequest, recovery: Recovery
+    ranks: list[_Rank], run_folder: Path, options: FitOptions, request: StopRequest, recovery: Recovery
 ) -> list[_Rank]:
     """Wait for all ranks; those that failed, the first to fail first."""
     failures: list[_Rank] = []
@@ -272,7 +272,7 @@ def _watch(
                     failures.append(rank)
             if request.requested and not stop_forwarded:
                 stop_forwarded = True
-                stop.ask(run_folder, options.attempt)
+                write_stop_file(run_folder, options.attempt)
     _end(ranks)
     return failures
 

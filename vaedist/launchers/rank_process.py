@@ -26,8 +26,8 @@ from vaedist.core.errors import UserError
 from vaedist.distributed.liveness.silence import heartbeat
 from vaedist.launchers.allocation import allocation
 from vaedist.runs.fit_options import FitOptions, Outcome
-from vaedist.runs.startup_timings import process_began
-from vaedist.runs.stop_request import ask as request_stop
+from vaedist.runs.startup_timings import process_start_time
+from vaedist.runs.stop_request import write_stop_file
 
 _PR_SET_PDEATHSIG = 1
 
@@ -51,9 +51,9 @@ def fit_rank(
     from vaedist.training.loop import fit
 
     reached("imported")
-    if options.phases is not None:
-        here = (("imports", process_began()), ("rendezvous", time.time()))
-        options = replace(options, phases=(*options.phases, *here))
+    if options.startup is not None:
+        here = (("imports", process_start_time()), ("rendezvous", time.time()))
+        options = replace(options, startup=(*options.startup, *here))
     group = Group.join(device)
     reached("joined")
     try:
@@ -68,7 +68,7 @@ def fit_rank(
 def signals_as_stop_request(run_folder: Path, attempt: str) -> Iterator[None]:
     """Until the loop handles signals itself, let them write the stop file, which the loop reads when it starts."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: request_stop(run_folder, attempt)) for number in numbers]
+    before = [signal.signal(number, lambda *_: write_stop_file(run_folder, attempt)) for number in numbers]
     try:
         yield
     finally:
