@@ -292,7 +292,7 @@ def _evaluate(
             "split": name,
             "split_images": split.count,
             "shape": list(index.shape),
-            "binarise": batches.inputs.binarise,
+            "binarise": batches.inputs.binarization,
         },
         "collapse": run.collapse.plain() if run.collapse else None,
         "torch": torch.__version__,

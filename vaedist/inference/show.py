@@ -31,7 +31,7 @@ from vaedist.core.imaging import (
     write_whole,
 )
 from vaedist.core.terminal import Bars
-from vaedist.data.format.image_files import Fit, open_fitting
+from vaedist.data.format.resize import Fit, open_fitting
 from vaedist.data.loading.inputs import Inputs
 from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
 from vaedist.evaluation.metrics.per_image import reconstruct
@@ -298,7 +298,7 @@ def read_images(run: Run, files: Sequence[str], fit: Fit = "pad") -> Pixels:
     read = np.stack([open_fitting(file, _shape(run), fit) for file in files])
     # What a model of binarised images is to be asked: the static draw of each file's name.
     keys = [Path(file).name for file in files]
-    return Inputs(run.job).binarised(torch.from_numpy(read), keys).numpy()
+    return Inputs(run.job).binarize(torch.from_numpy(read), keys).numpy()
 
 
 def reconstructions(

@@ -198,7 +198,7 @@ class Trained:
         for start in range(0, len(pixels), self._rows):
             part = pixels[start : start + self._rows]
             keys = [str(number) for number in range(start, start + len(part))]
-            shown = self._inputs.binarised(part.to(self._device), keys)
+            shown = self._inputs.binarize(part.to(self._device), keys)
             made.append(network(shown, self._told(labels, start, len(part))))
         found = torch.cat(made)
         return _as(images, found.float() if found.is_floating_point() else found)

@@ -18,7 +18,7 @@ from vaedist.config.job import Job, Monitor, Spec
 from vaedist.config.settings import Mark, Strict, marks, parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import default_lanes
+from vaedist.data.loading.order import default_lanes
 from vaedist.evaluation.metrics.features import default
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
 from vaedist.evaluation.metrics.sample_metrics import BETTER, is_sample_metric, plain
