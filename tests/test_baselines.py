@@ -29,7 +29,8 @@ def test_both_sides_see_the_same_images_and_are_measured(tmp_path: Path) -> None
         [sys.executable, *command, *places], check=True, cwd=tmp_path, capture_output=True, text=True
     )
     assert f"vae_faces: left out: {tmp_path / 'shards/faces/index.json'} is not there" in done.stderr
-    (pair,) = json.loads((tmp_path / "docs" / "baselines.json").read_text()).values()
+    (line,) = (tmp_path / "docs" / "baselines.jsonl").read_text().splitlines()
+    pair = json.loads(line)
     assert [side["name"] for side in pair["experiments"]] == ["earlier_cvae_mnist", "cvae_mnist"]
     steps = [
         json.loads((run / "finished.json").read_text())["step"]

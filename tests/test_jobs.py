@@ -127,7 +127,7 @@ def test_the_earlier_infovae_has_the_sizes_that_its_file_tells() -> None:
     def weights(size: int, settings: str = "") -> int:
         config = model_config(load_job(path, settings.split()).model)
         with torch.device("meta"):
-            model = variant("infovae").Model(config, Spec(1, size, size))
+            model = variant("infovae").Model(config, Spec(1, (size, size)))
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert [round(count / 1e6) for count in (weights(128), weights(128, full), weights(256, full))] == [

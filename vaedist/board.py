@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vaedist.cli.parser import Parser
-from vaedist.core.errors import EXIT_FINISHED, UserError, door
+from vaedist.core.errors import EXIT_FINISHED, UserError, cli_command
 
 
 def build_parser() -> Parser:
@@ -35,7 +35,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     folder: Path = arguments.runs

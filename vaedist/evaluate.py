@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.cli.parser import Parser, add_loudness
-from vaedist.core.errors import UserError, door
-from vaedist.core.terminal import Bars, teller
+from vaedist.core.errors import UserError, cli_command
+from vaedist.core.terminal import ProgressBars, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.data.format.index import Index
-    from vaedist.evaluation.comparison import Entry
-    from vaedist.evaluation.evaluation import Batches, Findings, Wanted
-    from vaedist.evaluation.html_report.sections import Contents
+    from vaedist.evaluation.comparison import RunEvaluation
+    from vaedist.evaluation.evaluate_model import Batches, EvaluationConfig, EvaluationResult
+    from vaedist.evaluation.html_report.sections import RunReport
     from vaedist.runs.open_run import Run
 
 SHOWN_PAIRS = 8
@@ -135,7 +135,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _check(arguments)
@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.evaluation.comparison import Comparison
     from vaedist.evaluation.groups import read_groups
     from vaedist.runs.checkpoint import resolve
+    from vaedist.runs.open_data import pick_device
 
     keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
@@ -151,11 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     for path in arguments.runs:
         resolve(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     folders = _folders(arguments)
-    entries: list[Entry] = []
+    entries: list[RunEvaluation] = []
     opened: list[Run] = []
-    shown: list[Contents] = []
+    shown: list[RunReport] = []
     for path, out in zip(arguments.runs, folders, strict=True):
         entries.append(_evaluate(path, out, arguments, wanted, files, device, opened, shown))
         tell("")
@@ -203,16 +204,16 @@ def _takes_files(option: str, folder: Path) -> None:
         raise UserError(f"{option} leads through {there}, which is a file: choose another folder")
 
 
-def _wanted(arguments: argparse.Namespace, device: str) -> Wanted:
-    from vaedist.evaluation.evaluation import Wanted
-    from vaedist.evaluation.metrics.features import Extractor, default
+def _wanted(arguments: argparse.Namespace, device: str) -> EvaluationConfig:
+    from vaedist.evaluation.evaluate_model import EvaluationConfig
+    from vaedist.evaluation.metrics.features import Extractor, default_extractor
 
     samples = arguments.samples or (AUDITED if arguments.audit else 0)
     features = None
     if samples:
         given = arguments.features
-        features = Extractor.from_torchscript(given, device) if given else default(device)
-    return Wanted(
+        features = Extractor.from_torchscript(given, device) if given else default_extractor(device)
+    return EvaluationConfig(
         baselines=arguments.baselines,
         importance=arguments.importance,
         rounds=arguments.rounds,
@@ -240,23 +241,24 @@ def _evaluate(
     path: str,
     out: Path | None,
     arguments: argparse.Namespace,
-    wanted: Wanted,
+    wanted: EvaluationConfig,
     files: dict[str, dict[str, str]],
     device: str,
     opened: list[Run],
-    shown: list[Contents],
-) -> Entry:
+    shown: list[RunReport],
+) -> RunEvaluation:
     """Measure, write and print one run; `opened`, and `shown` for the report, hold those before it and get this one."""
     import json
 
     import torch
 
     from vaedist.data.loading.inputs import whole_split
-    from vaedist.evaluation.comparison import Entry
-    from vaedist.evaluation.evaluation import Training, examine
-    from vaedist.evaluation.groups import grouped
-    from vaedist.evaluation.text_report import report
+    from vaedist.evaluation.comparison import RunEvaluation
+    from vaedist.evaluation.evaluate_model import TrainingSplit, evaluate
+    from vaedist.evaluation.groups import metrics_by_group
+    from vaedist.evaluation.text_report import format_report
     from vaedist.inference.stored_mixture import density
+    from vaedist.runs.open_data import open_data
     from vaedist.runs.open_run import open_run
 
     run = open_run(path, weights=arguments.weights, device=device)
@@ -270,12 +272,12 @@ def _evaluate(
 
     batches = whole_split(index, name, run.job, device=device, limit=arguments.limit)
     whole = whole_split(index, train, run.job, device=device)
-    training = Training(whole, index.split(train), run.spec.pixels, print)
-    with Bars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
+    training = TrainingSplit(whole, index.split(train), run.spec.pixels, print)
+    with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
         if arguments.sampler == "gmm":
-            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.begin))
-        found = examine(
-            run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.begin
+            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.start))
+        found = evaluate(
+            run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.start
         )
     document: dict[str, Any] = {
         "format": 1,
@@ -294,10 +296,10 @@ def _evaluate(
             "shape": list(index.shape),
             "binarise": batches.inputs.binarization,
         },
-        "collapse": run.collapse.plain() if run.collapse else None,
+        "collapse": run.collapse.to_json() if run.collapse else None,
         "torch": torch.__version__,
         **found.document(),
-        "groups": grouped(found.evaluation, split, index.classes, files, print),
+        "groups": metrics_by_group(found.evaluation, split, index.classes, files, print),
     }
     lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in found.evaluation.lines())
     contents = {
@@ -308,15 +310,15 @@ def _evaluate(
     if run.model.reconstructs:
         contents["pairs.png"] = _pairs(run, batches, found, name)
     written = _write(out or run.folder / "evaluation" / name, contents)
-    tell = teller(arguments.quiet)
-    tell(report(document))
+    tell = echo_unless(arguments.quiet)
+    tell(format_report(document))
     tell("\n" + "\n".join(written))
     opened.append(run)
     if arguments.report:
-        from vaedist.evaluation.html_report.sections import gather
+        from vaedist.evaluation.html_report.sections import run_report
 
-        shown.append(gather(run, index, batches, found, document))
-    return Entry(run.job.name, run.job.seed, _experiment(opened), document)
+        shown.append(run_report(run, index, batches, found, document))
+    return RunEvaluation(run.job.name, run.job.seed, _experiment(opened), document)
 
 
 def _split(index: Index, given: str | None) -> str:
@@ -331,7 +333,7 @@ def _split(index: Index, given: str | None) -> str:
     return "validate"
 
 
-def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:
+def _pairs(run: Run, batches: Batches, found: EvaluationResult, split: str) -> bytes:
     from vaedist.evaluation.metrics.per_image import pairs, pick_evenly
     from vaedist.inference.figures import pair_figure, pair_title
 
@@ -351,59 +353,15 @@ def _experiment(opened: list[Run]) -> int:
 
 def _write(folder: Path, contents: dict[str, bytes]) -> list[str]:
     """Write files into a folder that is private to the user; a line for each."""
-    from vaedist.core.imaging import write_whole
+    from vaedist.core.imaging import write_atomic
 
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        write_atomic(folder / name, content)
     return [f"wrote {folder / name}" for name in contents]
-
-
-def pick_device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here: use --device cpu, or ask the allocation for one")
-    return name
-
-
-def open_data(run: Run, given: str | None, other_data: bool | None) -> Index:
-    """The packed folder, proven to be the one that the run was trained from unless another is allowed.
-
-    Args:
-        run: The run.
-        given: Its folder now; None: where the run read it.
-        other_data: Whether another is allowed; None: that is no question here.
-    """
-    from vaedist.data.format.index import INDEX_NAME, Index
-
-    if given is None and not (Path(run.data_path) / INDEX_NAME).exists():
-        raise UserError(
-            f"the run was trained from {run.data_path}, which is not here: say with --data where the data are now"
-        )
-    index = Index.open(given or run.data_path)
-    if index.identity != run.data_identity and not other_data:
-        raise UserError(
-            f"{index.folder} does not hold the data that the run was trained from (data identity "
-            f"{index.identity[:12]}, the run has {run.data_identity[:12]}): give their folder with --data"
-            + ("" if other_data is None else ", or allow these with --other-data")
-        )
-    expected = (run.spec.channels, run.spec.height, run.spec.width)
-    if index.shape != expected:
-        raise UserError(
-            f"{index.folder} has images of shape {index.shape} (C, H, W) and the model takes {expected}: pack them "
-            f"with --size {run.spec.height} and {'--rgb' if run.spec.channels == 3 else '--gray'}"
-        )
-    if run.model.conditional and index.classes != run.classes:
-        raise UserError(
-            f"{index.folder} has classes {index.classes} and the model was trained on {run.classes}"
-        )
-    return index
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vaedist.cli.parser import Parser, add_loudness
-from vaedist.core.errors import EXIT_FINISHED, door
+from vaedist.core.errors import EXIT_FINISHED, cli_command
 
 
 def build_parser() -> Parser:
@@ -38,7 +38,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaedist.cli.parser import Parser, count
-from vaedist.core.errors import EXIT_FINISHED, UserError, door, nearest
+from vaedist.core.errors import EXIT_FINISHED, UserError, cli_command, did_you_mean
 
 if TYPE_CHECKING:
     from vaedist.config.site import Site
@@ -151,13 +151,13 @@ def build_view_parser(view: str) -> argparse.ArgumentParser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in VIEWS:
         return _view(words[0], words[1:])
     if words and words[0].isalpha() and not Path(words[0]).exists():
-        raise UserError(f"there is no job file {words[0]}, and no such view{nearest(words[0], VIEWS)}")
+        raise UserError(f"there is no job file {words[0]}, and no such view{did_you_mean(words[0], VIEWS)}")
     further: list[str] = []
     if "--" in words:
         words, further = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -191,7 +191,7 @@ def _site(given: str | None, *, local: bool = False) -> tuple[Site, Path]:
     path = shipped.get(named, Path(named)) if not Path(named).exists() else Path(named)
     if not path.exists() and "/" not in named and not named.endswith((".yaml", ".yml")):
         raise UserError(
-            f"there is no site {named!r}{nearest(named, shipped)}; or give the path of a site file"
+            f"there is no site {named!r}{did_you_mean(named, shipped)}; or give the path of a site file"
         )
     return load_site(path), path.absolute()
 

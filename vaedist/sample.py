@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaedist.cli.parser import Parser, add_loudness
-from vaedist.core.errors import NotDefined, UserError, door
-from vaedist.core.terminal import Bars, coloured, teller
+from vaedist.core.errors import NotDefined, UserError, cli_command
+from vaedist.core.terminal import ProgressBars, colored, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.inference.mixture import Mixture
@@ -182,25 +182,25 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     mode = _check(arguments)
 
     from vaedist.distributed.memory import keep_freed_memory
-    from vaedist.evaluate import pick_device
+    from vaedist.runs.open_data import pick_device
     from vaedist.runs.open_run import open_run
 
     keep_freed_memory()
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
-    tell = teller(arguments.quiet)
+    tell = echo_unless(arguments.quiet)
     if run.collapse:
-        tell(f"{coloured('ALARM:', 'yellow')} {run.collapse}")
+        tell(f"{colored('ALARM:', 'yellow')} {run.collapse}")
     if arguments.info_only:
         _info(run)
         return 0
     try:
-        with Bars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
+        with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
             page = _page(run, mode, arguments, bars)
     except NotDefined as error:
         possible = "; its reconstructions are: --reconstruct FILE ..." if run.model.reconstructs else ""
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _page(run: Run, mode: str, arguments: argparse.Namespace, bars: Bars) -> Page:
+def _page(run: Run, mode: str, arguments: argparse.Namespace, bars: ProgressBars) -> Page:
     """Make and write what was asked for."""
     from vaedist.inference import show
 
@@ -297,7 +297,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
+def _sampler(run: Run, arguments: argparse.Namespace, bars: ProgressBars) -> Sampler:
     from vaedist.inference.sampling import Sampler
 
     options = {name: getattr(arguments, name) for name in ("top_k", "top_p", "guidance")}
@@ -312,12 +312,12 @@ def _sampler(run: Run, arguments: argparse.Namespace, bars: Bars) -> Sampler:
     )
 
 
-def _mixture(run: Run, data: str | None, bars: Bars) -> Mixture:
+def _mixture(run: Run, data: str | None, bars: ProgressBars) -> Mixture:
     """The density stored with the run; fitted now if there is none."""
-    from vaedist.evaluate import open_data
     from vaedist.inference.stored_mixture import density
+    from vaedist.runs.open_data import open_data
 
-    return density(run, lambda: open_data(run, data, other_data=None), bars.begin)
+    return density(run, lambda: open_data(run, data, other_data=None), bars.start)
 
 
 def _info(run: Run) -> None:
@@ -326,7 +326,7 @@ def _info(run: Run) -> None:
     from vaedist.evaluation.metrics.tables import columns
     from vaedist.nets.bodies import layer_table
 
-    shape = "x".join(str(size) for size in run.spec[:3])
+    shape = "x".join(str(size) for size in run.spec.image_shape)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     facts = [
         ("run", run.folder),

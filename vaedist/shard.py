@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.cli.parser import Parser, add_loudness, count, count_or_none, share
-from vaedist.core.errors import EXIT_FINISHED, UserError, door
-from vaedist.core.terminal import Bars, teller
+from vaedist.core.errors import EXIT_FINISHED, UserError, cli_command
+from vaedist.core.terminal import ProgressBars, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.data.format.image_files import Limits
@@ -97,7 +97,7 @@ def _add_source_options(group: Any) -> None:
     group.add_argument("--count", type=_counts, metavar="SPLIT=N,...", help=counts)
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.strike is not None:
@@ -137,8 +137,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     index = Index.open(arguments.input)
     with _progress(arguments) as bars:
-        damages = verify(index, bars.of("checking"))
-    echo = teller(arguments.quiet)
+        damages = verify(index, bars.callback("checking"))
+    echo = echo_unless(arguments.quiet)
     _describe(index, echo)
     if not damages:
         echo("sound      every byte and image is as it was packed")
@@ -166,8 +166,8 @@ def _remove(arguments: argparse.Namespace) -> int:
         opened, count = remove_samples(index, keys)
     else:
         with _progress(arguments) as bars:
-            opened, count = remove_damaged_samples(index, bars.of("checking"))
-    echo = teller(arguments.quiet)
+            opened, count = remove_damaged_samples(index, bars.callback("checking"))
+    echo = echo_unless(arguments.quiet)
     _describe(opened, echo)
     in_all = len(opened.info.removed)
     echo(f"removed    {count} now, {in_all} in all; the data identity was {index.identity[:12]}...")
@@ -179,9 +179,9 @@ def _index(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.input)
     with _progress(arguments, "tars") as bars:
-        limits, progress = _limits(arguments), bars.of("indexing")
+        limits, progress = _limits(arguments), bars.callback("indexing")
         index, rejected = index_tars(folder, skip_bad=arguments.skip_bad, limits=limits, progress=progress)
-    echo = teller(arguments.quiet)
+    echo = echo_unless(arguments.quiet)
     _describe(index, echo)
     if rejected:
         echo(f"left out   {rejected} samples: see {folder / 'rejected.jsonl'}")
@@ -189,8 +189,8 @@ def _index(arguments: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def _progress(arguments: argparse.Namespace, unit: str = "images") -> Bars:
-    return Bars(unit, quiet=arguments.quiet, verbose=arguments.verbose)
+def _progress(arguments: argparse.Namespace, unit: str = "images") -> ProgressBars:
+    return ProgressBars(unit, quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
@@ -203,8 +203,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from vaedist.data.packing.pack import pack
 
     with _progress(arguments) as bars:
-        report = pack(_config(arguments), bars.of("packing"))
-    echo = teller(arguments.quiet)
+        report = pack(_config(arguments), bars.callback("packing"))
+    echo = echo_unless(arguments.quiet)
     if report.already:
         echo(f"{arguments.out} is packed already; nothing to do")
     _describe(report.index, echo)

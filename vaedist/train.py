@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from vaedist.cli.train_options import train_parser as build_parser
-from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_intermixed_args(argv)

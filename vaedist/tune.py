@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaedist.cli.parser import Parser, add_loudness, count, count_or_none
-from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.core.terminal import Bars, progress_bar
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
+from vaedist.core.terminal import ProgressBars, progress_bar
 
 if TYPE_CHECKING:
     from vaedist.data.format.index import Index
@@ -101,7 +101,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     # As in vaedist-train: threads that wait for each other sleep. The trials' processes inherit it.
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         from vaedist.launchers.ray import tuner as raytune
         from vaedist.tuning import results
 
-        sweep = raytune.run(
+        search = raytune.run(
             space,
             folder,
             index,
@@ -149,10 +149,14 @@ def main(argv: list[str] | None = None) -> int:
         raise
     finally:
         shown.close()
-    figures = results.finish(sweep.record)
-    for line in [*results.summary(sweep.record), f"table: {folder / results.TABLE}", *map(str, figures)]:
+    figures = results.write_all(search.record)
+    for line in [
+        *results.summary_lines(search.record),
+        f"table: {folder / results.TABLE}",
+        *map(str, figures),
+    ]:
         tell(line)
-    if not sweep.complete:
+    if not search.complete:
         tell("stopped on request: trials that were interrupted are kept, the same command continues")
         return EXIT_STOPPED
     return EXIT_FINISHED
@@ -226,8 +230,11 @@ def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
         from vaedist.data.sources import SourceSettings
 
         settings = SourceSettings(size=size, count=PHANTOM_COUNT)
-        with Bars(quiet=quiet) as bars:
-            pack(PackingConfig(input="phantom", out=place, size=size, settings=settings), bars.of("packing"))
+        with ProgressBars(quiet=quiet) as bars:
+            pack(
+                PackingConfig(input="phantom", out=place, size=size, settings=settings),
+                bars.callback("packing"),
+            )
     return Index.open(place)
 
 

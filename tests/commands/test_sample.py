@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.commands.conftest import pixels
-from vaedist.core.imaging import GREY, RED, channels_last, grid, to_uint8
+from vaedist.core.imaging import GRAY, RED, channels_last, grid, to_uint8
 from vaedist.evaluation.metrics.image_quality import pair_metrics
 from vaedist.runs.open_run import open_run
 from vaedist.sample import main
@@ -81,7 +81,7 @@ def test_files_of_the_user_are_reconstructed(vqvae: Path, capsys: pytest.Capture
     sheet = pixels("reconstructions.png")
     for i in range(3):
         left = 2 + 2 * i * 20  # each in a frame one pixel wide
-        for image, frame, start in ((originals[i, 0], RED, left), (others[i, 0], GREY, left + 20)):
+        for image, frame, start in ((originals[i, 0], RED, left), (others[i, 0], GRAY, left + 20)):
             assert (sheet[3:19, start + 1 : start + 17] == image[..., None]).all()
             assert (sheet[2, start : start + 18] == frame).all()
             assert (sheet[2:20, start] == frame).all()

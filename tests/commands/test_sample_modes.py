@@ -15,7 +15,7 @@ from PIL import Image
 from tests.commands.conftest import pixels
 from vaedist import evaluate, train
 from vaedist.core.imaging import channels_last, code_maps, grid, to_uint8
-from vaedist.core.terminal import Bars
+from vaedist.core.terminal import ProgressBars
 from vaedist.data.format.index import Index
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.inference import show
@@ -241,8 +241,8 @@ def test_a_person_sees_how_far_it_is(
 ) -> None:
     for watched in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
-        with Bars() as bars:
-            advance = bars.begin("drawing", 150)
+        with ProgressBars() as bars:
+            advance = bars.start("drawing", 150)
             advance(64)
             advance(150)
         told = capsys.readouterr().err

@@ -18,8 +18,8 @@ import shtab
 
 import vaedist
 from tests.spaces import small_space, write_space
-from vaedist.core.errors import UserError, door
-from vaedist.core.terminal import coloured
+from vaedist.core.errors import UserError, cli_command
+from vaedist.core.terminal import colored
 
 DOORS = ("shard", "train", "evaluate", "sample", "tune", "launch", "export", "board")
 PHANTOM = ["phantom", "--out", "packed", "--size", "16", "--count", "train=64,validate=16"]
@@ -68,7 +68,7 @@ def call(verb: str, *words: object) -> int:
     return code
 
 
-# Bars --------------------------------------------------------------------------------------------------------
+# ProgressBars ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_a_search_shows_a_bar_over_its_trials(
 # Colours -----------------------------------------------------------------------------------------------------
 
 
-@door
+@cli_command
 def broken(argv: list[str] | None = None) -> int:
     raise UserError("no such thing; give another")
 
@@ -202,7 +202,7 @@ def test_an_error_is_red_where_colours_are_wanted(
 
 def test_no_colour_goes_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert coloured("ALARM:", "yellow", io.StringIO()) == "ALARM:"
+    assert colored("ALARM:", "yellow", io.StringIO()) == "ALARM:"
 
 
 def test_a_wrong_option_is_red_too(terminal: Terminal) -> None:

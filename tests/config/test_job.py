@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from vaedist.config import job as config
 from vaedist.config.job import Job, Spec, Train, load_job
-from vaedist.config.settings import apply_overrides, expand, marks, read_yaml
+from vaedist.config.settings import apply_overrides, expand, read_yaml, resume_policy
 from vaedist.core.errors import UserError
 
 JOB = "model: {kind: vae}\ntrain: {steps: 10}\n"
@@ -212,7 +212,7 @@ def test_which_weights_everything_downstream_uses() -> None:
 
 
 def test_marks_cover_every_field_and_the_contract_of_resume() -> None:
-    told = dict(marks(Job))
+    told = dict(resume_policy(Job))
     by_mark = {
         mark: {key for key, held in told.items() if held == mark} for mark in ("free", "override", "fixed")
     }
@@ -246,4 +246,4 @@ def test_expand_names_the_variable_that_is_not_set(monkeypatch: pytest.MonkeyPat
 
 
 def test_spec_counts_the_terms_of_a_likelihood() -> None:
-    assert Spec(3, 32, 32).pixels == 3072
+    assert Spec(3, (32, 32)).pixels == 3072

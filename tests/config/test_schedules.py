@@ -63,7 +63,7 @@ def test_plateau_is_torchs_plateau(mode: str) -> None:
     for step in range(60):
         value = 10 + math.sin(step / 3) * 5 * (1 if step < 20 else 0.01)
         before = ours.factor
-        assert ours.hear(value) == (ours.factor < before)
+        assert ours.step(value) == (ours.factor < before)
         peer.step(value)
         assert ours.factor == pytest.approx(optimizer.param_groups[0]["lr"])
     copy = PlateauState(schedule, Monitor(mode=mode))  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ from vaedist.core.context import LaneContext, SampleContext
 from vaedist.data.loading.order import slice_bounds
 
 
-def lanes(start: int = 0, stop: int | None = None, **changes: object) -> LaneContext:
+def lanes(*rows: int, **changes: object) -> LaneContext:
     settings: dict[str, object] = {"seed": 3, "step": 7, "batch_size": 12, "lanes": 4, **changes}
-    return LaneContext(start=start, stop=stop, **settings)  # type: ignore[arg-type]
+    return LaneContext(rows=rows or None, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 12])
@@ -27,7 +27,7 @@ def test_every_world_size_draws_the_same_training_noise(world: int) -> None:
 def test_micro_batches_draw_the_noise_of_their_rows() -> None:
     ctx = lanes(2, 9)
     whole = ctx.noise("z", (7, 2))
-    assert torch.equal(ctx.part(3, 7).noise("z", (4, 2)), whole[3:7])
+    assert torch.equal(ctx.micro_batch(3, 7).noise("z", (4, 2)), whole[3:7])
 
 
 def test_noise_depends_on_seed_step_name_phase_and_chunk_and_on_nothing_else() -> None:
@@ -66,7 +66,7 @@ def test_evaluation_noise_belongs_to_the_sample() -> None:
 def test_statistics_add_up_over_micro_batches_and_die_with_the_step() -> None:
     ctx = lanes()
     for start, stop in [(0, 5), (5, 12)]:
-        part = ctx.part(start, stop)
+        part = ctx.micro_batch(start, stop)
         part.accumulate("count", torch.tensor(float(stop - start)))
         part.collect("rows", torch.arange(start, stop))
     assert ctx.total("count") == 12

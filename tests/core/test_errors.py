@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vaedist.core import errors
-from vaedist.core.errors import DataError, Diverged, NotDefined, UserError, door, nearest
+from vaedist.core.errors import DataError, Diverged, NotDefined, UserError, cli_command, did_you_mean
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from vaedist.core.errors import DataError, Diverged, NotDefined, UserError, door
     ],
 )
 def test_nearest(name: str, valid: list[str], told: str) -> None:
-    assert nearest(name, valid) == told
+    assert did_you_mean(name, valid) == told
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_nearest(name: str, valid: list[str], told: str) -> None:
 def test_a_user_error_is_one_line_and_its_exit_code(
     error: type[UserError], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @door
+    @cli_command
     def main(argv: list[str] | None = None) -> int:
         raise error("the shard train-000003.tar is missing; copy it back")
 
@@ -56,7 +56,7 @@ def test_the_exit_codes_are_the_documented_ones() -> None:
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    @door
+    @cli_command
     def main(argv: list[str] | None = None) -> int:
         raise ZeroDivisionError
 
@@ -65,7 +65,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_the_door_hands_its_code_and_arguments_through() -> None:
-    @door
+    @cli_command
     def main(argv: list[str] | None = None) -> int:
         return len(argv or [])
 
@@ -74,7 +74,7 @@ def test_the_door_hands_its_code_and_arguments_through() -> None:
 
 
 def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
-    @door
+    @cli_command
     def main(argv: list[str] | None = None) -> int:
         raise KeyboardInterrupt
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vaedist.core.errors import CannotWrite
-from vaedist.core.files import room
+from vaedist.core.files import disk_errors
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ from vaedist.core.files import room
     ],
 )
 def test_what_a_person_can_mend_is_one_sentence(code: int, told: str, tmp_path: Path) -> None:
-    with pytest.raises(CannotWrite, match=told) as raised, room("the log", tmp_path):
+    with pytest.raises(CannotWrite, match=told) as raised, disk_errors("the log", tmp_path):
         raise OSError(code, os.strerror(code))
     assert "checkpoints written before are intact" in str(raised.value)
     assert "run the same command again" in str(raised.value)
 
 
 def test_any_other_error_stays_itself(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), room("the log", tmp_path):
+    with pytest.raises(FileNotFoundError), disk_errors("the log", tmp_path):
         (tmp_path / "nothing").read_bytes()

@@ -19,7 +19,7 @@ from vaedist.core.imaging import (
     png_bytes,
     save_png,
     to_uint8,
-    write_whole,
+    write_atomic,
 )
 
 
@@ -71,20 +71,20 @@ def test_png_is_lossless_and_its_bytes_are_a_function_of_its_pixels(
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_whole(path, b"old")
-    write_whole(path, b"new")
+    write_atomic(path, b"old")
+    write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     mask = os.umask(0o077)
     try:
-        write_whole(tmp_path / "private", b"x")
+        write_atomic(tmp_path / "private", b"x")
     finally:
         os.umask(mask)
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*taken"):
-        write_whole(tmp_path / "taken", b"x")
+        write_atomic(tmp_path / "taken", b"x")
     with pytest.raises(UserError, match="cannot write"):
-        write_whole(path / "below-a-file.png", b"x")
+        write_atomic(path / "below-a-file.png", b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "private", "taken"]
 
 

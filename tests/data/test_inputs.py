@@ -41,7 +41,7 @@ def job(binarise: str = "none", seed: int = 4, **augment: Any) -> Job:
 
 
 def lanes(step: int = 0, start: int = 0, stop: int = ROWS) -> LaneContext:
-    return LaneContext(seed=4, step=step, batch_size=ROWS, lanes=4, start=start, stop=stop)
+    return LaneContext(seed=4, step=step, batch_size=ROWS, lanes=4, rows=(start, stop))
 
 
 def measured(samples: range = range(ROWS)) -> SampleContext:
@@ -350,7 +350,7 @@ def test_runs_with_inputs_agree_on_two_processes_and_resume_exactly(phantom: Pat
 def test_a_likelihood_scores_the_target_and_the_encoder_sees_the_input(kind: str) -> None:
     """The whole of what a denoiser asks of a variant: the loss is another one if either picture is."""
     body = {"kind": "conv", "width": 4, "downsample": 4}
-    model = build(model_config({"kind": kind, "encoder": body}), Spec(1, 12, 12), seed=0).double()
+    model = build(model_config({"kind": kind, "encoder": body}), Spec(1, (12, 12)), seed=0).double()
     clean, noisy = random_images(), Inputs(job(gaussian=0.3))(batch(random_images()), lanes())["image"]
     rows = batch(noisy)
 

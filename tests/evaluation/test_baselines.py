@@ -58,7 +58,7 @@ def test_pca_is_the_exact_one(components: int, way: str, monkeypatch: pytest.Mon
 
 
 def test_as_many_components_as_latent_numbers() -> None:
-    spec = Spec(1, 16, 16)
+    spec = Spec(1, (16, 16))
     encoder = {"kind": "conv", "width": 8, "depth": 0, "downsample": 4}
     sections: dict[int, dict[str, object]] = {
         5: {"kind": "vae", "encoder": encoder, "latent": 5},

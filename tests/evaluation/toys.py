@@ -58,7 +58,7 @@ class Linear(Variant):
         return DiagonalGaussian(mean, (self.spread**2 / precision).log().expand_as(mean))
 
     def decode(self, z: Tensor, label: Tensor | None = None) -> Likelihood:
-        location = (z @ self.weight.T + self.bias).view(-1, *self.spec[:3])
+        location = (z @ self.weight.T + self.bias).view(-1, *self.spec.image_shape)
         if self.bernoulli:
             return Bernoulli(8 * location - 4)
         return Gaussian(2 * location - 1, torch.tensor(self.sigma))
@@ -67,7 +67,7 @@ class Linear(Variant):
 def linear_images(spec: Spec, count: int, seed: int = 0) -> np.ndarray:
     """Grey images around the linear model's mean."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    return np.clip(generator.normal(128, 40, (count, *spec[:3])), 0, 255).astype(np.uint8)
+    return np.clip(generator.normal(128, 40, (count, *spec.image_shape)), 0, 255).astype(np.uint8)
 
 
 def batches(pixels: np.ndarray, size: int, labels: np.ndarray | None = None) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ from vaedist.inference.mixture import Mixture, Part
 from vaedist.inference.sampling import Sampler, finite, interpolation, manifold, traversal
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 8, 8, classes=3)
+SPEC = Spec(1, (8, 8), classes=3)
 BODY = {"kind": "mlp", "width": 16, "depth": 1}
 
 

@@ -19,7 +19,7 @@ from vaedist.config.job import Spec
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC, D = Spec(1, 2, 3), 2
+SPEC, D = Spec(1, (2, 3)), 2
 P = SPEC.pixels
 ROWS = 40
 
@@ -29,7 +29,7 @@ def data() -> Tensor:
     draw = generator("ppca")
     mixing = torch.randn(P, P, generator=draw, dtype=torch.float64)
     x = 0.5 + 0.07 * torch.randn(ROWS, P, generator=draw, dtype=torch.float64) @ mixing
-    return (255 * x).round().clamp(0, 255).to(torch.uint8).view(ROWS, *SPEC[:3])
+    return (255 * x).round().clamp(0, 255).to(torch.uint8).view(ROWS, *SPEC.image_shape)
 
 
 class PPCA:
@@ -65,7 +65,7 @@ def linear_vae(sigma: float, **section: Any) -> Variant:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model.encoder = nn.Sequential(nn.Flatten(), nn.Linear(P, 2 * D))
-        model.decoder = nn.Sequential(nn.Linear(D, P), nn.Unflatten(1, SPEC[:3]))
+        model.decoder = nn.Sequential(nn.Linear(D, P), nn.Unflatten(1, SPEC.image_shape))
     return model.double()
 
 
@@ -155,7 +155,9 @@ def test_one_importance_sample_is_the_ordinary_bound_on_average() -> None:
         q = model.encode(image)
         z = q.mean[:, None] + q.std[:, None] * ctx.noise("z", (n, k, D)).double()
         location = (model.decoder(z.flatten(0, 1)) + 1) / 2
-        log_p = distributions.Normal(location, 0.2).log_prob(ppca.x[1].view(1, *SPEC[:3])).sum((1, 2, 3))
+        log_p = (
+            distributions.Normal(location, 0.2).log_prob(ppca.x[1].view(1, *SPEC.image_shape)).sum((1, 2, 3))
+        )
         log_q = distributions.Normal(q.mean[:, None], q.std[:, None]).log_prob(z).sum(2)
         log_prior = distributions.Normal(torch.zeros(D).double(), 1.0).log_prob(z).sum(2)
         log_w = log_p.view(n, k) + 0.5 * (log_prior - log_q)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import marks
+from vaedist.config.settings import resume_policy
 from vaedist.core.context import Batch, Context, LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.models.contract import Variant, build, kinds, model_config, variant
 from vaedist.training.step import cut
 
-SPEC = Spec(1, 16, 16, classes=3)
+SPEC = Spec(1, (16, 16), classes=3)
 ROWS = 6
 
 CODES = 8
@@ -154,7 +154,7 @@ def make(section: dict[str, Any], spec: Spec = SPEC) -> Variant:
 def batch(number: int = 0, spec: Spec = SPEC, rows: int = ROWS) -> Batch:
     """Images and, for variants that read them instead, codes; both, so that each takes what it reads."""
     draw = generator("batch", number)
-    image = torch.randint(0, 256, (rows, spec.channels, spec.height, spec.width), generator=draw)
+    image = torch.randint(0, 256, (rows, *spec.image_shape), generator=draw)
     return {
         "image": image.to(torch.uint8),
         "label": torch.randint(0, spec.classes or 1, (rows,), generator=draw),
@@ -201,7 +201,7 @@ def test_two_steps_change_every_trained_weight(section: dict[str, Any]) -> None:
     first, *_, last = train(model)
     assert float(last["loss"].detach().mean()) != float(first["loss"].detach().mean())
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    borrowed = {name for name, p in model.named_parameters() if name.partition(".")[0] in model.borrows}
+    borrowed = {name for name, p in model.named_parameters() if name.partition(".")[0] in model.pretrained}
     assert still == borrowed, "all are trained but what is borrowed, which is never"
 
 
@@ -352,9 +352,7 @@ def test_noise_belongs_to_the_sample(section: dict[str, Any]) -> None:
             whole = model(rows, lanes(3, phase))
             parts = []
             for start, stop in [(0, 2), (2, ROWS)]:
-                ctx = LaneContext(
-                    seed=5, step=3, phase=phase, batch_size=ROWS, lanes=3, start=start, stop=stop
-                )
+                ctx = LaneContext(seed=5, step=3, phase=phase, batch_size=ROWS, lanes=3, rows=(start, stop))
                 parts.append(model(cut(rows, start, stop), ctx))
         for name, value in whole.items():
             if value.ndim:
@@ -367,14 +365,14 @@ def test_the_kind_is_the_file_name(kind: str) -> None:
     module = variant(kind)
     assert module.Config.model_fields["kind"].default == kind
     assert issubclass(module.Model, Variant)
-    by_key = dict(marks(module.Config))
+    by_key = dict(resume_policy(module.Config))
     assert by_key.pop("kind") == "fixed"
     assert "fixed" in by_key.values(), "a model's shape may not change on resume"
 
 
 @pytest.mark.parametrize("kind", kinds())
 def test_defaults_build_on_the_usual_sizes(kind: str) -> None:
-    model = build(model_config({"kind": kind, **NEEDED.get(kind, {})}), Spec(1, 28, 28, 10), seed=0)
+    model = build(model_config({"kind": kind, **NEEDED.get(kind, {})}), Spec(1, (28, 28), 10), seed=0)
     assert sum(p.numel() for p in model.parameters()) > 0
 
 

@@ -14,7 +14,7 @@ from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 8, 8, classes=3)
+SPEC = Spec(1, (8, 8), classes=3)
 MLP = {"kind": "mlp", "width": 16, "depth": 1}
 CONV = {"kind": "conv", "width": 16, "depth": 0, "downsample": 4}
 ROWS = 12
@@ -30,7 +30,7 @@ def make(spec: Spec = SPEC, **section: Any) -> Variant:
 
 
 def images(rows: int = ROWS) -> Tensor:
-    shape = (rows, *SPEC[:3])
+    shape = (rows, *SPEC.image_shape)
     return torch.randint(0, 256, shape, generator=generator("cvae"), dtype=torch.uint8)
 
 
@@ -89,7 +89,7 @@ def test_without_dropout_a_label_must_be_told() -> None:
     with pytest.raises(UserError, match="there is no class 3: the model knows 0 to 2"):
         model.sample(1, label=torch.tensor([3]))
     with pytest.raises(UserError, match="these data carry no labels"):
-        make(Spec(1, 8, 8), condition={})
+        make(Spec(1, (8, 8)), condition={})
 
 
 def test_samples_of_a_class() -> None:
@@ -114,7 +114,7 @@ def test_samples_of_a_class() -> None:
 def test_training_learns_what_a_class_looks_like() -> None:
     """Three bars, one per class: samples of a class show its bar, and z has nothing left to say."""
     model = make(condition={"dropout": 0.25}, latent=2).float()
-    pictures = torch.zeros(3, *SPEC[:3], dtype=torch.uint8)
+    pictures = torch.zeros(3, *SPEC.image_shape, dtype=torch.uint8)
     for bar in range(3):
         pictures[bar, :, 3 * bar : 3 * bar + 2] = 255
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

@@ -39,7 +39,7 @@ def test_meta_does_not_mix() -> None:
 )
 def test_a_step_and_samples_stay_on_the_device(name: str) -> None:
     job = load_job(ROOT / f"jobs/{name}.yaml", ["data.path=none", "init_from=null"])
-    spec = Spec(3 if "faces" in name else 1, 32, 32, 0)
+    spec = Spec(3 if "faces" in name else 1, (32, 32))
     model = build(model_config(job.model), spec, 0).to(META)
     image = torch.zeros(8, spec.channels, 32, 32, dtype=torch.uint8, device=META)
     label = torch.zeros(8, dtype=torch.int64, device=META)
@@ -64,10 +64,10 @@ def test_networks_of_codes_stay_on_the_device(kind: Any, config: Any) -> None:
         network = kind(config, 16, (4, 4)).to(META)
     codes = torch.zeros(2, 4, 4, dtype=torch.int64, device=META)
     network(codes).sum().backward()
-    steps = network.steps(2)
+    steps = network.start_sampling(2)
     for place in range(16):
         assert steps.logits().device == META
-        steps.push(codes[:, place // 4, place % 4])
+        steps.append(codes[:, place // 4, place % 4])
 
 
 def test_static_binarisation_is_drawn_on_the_device() -> None:

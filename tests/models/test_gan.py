@@ -15,11 +15,11 @@ from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
 from vaedist.models.gan import OUTPUTS, reading
-from vaedist.nets.likelihoods import Observation
+from vaedist.nets.likelihoods import ObservationModel
 from vaedist.training.ema import WeightAverage
-from vaedist.training.step import Stepper
+from vaedist.training.step import TrainStep
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 2}
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
 GAN = {"kind": "gan", "generator": BODY, "discriminator": BODY, "latent": 3}
@@ -30,7 +30,7 @@ def make(spec: Spec = SPEC, **section: Any) -> Variant:
 
 
 def images(rows: int = 4, spec: Spec = SPEC) -> Tensor:
-    shape = (rows, spec.channels, spec.height, spec.width)
+    shape = (rows, *spec.image_shape)
     return torch.randint(0, 256, shape, generator=generator("gan"), dtype=torch.uint8)
 
 
@@ -115,7 +115,7 @@ def vae(likelihood: dict[str, Any], spec: Spec = SPEC) -> Variant:
 
 
 @pytest.mark.parametrize(("likelihood", "output"), EXACT, ids=str)
-@pytest.mark.parametrize("spec", [SPEC, Spec(3, 8, 8)], ids=str)
+@pytest.mark.parametrize("spec", [SPEC, Spec(3, (8, 8))], ids=str)
 def test_the_first_samples_are_the_vaes_own(likelihood: dict[str, Any], output: str, spec: Spec) -> None:
     source, model = vae(likelihood, spec), make(spec, output=output)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_a_logistic_with_one_output_is_read_as_its_mean_nearly() -> None:
 @pytest.mark.parametrize(("likelihood", "fitting"), EXACT[:2], ids=str)
 def test_another_reading_is_refused(likelihood: dict[str, Any], fitting: str, output: str) -> None:
     source = vae(likelihood)
-    assert reading(Observation(source.config.likelihood, SPEC)) == fitting
+    assert reading(ObservationModel(source.config.likelihood, SPEC)) == fitting
     if output == fitting:
         return
     with pytest.raises(UserError, match=rf"^init_from=vae: .* set model\.output={fitting}$"):
@@ -207,8 +207,8 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
         },
     }
     job = parse(Job, content, "test")
-    net = build(model_config(job.model), Spec(1, 1, 1), 0)
-    one = Stepper(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
+    net = build(model_config(job.model), Spec(1, (1, 1)), 0)
+    one = TrainStep(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
     average = WeightAverage(net, half_life=2000)
 
     def law() -> tuple[float, float]:
@@ -220,7 +220,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
     for step in range(steps):
         noise = torch.randn((rows, 1, 1, 1), generator=generator("toy", step))
         image = (80 + 25 * noise).clamp(0, 255).to(torch.uint8)
-        assert one.take({"image": image}, step, steps, stop_requested=False).accepted
+        assert one({"image": image}, step, steps, stop_requested=False).accepted
         average.update((step + 1) * rows, rows)
     mean, std = law()
     assert mean == pytest.approx(80, abs=12)

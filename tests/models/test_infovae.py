@@ -14,7 +14,7 @@ from vaedist.core.errors import NotDefined, UserError
 from vaedist.models.contract import Variant, build, model_config
 from vaedist.nets.divergences import Imq, Legacy, Rbf, mmd
 
-SPEC = Spec(1, 8, 8, classes=2)
+SPEC = Spec(1, (8, 8), classes=2)
 MLP = {"kind": "mlp", "width": 16, "depth": 1}
 ROWS = 12
 
@@ -24,7 +24,7 @@ def make(**section: Any) -> Variant:
 
 
 def images(rows: int = ROWS) -> Tensor:
-    shape = (rows, *SPEC[:3])
+    shape = (rows, *SPEC.image_shape)
     return torch.randint(0, 256, shape, generator=generator("infovae"), dtype=torch.uint8)
 
 

@@ -15,7 +15,7 @@ from vaedist.core.context import Batch, LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.models.contract import build, model_config
 
-SPEC = Spec(1, 8, 8, classes=2)
+SPEC = Spec(1, (8, 8), classes=2)
 NETS: dict[str, dict[str, Any]] = {
     "pixelcnn": {"width": 12, "layers": 3, "first": 3, "hidden": 16},
     "transformer": {"width": 16, "layers": 2, "heads": 2},
@@ -31,7 +31,7 @@ def tokenizer(codes: int = 4, downsample: int = 2, spec: Spec = SPEC) -> dict[st
         "sha256": "0" * 64,
         "model": {"kind": "vqvae", "encoder": body, "codebook": {"kind": "ema", "codes": codes, "dim": 3}},
         "codes": codes,
-        "grid": [spec.height // downsample, spec.width // downsample],
+        "grid": [side // downsample for side in spec.shape],
     }
 
 
@@ -89,7 +89,7 @@ def trained(kind: str, steps: int, **section: Any) -> Any:
 @kind
 @pytest.mark.parametrize("conditional", [False, True])
 def test_probabilities_of_all_maps_sum_to_one(kind: str, conditional: bool) -> None:
-    spec = Spec(1, 4, 6, classes=2)
+    spec = Spec(1, (4, 6), classes=2)
     model = make(kind, spec, tokenizer=tokenizer(codes=3, spec=spec), conditional=conditional)
     maps = torch.tensor(list(itertools.product(range(3), repeat=6))).view(-1, 2, 3)
     for label in (0, 1, None):
@@ -145,7 +145,7 @@ def test_labels_are_hidden_in_training_alone_and_by_sample(kind: str) -> None:
         seen = -model(batch, lanes(3))["loss"]
         torch.testing.assert_close(-model(batch, evaluation(32))["loss"], told)
         part: Batch = {"codes": batch["codes"][8:20], "label": batch["label"][8:20]}
-        here = -model(part, lanes(3).part(8, 20))["loss"]
+        here = -model(part, lanes(3).micro_batch(8, 20))["loss"]
     as_told, as_hidden = (torch.isclose(seen, one, rtol=1e-9, atol=0) for one in (told, hidden))
     assert torch.equal(as_hidden, ~as_told)
     assert 6 <= int(as_hidden.sum()) <= 26
@@ -179,7 +179,7 @@ def test_labels_that_mean_nothing_are_refused(kind: str) -> None:
     with pytest.raises(UserError, match="saw the label of every training image"):
         always_told.sample(2, label=torch.tensor([0, -1]))
     with pytest.raises(UserError, match=r"model\.conditional is true, but these data carry no class"):
-        make(kind, Spec(1, 8, 8), conditional=True)
+        make(kind, Spec(1, (8, 8)), conditional=True)
 
 
 # Samples --------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_images_are_what_the_tokenizer_makes_of_the_codes(kind: str) -> None:
 @kind
 def test_the_tokenizer_is_kept_as_it_is(kind: str) -> None:
     model = make(kind, conditional=True)
-    assert model.borrows == {"tokenizer": "runs/tokenizer"}
+    assert model.pretrained == {"tokenizer": "runs/tokenizer"}
     assert (model.num_codes, model.latent_shape, model.reads, model.latent) == (4, (4, 4), "codes", "codes")
     before = {name: value.clone() for name, value in model.tokenizer.state_dict().items()}
     model.train()

@@ -12,7 +12,7 @@ from vaedist.config.job import Spec
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 12, 12)
+SPEC = Spec(1, (12, 12))
 MLP = {"kind": "mlp", "width": 16, "depth": 1}
 
 
@@ -21,7 +21,7 @@ def make(**section: object) -> Variant:
 
 
 def images(rows: int = 4, seed: int = 0) -> Tensor:
-    shape = (rows, SPEC.channels, SPEC.height, SPEC.width)
+    shape = (rows, *SPEC.image_shape)
     return torch.randint(0, 256, shape, generator=generator("vae", seed), dtype=torch.uint8)
 
 
@@ -48,7 +48,7 @@ def test_loss_is_distortion_plus_rate(likelihood: dict[str, object]) -> None:
 
 def test_the_bound_is_below_the_likelihood_of_a_model_that_can_be_integrated() -> None:
     """A linear decoder with Gaussian noise has a Gaussian marginal: -loss <= log p(x), equal at the true posterior."""
-    sigma, spec = 0.4, Spec(1, 2, 2)
+    sigma, spec = 0.4, Spec(1, (2, 2))
     section = {"kind": "vae", "encoder": MLP, "latent": 2, "likelihood": {"kind": "gaussian", "sigma": sigma}}
     model = build(model_config(section), spec, 0).double()
     weight = torch.randn((4, 2), generator=generator("weight"), dtype=torch.float64)

@@ -14,7 +14,7 @@ from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 2}
 
 
@@ -140,8 +140,8 @@ def test_it_starts_from_a_vae_that_reads_its_decoder_alike() -> None:
 
 def test_numbers_of_pixels_may_judge_a_run_and_those_of_the_game_may_not() -> None:
     model = make()
-    assert {"mse", "distortion", "rate"} <= model.units.keys() - model.rivals
-    assert {"loss", "similarity", "real_accuracy"} <= model.rivals
+    assert {"mse", "distortion", "rate"} <= model.units.keys() - model.adversarial_terms
+    assert {"loss", "similarity", "real_accuracy"} <= model.adversarial_terms
     ctx = SampleContext(seed=0, samples=range(4))
     for phase in model.phases:
         ctx.phase = phase

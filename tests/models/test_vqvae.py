@@ -13,7 +13,7 @@ from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.models.contract import Variant, build, model_config
 
-SPEC = Spec(1, 16, 16)
+SPEC = Spec(1, (16, 16))
 BODY = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 4}
 CODEBOOKS: dict[str, dict[str, Any]] = {
     "ema": {"kind": "ema", "codes": 8, "dim": 4},
@@ -123,7 +123,7 @@ def test_a_refused_step_and_an_evaluation_leave_the_codebook_and_accumulation_co
             whole({"image": image}, once)
             told = whole.after_step(once)
             for start, stop in [(0, 3), (3, 8)]:
-                parts({"image": image[start:stop]}, twice.part(start, stop))
+                parts({"image": image[start:stop]}, twice.micro_batch(start, stop))
             torch.testing.assert_close(parts.after_step(twice), told)
         torch.testing.assert_close(
             parts.quantizer.state_dict(), whole.quantizer.state_dict(), rtol=1e-10, atol=1e-12

@@ -31,7 +31,7 @@ def nets(one: Mlp | Conv | Resnet, spec: Spec, latent: int, vector: bool) -> tup
 
 
 def images(spec: Spec, rows: int = 3) -> Tensor:
-    shape = (rows, spec.channels, spec.height, spec.width)
+    shape = (rows, *spec.image_shape)
     return torch.rand(shape, generator=generator("images", shape)) * 2 - 1
 
 
@@ -58,7 +58,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize("settings", BODIES, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("spec", [Spec(1, 16, 16), Spec(3, 24, 24), Spec(5, 8, 16)], ids=str)
+@pytest.mark.parametrize("spec", [Spec(1, (16, 16)), Spec(3, (24, 24)), Spec(5, (8, 16))], ids=str)
 def test_shapes_of_vectors_and_maps(settings: dict[str, Any], spec: Spec) -> None:
     one, x = body(**settings), images(spec)
     h, w = grid(one, spec)
@@ -75,11 +75,11 @@ def test_shapes_of_vectors_and_maps(settings: dict[str, Any], spec: Spec) -> Non
 
 
 def test_grids() -> None:
-    assert grid(body(kind="conv", downsample=4), Spec(1, 28, 28)) == (7, 7)
-    assert grid(body(kind="resnet", downsample=8, patch=4), Spec(1, 256, 128)) == (32, 16)
-    assert grid(body(kind="mlp", grid=4), Spec(1, 28, 28)) == (4, 4)
-    down, up = nets(body(kind="mlp", width=8, grid=4), Spec(1, 28, 28), 3, False)
-    z = down(images(Spec(1, 28, 28)))
+    assert grid(body(kind="conv", downsample=4), Spec(1, (28, 28))) == (7, 7)
+    assert grid(body(kind="resnet", downsample=8, patch=4), Spec(1, (256, 128))) == (32, 16)
+    assert grid(body(kind="mlp", grid=4), Spec(1, (28, 28))) == (4, 4)
+    down, up = nets(body(kind="mlp", width=8, grid=4), Spec(1, (28, 28)), 3, False)
+    z = down(images(Spec(1, (28, 28))))
     assert z.shape == (3, 3, 4, 4) and up(z).shape == (3, 1, 28, 28)
 
 
@@ -97,7 +97,7 @@ def test_widths_halve_towards_the_image() -> None:
 def test_a_list_names_the_width_of_every_grid() -> None:
     one = body(kind="conv", width=[5, 3, 7], depth=0, downsample=8, patch=2)
     assert isinstance(one, Conv) and one.widths == (5, 3, 7)
-    down, up = nets(one, Spec(1, 16, 16), 2, True)
+    down, up = nets(one, Spec(1, (16, 16)), 2, True)
 
     def channels(net: nn.Module) -> list[tuple[int, int]]:
         layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
@@ -117,7 +117,7 @@ def test_a_list_names_the_width_of_every_grid() -> None:
 def test_one_activation_everywhere(settings: dict[str, Any], activation: str, kind: type[nn.Module]) -> None:
     grids = {} if settings["kind"] == "mlp" else {"dense": 6, "depth": 1}
     one = body(**settings, **grids, width=8, activation=activation)
-    for net in nets(one, Spec(1, 8, 8), 2, True):
+    for net in nets(one, Spec(1, (8, 8)), 2, True):
         names = {type(m) for m in net.modules()} & {nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.Tanh}
         assert names == {kind}
 
@@ -126,13 +126,13 @@ def test_one_activation_everywhere(settings: dict[str, Any], activation: str, ki
 def test_every_activation_keeps_the_scale(activation: str) -> None:
     """Of four convolutions without normalisation, each of which the gain of the activation before must make up for."""
     one = body(kind="conv", norm="none", width=64, depth=1, downsample=4, activation=activation)
-    down, _ = nets(one, Spec(1, 32, 32), 16, False)
+    down, _ = nets(one, Spec(1, (32, 32)), 16, False)
     z = down(torch.randn((4, 1, 32, 32), generator=generator("unit")))
     assert 0.6 < float(z.detach().square().mean().sqrt()) < 1.6
 
 
 def test_black_moves_no_weight_where_it_is_zero() -> None:
-    spec = Spec(1, 4, 4)
+    spec = Spec(1, (4, 4))
     with torch.random.fork_rng(devices=[]):
         net = encoder(Mlp(width=8, depth=1, black=0), spec, 2, vector=True, extra=3)
         signed = encoder(Mlp(width=8, depth=1), spec, 2, vector=True, extra=3)
@@ -151,22 +151,22 @@ def test_black_moves_no_weight_where_it_is_zero() -> None:
 
 def test_a_dense_layer_lies_between_grid_and_vector() -> None:
     one = body(kind="conv", width=8, depth=0, downsample=4, dense=6, activation="relu")
-    down, up = nets(one, Spec(1, 16, 16), 3, True)
+    down, up = nets(one, Spec(1, (16, 16)), 3, True)
 
     def sizes(net: nn.Module) -> list[tuple[int, int]]:
         return [(m.in_features, m.out_features) for m in net.modules() if isinstance(m, nn.Linear)]
 
     assert sizes(down) == [(8 * 16, 6), (6, 3)]
     assert sizes(up) == [(3, 6), (6, 8 * 16)]
-    assert up(down(images(Spec(1, 16, 16)))).shape == (3, 1, 16, 16)
+    assert up(down(images(Spec(1, (16, 16))))).shape == (3, 1, 16, 16)
     for net in (encoder, decoder):
         with pytest.raises(UserError, match=r"dense is 6, but this model's latent is a map: leave it out"):
-            net(one, Spec(1, 16, 16), 3, vector=False)
+            net(one, Spec(1, (16, 16)), 3, vector=False)
 
 
 @pytest.mark.parametrize("settings", BODIES, ids=lambda s: "-".join(map(str, s.values())))
 def test_no_sample_sees_another(settings: dict[str, Any]) -> None:
-    spec = Spec(2, 16, 16)
+    spec = Spec(2, (16, 16))
     x = images(spec, rows=4)
     down, up = nets(body(**settings), spec, 5, False)
     together = up(down(x))
@@ -181,7 +181,7 @@ def test_no_sample_sees_another(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("upsample", ["transpose", "resize", "shuffle"])
 def test_latents_start_at_unit_scale(kind: str, norm: str, upsample: str) -> None:
     """Neither vanishing nor exploding; a plain stack without normalisation is only kept so while it is short."""
-    spec = Spec(1, 32, 32)
+    spec = Spec(1, (32, 32))
     depth = 1 if (kind, norm) == ("conv", "none") else 4
     one = body(kind=kind, norm=norm, upsample=upsample, width=64, depth=depth, downsample=4)
     down, up = nets(one, spec, 16, False)
@@ -193,7 +193,7 @@ def test_latents_start_at_unit_scale(kind: str, norm: str, upsample: str) -> Non
 
 
 def test_shuffled_subpixels_start_equal() -> None:
-    spec = Spec(2, 16, 16)
+    spec = Spec(2, (16, 16))
     _, up = nets(body(kind="resnet", patch=4, downsample=4, width=8, depth=1), spec, 3, False)
     out = up(torch.randn((1, 3, 4, 4), generator=generator("sub")))
     blocks = out.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
@@ -203,7 +203,7 @@ def test_shuffled_subpixels_start_equal() -> None:
 @pytest.mark.parametrize("settings", BODIES, ids=lambda s: "-".join(map(str, s.values())))
 def test_a_decoder_emits_as_many_channels_as_the_likelihood_asks_for(settings: dict[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
-        up = decoder(body(**settings), Spec(3, 16, 24), 5, vector=True, channels=7)
+        up = decoder(body(**settings), Spec(3, (16, 24)), 5, vector=True, channels=7)
     assert up(torch.zeros(2, 5)).shape == (2, 7, 16, 24)
 
 
@@ -211,7 +211,7 @@ def test_downsampling_must_divide_the_image() -> None:
     with pytest.raises(
         UserError, match=r"model\.encoder\.downsample is 8, .* 28x28: use 1 or 2 or 4, .*--size 32"
     ):
-        encoder(Conv(downsample=8), Spec(1, 28, 28), 4, vector=True)
+        encoder(Conv(downsample=8), Spec(1, (28, 28)), 4, vector=True)
 
 
 class Holder(Strict):
@@ -241,14 +241,14 @@ def test_mistakes_in_settings_are_named(settings: dict[str, Any], message: str) 
 
 def test_a_vector_has_no_grid() -> None:
     with pytest.raises(UserError, match="latent is a vector"):
-        encoder(Mlp(grid=2), Spec(1, 8, 8), 4, vector=True)
+        encoder(Mlp(grid=2), Spec(1, (8, 8)), 4, vector=True)
 
 
 def test_layer_table_counts_every_parameter_once() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.down, self.up = nets(body(kind="resnet", width=16), Spec(1, 16, 16), 4, False)
+            self.down, self.up = nets(body(kind="resnet", width=16), Spec(1, (16, 16)), 4, False)
             self.scale = nn.Parameter(torch.ones(3))
 
     model = Model()

@@ -15,10 +15,10 @@ from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import UserError
 from vaedist.nets.bodies import Body, decoder, encoder
-from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelCode, conditioned, drop
+from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelEmbedding, conditioned, drop_labels
 from vaedist.nets.divergences import DiagonalGaussian
 
-SPEC = Spec(2, 8, 8, classes=4)
+SPEC = Spec(2, (8, 8), classes=4)
 BODIES = [
     {"kind": "mlp", "width": 12, "depth": 2},
     {"kind": "conv", "width": 16, "depth": 0, "downsample": 4},
@@ -29,10 +29,10 @@ bodies = pytest.mark.parametrize("settings", BODIES, ids=lambda s: str(s["kind"]
 conditions = pytest.mark.parametrize("condition", HOW, ids=["film", "concat", "one-hot"])
 
 
-def code_of(condition: Condition, spec: Spec = SPEC) -> LabelCode:
+def code_of(condition: Condition, spec: Spec = SPEC) -> LabelEmbedding:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return LabelCode(condition, spec)
+        return LabelEmbedding(condition, spec)
 
 
 def nets(settings: dict[str, Any], condition: Condition | None, *, vector: bool) -> list[nn.Sequential]:
@@ -47,13 +47,16 @@ def nets(settings: dict[str, Any], condition: Condition | None, *, vector: bool)
         down = encoder(body, SPEC, 5, vector=vector, extra=extra)
         up = decoder(body, SPEC, 5, vector=vector, extra=extra)
         latent = (5,) if vector else (5, 2, 2)
-        return [conditioned(down, condition, size, SPEC[:3]), conditioned(up, condition, size, latent)]
+        return [
+            conditioned(down, condition, size, SPEC.image_shape),
+            conditioned(up, condition, size, latent),
+        ]
 
 
 def inputs(vector: bool, rows: int = 4) -> list[Tensor]:
     draw = generator("inputs")
     latent = (rows, 5) if vector else (rows, 5, 2, 2)
-    return [torch.randn(shape, generator=draw) for shape in ((rows, *SPEC[:3]), latent)]
+    return [torch.randn(shape, generator=draw) for shape in ((rows, *SPEC.image_shape), latent)]
 
 
 @pytest.mark.parametrize("vector", [True, False], ids=["vector", "map"])
@@ -128,7 +131,7 @@ def test_codes() -> None:
 def test_labels_are_dropped_where_the_noise_says() -> None:
     label = torch.arange(4)
     uniform = torch.tensor([0.05, 0.3, 0.0999, 0.1])
-    assert drop(label, uniform, 0.1).tolist() == [DROPPED, 1, DROPPED, 3]
+    assert drop_labels(label, uniform, 0.1).tolist() == [DROPPED, 1, DROPPED, 3]
     assert label.tolist() == [0, 1, 2, 3]
 
 
@@ -165,7 +168,7 @@ def test_what_a_label_may_be() -> None:
 
 def test_mistakes_in_a_condition_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.condition needs classes, and these data carry no labels"):
-        LabelCode(Condition(), Spec(1, 8, 8))
+        LabelEmbedding(Condition(), Spec(1, (8, 8)))
     for section, told in [
         ({"label": "one_hot", "size": 4}, "a one-hot code is as long as there are classes"),
         ({"dropout": 1.0}, "dropout: input should be less than 1"),

@@ -14,7 +14,7 @@ ROWS = 64
 
 
 def ctx(start: int = 0, stop: int = ROWS, step: int = 0) -> LaneContext:
-    return LaneContext(seed=1, step=step, batch_size=ROWS, lanes=16, start=start, stop=stop)
+    return LaneContext(seed=1, step=step, batch_size=ROWS, lanes=16, rows=(start, stop))
 
 
 def images(channels: int = 3, height: int = 16, width: int = 24) -> Tensor:

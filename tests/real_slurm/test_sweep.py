@@ -115,14 +115,14 @@ def test_a_job_that_slurm_is_ending_is_left_to_save_what_it_can(jobs: Jobs, slur
     watch = f"""
 import os, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from vaedist.slurm.cleanup import sweep
+from vaedist.slurm.cleanup import clean_node
 
 print("here", flush=True)
 def completing():
     return subprocess.check_output(["squeue", "-h", "--states=COMPLETING", "-o%i"], text=True).split()
 while {saving!r} not in completing():
     time.sleep(0.1)
-print("swept", bool(sweep(os.environ["VAEDIST_JOB"])), completing(), flush=True)
+print("swept", bool(clean_node(os.environ["VAEDIST_JOB"])), completing(), flush=True)
 """
     script = jobs.folder / "watch.py"
     script.write_text(watch)

@@ -367,7 +367,7 @@ def test_a_run_opens_at_its_best_and_a_checkpoint_at_itself(tmp_path: Path, inde
     assert (run.step, run.weights, run.folder) == (5, "ema", tmp_path / "run")
     assert equal(run.model, states["5"]["ema"])
     assert not run.model.training and not any(parameter.requires_grad for parameter in run.model.parameters())
-    assert run.spec == Spec(1, 8, 8, 2) and run.classes == ("ill", "well")
+    assert run.spec == Spec(1, (8, 8), 2) and run.classes == ("ill", "well")
     assert run.data_identity == "ab" * 32 and run.data_path == str(index.folder)
     assert run.job == resolved(job("train.ema_half_life=1000"))
     assert run.model.reconstruct(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).shape == (3, 1, 8, 8)

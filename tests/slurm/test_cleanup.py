@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from vaedist.slurm.cleanup import Start, sweep
+from vaedist.slurm.cleanup import JobStart, clean_node
 
 SLEEP = "import time; print('here', flush=True); time.sleep(120)"
 
@@ -62,8 +62,8 @@ class Node:
         assert process.stdout is not None and process.stdout.readline() == "here\n"
         return process
 
-    def sweep(self) -> str:
-        return str(sweep(f"{self.cluster}.5.0", "n1"))
+    def clean(self) -> str:
+        return str(clean_node(f"{self.cluster}.5.0", "n1"))
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def is_alive(process: subprocess.Popen[str]) -> bool:
 @pytest.mark.parametrize(
     ("marker", "start"),
     [
-        ("c.17.0", Start("c", "17", 0)),
-        ("a.dotted.name.17_3.12", Start("a.dotted.name", "17_3", 12)),
+        ("c.17.0", JobStart("c", "17", 0)),
+        ("a.dotted.name.17_3.12", JobStart("a.dotted.name", "17_3", 12)),
         ("c.17", None),
         (".17.0", None),
         ("c..0", None),
@@ -93,18 +93,18 @@ def is_alive(process: subprocess.Popen[str]) -> bool:
         ("", None),
     ],
 )
-def test_what_a_marker_names(marker: str, start: Start | None) -> None:
-    assert Start.of_marker(marker) == start
+def test_what_a_marker_names(marker: str, start: JobStart | None) -> None:
+    assert JobStart.of_marker(marker) == start
 
 
 def test_what_slurm_wrote_counts_for_more_than_an_inherited_marker() -> None:
     inherited = {"VAEDIST_JOB": "c.17.2"}
-    assert Start.of_process(inherited) == Start("c", "17", 2)
-    assert Start.of_process({"SLURM_JOB_ID": "18"}) is None, "not ours"
+    assert JobStart.of_process(inherited) == JobStart("c", "17", 2)
+    assert JobStart.of_process({"SLURM_JOB_ID": "18"}) is None, "not ours"
     slurm = {"SLURM_JOB_ID": "18", "SLURM_CLUSTER_NAME": "c"}
-    assert Start.of_process(inherited | slurm) == Start("c", "18", 0)
+    assert JobStart.of_process(inherited | slurm) == JobStart("c", "18", 0)
     array = slurm | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "1"}
-    assert Start.of_process(inherited | array) == Start("c", "16_3", 1)
+    assert JobStart.of_process(inherited | array) == JobStart("c", "16_3", 1)
 
 
 def test_a_job_that_slurm_no_longer_has_here_is_ended_and_nothing_else(node: Node) -> None:
@@ -122,19 +122,19 @@ def test_a_job_that_slurm_no_longer_has_here_is_ended_and_nothing_else(node: Nod
         node.process(f"{node.cluster}.7.0", SLURM_JOB_ID="8", SLURM_CLUSTER_NAME=node.cluster),
     ]
     node.answer("RUNNING 0", "8 8 RUNNING 0", "11 9_2 SUSPENDED 0", "12 12+0 RUNNING 0")
-    told = node.sweep()
+    told = node.clean()
     assert told.startswith("killed ") and f"{dead.pid} " in told and f"{parent.pid} " in told
     assert "processes of job 7:" in told and "2 processes of job 7 (restart 1):" in told
     assert dead.wait(10) == parent.wait(10) == -9
     assert all(map(is_alive, living))
-    assert node.sweep() == ""
+    assert node.clean() == ""
 
 
 def test_earlier_starts_of_a_job_are_ended(node: Node) -> None:
     mine, neighbours = node.process(f"{node.cluster}.5.0"), node.process(f"{node.cluster}.8.1")
     now, newer = node.process(f"{node.cluster}.5.1"), node.process(f"{node.cluster}.8.2")
     node.answer("RUNNING 1", "8 8 RUNNING 2")
-    assert "job 5: " in str(sweep(f"{node.cluster}.5.1", "n1"))
+    assert "job 5: " in str(clean_node(f"{node.cluster}.5.1", "n1"))
     assert mine.wait(10) == neighbours.wait(10) == -9
     assert is_alive(now) and is_alive(newer)
 
@@ -144,7 +144,7 @@ def test_a_job_that_is_completing_is_left_to_slurm(node: Node, where: str) -> No
     saving = node.process(f"{node.cluster}.7.0")
     row = "7 7 COMPLETING 1"  # requeued: the count is the next start's already
     node.answer("RUNNING 0", *([row] if where == "here" else []), completing=row)
-    assert node.sweep() == "" and is_alive(saving)
+    assert node.clean() == "" and is_alive(saving)
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,16 @@ def test_a_job_that_is_completing_is_left_to_slurm(node: Node, where: str) -> No
 def test_without_an_answer_to_be_relied_on_nobody_is_ended(node: Node, answer: dict[str, object]) -> None:
     stray = node.process(f"{node.cluster}.7.0")
     node.answer(**answer)  # type: ignore[arg-type]
-    assert node.sweep() == "" and is_alive(stray)
+    assert node.clean() == "" and is_alive(stray)
 
 
 def test_without_slurm_nobody_is_ended(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     stray = node.process(f"{node.cluster}.7.0")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert node.sweep() == ""
+    assert node.clean() == ""
     monkeypatch.undo()
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
-    assert not sweep(f"{node.cluster}.5.0") and not sweep("nonsense", "n1")
+    assert not clean_node(f"{node.cluster}.5.0") and not clean_node("nonsense", "n1")
     assert is_alive(stray)
 
 
@@ -179,7 +179,7 @@ def test_a_persons_settings_of_squeue_hide_no_job(node: Node, monkeypatch: pytes
     stray = node.process(f"{node.cluster}.7.0")
     monkeypatch.setenv("SQUEUE_PARTITION", "other")
     monkeypatch.setenv("SLURM_CLUSTERS", "other")
-    assert "of job 7" in node.sweep()
+    assert "of job 7" in node.clean()
     assert stray.wait(10) == -9
 
 
@@ -203,7 +203,7 @@ def test_shared_memory_goes_with_the_last_who_has_it(node: Node) -> None:
     node.exits.callback(lambda: [path.unlink(missing_ok=True) for path in (alone, both, others)])
     node.process(f"{node.cluster}.7.0", HELD=f"{alone} {both}", code=HOLD)
     node.process(f"{node.cluster}.5.0", HELD=f"{both} {others}", code=HOLD)
-    assert f"; removed {alone}" in node.sweep()
+    assert f"; removed {alone}" in node.clean()
     assert [path.exists() for path in (alone, both, others)] == [False, True, True]
 
 
@@ -219,7 +219,7 @@ def test_shared_memory_that_nobody_has_open(node: Node) -> None:
     os.utime(young)
     with used.open("r+b") as file:
         mapped = mmap.mmap(file.fileno(), 4096)
-    assert str(old) in node.sweep()
+    assert str(old) in node.clean()
     assert [path.exists() for path in (old, young, used, data)] == [False, True, True, True]
     mapped.close()
 
@@ -233,7 +233,7 @@ def test_temporary_folders_whose_owner_has_gone(node: Node) -> None:
         f"import fcntl, os\nfcntl.flock(os.open('{place}/{prefix}held', os.O_RDONLY), fcntl.LOCK_EX)\n{SLEEP}"
     )
     node.process(f"{node.cluster}.5.0", hold)
-    assert node.sweep() == f"removed {place}/{prefix}left"
+    assert node.clean() == f"removed {place}/{prefix}left"
     assert sorted(path.name for path in place.iterdir()) == [f"{prefix}held", "vd-other"]
 
 

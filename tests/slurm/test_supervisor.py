@@ -14,10 +14,10 @@ from tests.run_commands import ROOT, small_job, write_job
 from vaedist.config.site import Site
 from vaedist.core.errors import UserError
 from vaedist.launchers.network import gloo_interface, interfaces, node_address
-from vaedist.launchers.srun import Task
-from vaedist.slurm import supervisor as batch
-from vaedist.slurm.batch_job import SlurmJob, tasks_per_node
-from vaedist.slurm.process_layout import Plan, plan, train_arguments
+from vaedist.slurm import supervisor
+from vaedist.slurm.batch_job import SlurmJob, SlurmTask, expand_counts
+from vaedist.slurm.process_layout import ProcessLayout, plan_processes, train_arguments
+from vaedist.slurm.requeue import RequeuePolicy
 from vaedist.train import build_parser
 
 JOB = {
@@ -32,13 +32,13 @@ ONE = JOB | {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_CPUS_PER_NODE": "8"}
 
 
 def _command(variables: dict[str, str], *words: str, site: Site | None = None) -> list[str]:
-    job = SlurmJob.here(variables)
+    job = SlurmJob.current(variables)
     assert job is not None
-    options = batch.build_parser().parse_args(list(words))
-    made = plan(
+    options = supervisor.build_parser().parse_args(list(words))
+    layout = plan_processes(
         job, site or Site(), options, [sys.executable, "-m", f"vaedist.{options.verb}", *options.arguments]
     )
-    return made.command
+    return layout.command
 
 
 @pytest.fixture
@@ -68,15 +68,15 @@ def test_the_supervisor_reads_the_command_line_as_the_door_does(job_file: str) -
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 6])
 def test_what_would_come_again_is_not_handed_in_again(code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    job = SlurmJob.here(JOB)
+    job = SlurmJob.current(JOB)
     assert job is not None
-    with batch._Signals() as signals:
+    with supervisor._Signals() as signals:
         signals.warned = True
-        options = batch.build_parser().parse_args(["train"])
-        supervisor = batch._Supervisor(job, Site(), options, Plan([], ""), signals)
-        assert supervisor.leave(code) == code
+        policy = RequeuePolicy(job, "requeue", 20)
+        ending = supervisor._Supervisor(job, "train", ProcessLayout([], ""), policy, signals)
+        assert ending.finish(code) == code
         assert capsys.readouterr().err == ""
-        assert supervisor.leave(137) == 75, "killed while it saved: the last checkpoint is there"
+        assert ending.finish(137) == 75, "killed while it saved: the last checkpoint is there"
         assert "requeue" in capsys.readouterr().err
 
 
@@ -143,17 +143,17 @@ def test_outside_a_job_the_verb_simply_runs() -> None:
 
 
 def test_an_array_task_is_named_as_commands_take_it() -> None:
-    job = SlurmJob.here(
+    job = SlurmJob.current(
         JOB | {"SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}
     )
     assert job is not None
     assert (job.number, job.marker) == ("11_3", "c.11_3.2")
-    assert SlurmJob.here({}) is None
+    assert SlurmJob.current({}) is None
 
 
 def test_slurms_short_form_of_numbers() -> None:
-    assert tasks_per_node("4(x2),3") == [4, 4, 3]
-    assert tasks_per_node("1") == [1]
+    assert expand_counts("4(x2),3") == [4, 4, 3]
+    assert expand_counts("1") == [1]
 
 
 def test_a_task_knows_its_place_and_a_bare_allocation_makes_none() -> None:
@@ -166,11 +166,11 @@ def test_a_task_knows_its_place_and_a_bare_allocation_makes_none() -> None:
         "SLURM_STEP_NUM_NODES": "2",
         "SLURM_STEP_TASKS_PER_NODE": "3,2",
     }
-    task = Task.here(step)
+    task = SlurmTask.current(step)
     assert (task.rank, task.world, task.local_rank, task.local_world, task.nodes) == (3, 5, 0, 2, 2)
     assert task.name == "12.0.0"
     with pytest.raises(UserError, match="put srun before the command"):
-        Task.here(JOB)
+        SlurmTask.current(JOB)
 
 
 def test_an_address_counts_only_if_this_machine_has_it() -> None:

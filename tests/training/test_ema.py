@@ -9,7 +9,7 @@ from vaedist.config.job import Spec
 from vaedist.models.contract import build, model_config
 from vaedist.training.ema import RAMP, WeightAverage
 
-SPEC = Spec(1, 8, 8)
+SPEC = Spec(1, (8, 8))
 
 
 def test_a_weight_counts_half_after_its_half_life_at_every_batch_size() -> None:

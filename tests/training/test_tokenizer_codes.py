@@ -40,7 +40,7 @@ from vaedist.runs.open_run import open_run
 from vaedist.training.ema import WeightAverage
 from vaedist.training.layer_table import layer_table
 from vaedist.training.loop import fit
-from vaedist.training.tokenizer_codes import settled
+from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("variants")]
 
@@ -256,7 +256,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     """Nothing but the missing ones is made: a shard that is there is taken as it is, which another code shows."""
     job = prior_job(phantom, tokenizer, steps=1)
     images = Index.open(phantom)
-    described = settled(job, images, Group.join("cpu")).model["tokenizer"]
+    described = resolve_tokenizer(job, images, Group.join("cpu")).model["tokenizer"]
     stamp = {
         "made_by": "vaedist-train",
         "tokenizer": {name: value for name, value in described.items() if name != "run"},
@@ -434,7 +434,7 @@ def section(**change: Any) -> dict[str, Any]:
 
 
 def test_what_is_borrowed_is_frozen_stays_in_evaluation_mode_and_is_not_averaged() -> None:
-    model = build(model_config(section()), Spec(1, 16, 16), seed=0)
+    model = build(model_config(section()), Spec(1, (16, 16)), seed=0)
     model.train()
     assert model.training and not model.get_submodule("tokenizer.encoder").training
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["logits"]
@@ -452,4 +452,4 @@ def test_a_tokenizers_section_is_checked_and_compares_equal_to_itself() -> None:
     with pytest.raises(UserError, match=r"unknown key 'model\.codebok'"):
         Tokenizer.model_validate(section(model={"kind": "vqvae", "codebok": {}})["tokenizer"])
     with pytest.raises(UserError, match="what that run is has not been read"):
-        build(model_config(section() | {"tokenizer": "runs/vqvae"}), Spec(1, 16, 16), seed=0)
+        build(model_config(section() | {"tokenizer": "runs/vqvae"}), Spec(1, (16, 16)), seed=0)

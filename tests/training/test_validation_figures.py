@@ -20,7 +20,7 @@ from tests.training.test_equality import furthest
 from vaedist.config.job import Job
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
-from vaedist.core.imaging import GREY, RED, framed
+from vaedist.core.imaging import GRAY, RED, framed
 from vaedist.data.format.index import Index
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.distributed.process_group import Group
@@ -66,7 +66,7 @@ def test_a_numbered_picture_per_validation(run: Path, phantom: Path) -> None:
         for row in range(4)
     ]
     assert all((tile[0] == RED).all() and (tile[:, -1] == RED).all() for tile in tiles[0]), "originals"
-    assert all((tile[0] == GREY).all() for row in tiles[1:] for tile in row)
+    assert all((tile[0] == GRAY).all() for row in tiles[1:] for tile in row)
     stream = EvaluationStream(Index.open(phantom), "validate", EvaluationStreamConfig(batch_size=1))
     shown = {batch["sample"][0]: batch["image"][0, 0] for batch in stream}
     wanted = np.linspace(0, 31, 8).round().astype(int)
@@ -88,10 +88,10 @@ def test_a_denoisers_input_is_shown_too(phantom: Path, tmp_path: Path) -> None:
 
 def test_frames() -> None:
     images = np.full((2, 56, 30), 9, np.uint8)
-    red, colour = framed(images), framed(np.full((1, 8, 8, 3), 7, np.uint8), GREY)
+    red, colour = framed(images), framed(np.full((1, 8, 8, 3), 7, np.uint8), GRAY)
     assert red.shape == (2, 58, 32, 3) and colour.shape == (1, 10, 10, 3)
     assert (red[:, 1:-1, 1:-1] == 9).all() and (red[:, 0] == RED).all() and (red[:, :, 0] == RED).all()
-    assert (colour[:, 1:-1, 1:-1] == 7).all() and (colour[:, -1] == GREY).all()
+    assert (colour[:, 1:-1, 1:-1] == 7).all() and (colour[:, -1] == GRAY).all()
 
 
 def test_the_projector_opens_the_last_validation(run: Path, phantom: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 from tests.spaces import DIMENSIONS, MODEL, content, small_space, write_space
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
-from vaedist.tuning.space import Integer, LogUniform, Space, differences, load_space, shipped
+from vaedist.tuning.dimensions import Integer, LogUniform
+from vaedist.tuning.space import Space, differences, load_space, shipped
 
 CODES = {
     "model.codebook": {"kind": "choice", "values": {"ema": {"kind": "ema"}, "fsq": {"kind": "fsq"}}},

@@ -32,14 +32,14 @@ def likelihoods() -> dict[str, Rate]:
     import torch
 
     from vaedist.core.context import Batch
-    from vaedist.evaluation.metrics.likelihood import measure
+    from vaedist.evaluation.metrics.likelihood import measure_likelihood
     from vaedist.runs.open_run import open_run
 
     torch.set_num_threads(1)
     run = open_run(Path(__file__).resolve().parents[2] / "jobs" / "pretrained" / "vae_mnist")
     spec, together = run.spec, 256
     image = torch.randint(
-        0, 256, (IMAGES, *spec[:3]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0, 256, (IMAGES, *spec.image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     names = [str(number) for number in range(IMAGES)]
     batch: Batch = {
@@ -51,7 +51,7 @@ def likelihoods() -> dict[str, Rate]:
     }
 
     def estimated() -> None:
-        measure(run.model, [batch], draws=DRAWS)
+        measure_likelihood(run.model, [batch], draws=DRAWS)
 
     def forward() -> None:
         with torch.no_grad():
@@ -80,7 +80,7 @@ def ways(side: int, rows: int) -> dict[str, Rate]:
     torch.set_num_threads(1)
     jobs = Path(__file__).resolve().parents[2] / "jobs"
     model = build(
-        model_config(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model), Spec(1, side, side, 0), 0
+        model_config(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model), Spec(1, (side, side)), 0
     )
     model.eval()
     generator = torch.Generator().manual_seed(0)

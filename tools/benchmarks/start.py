@@ -27,7 +27,7 @@ import torch, yaml
 from vaedist.config.job import Job, Spec
 from vaedist.models.contract import build, model_config
 job = Job.model_validate(yaml.safe_load(open({path!r})))
-build(model_config(job.model), Spec(1, 64, 64), 0)
+build(model_config(job.model), Spec(1, (64, 64)), 0)
 """
 
 

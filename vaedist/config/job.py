@@ -9,6 +9,7 @@ variant that `kind` names, because this file lies below the models and must load
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,14 +23,22 @@ class Spec(NamedTuple):
     """What the data look like to a model."""
 
     channels: int
-    height: int
-    width: int
-    classes: int = 0  # 0: the data carry no class label
+    shape: tuple[int, ...]
+    """(H, W)."""
+    classes: int = 0
+    """0: the data carry no class label."""
+    columns: tuple[str, ...] = ()
+    """Names of the covariates."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return (self.channels, *self.shape)
 
     @property
     def pixels(self) -> int:
         """Values per image, C*H*W: the number of terms in an image's log-likelihood."""
-        return self.channels * self.height * self.width
+        return math.prod(self.image_shape)
 
 
 class Data(Strict):

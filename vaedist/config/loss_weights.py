@@ -35,12 +35,12 @@ class _Schedule(Strict):
         """The step from which the weight stays at `end`."""
         raise NotImplementedError
 
-    def risen(self, step: int) -> float:
+    def progress(self, step: int) -> float:
         """How far the weight is on its way: 0 at `start`, 1 at `end`."""
         raise NotImplementedError
 
     def at(self, step: int) -> float:
-        return self.start + (self.end - self.start) * self.risen(step)
+        return self.start + (self.end - self.start) * self.progress(step)
 
 
 class Ramp(_Schedule):
@@ -53,7 +53,7 @@ class Ramp(_Schedule):
     def last(self) -> int:
         return self.steps
 
-    def risen(self, step: int) -> float:
+    def progress(self, step: int) -> float:
         return min(1.0, step / self.steps)
 
 
@@ -67,7 +67,7 @@ class CosineRamp(_Schedule):
     def last(self) -> int:
         return self.steps
 
-    def risen(self, step: int) -> float:
+    def progress(self, step: int) -> float:
         return 0.5 * (1 - math.cos(math.pi * min(1.0, step / self.steps)))
 
 
@@ -82,7 +82,7 @@ class Staircase(_Schedule):
     def last(self) -> int:
         return self.steps
 
-    def risen(self, step: int) -> float:
+    def progress(self, step: int) -> float:
         return min(step, self.steps) * self.stairs // self.steps / self.stairs
 
 
@@ -102,7 +102,7 @@ class Cyclical(_Schedule):
     def last(self) -> int:
         return self.period * self.cycles
 
-    def risen(self, step: int) -> float:
+    def progress(self, step: int) -> float:
         return 1.0 if step >= self.last else min(1.0, step % self.period / (self.rise * self.period))
 
 

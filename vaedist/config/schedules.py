@@ -51,7 +51,7 @@ class PlateauState:
         self.best: float | None = None
         self.waited = 0
 
-    def hear(self, value: float) -> bool:
+    def step(self, value: float) -> bool:
         """Take in a validation result; True if the rate was cut."""
         if better(value, self.best, self.monitor, self.schedule.threshold):
             self.best, self.waited = value, 0

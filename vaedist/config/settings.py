@@ -24,9 +24,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 
-Mark = Literal["free", "override", "fixed"]
+ResumePolicy = Literal["free", "override", "fixed"]
 FREE: dict[str, Any] = {"resume": "free"}
 OVERRIDE: dict[str, Any] = {"resume": "override"}
 
@@ -197,7 +197,7 @@ def _sentence(cls: type[BaseModel], problem: Any, prefix: str) -> str:
     fields, shown = _walk(cls, place)
     key = ".".join(([prefix] if prefix else []) + shown)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{nearest(place[-1], fields)}"
+        return f"unknown key {key!r}{did_you_mean(place[-1], fields)}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
     if problem["type"] == "union_tag_invalid" and problem["ctx"]["discriminator"].endswith("()"):
@@ -205,7 +205,9 @@ def _sentence(cls: type[BaseModel], problem: Any, prefix: str) -> str:
         return f"{key}: there is no kind {problem['ctx']['tag']!r}: give a number or one of {kinds}"
     if problem["type"] == "union_tag_invalid":
         kinds = [kind.strip(" '") for kind in problem["ctx"]["expected_tags"].split(",")]
-        return f"{key}: there is no kind {problem['ctx']['tag']!r}{nearest(problem['ctx']['tag'], kinds)}"
+        return (
+            f"{key}: there is no kind {problem['ctx']['tag']!r}{did_you_mean(problem['ctx']['tag'], kinds)}"
+        )
     if problem["type"] == "truth":
         name, value = problem["ctx"]["name"], problem["ctx"]["value"]
         return f"{key}{'.' if key else ''}{name}: {problem['msg']} (it is {value})"
@@ -279,7 +281,7 @@ def expand(path: str, what: str) -> Path:
     return Path(expanded)
 
 
-def marks(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Mark]]:
+def resume_policy(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ResumePolicy]]:
     """Dotted key and resume mark of every field, outermost first; an unmarked field is `fixed`.
 
     A section's own mark holds for all keys below it; `*` stands for any key of a mapping (`train.optim.*.clip`).
@@ -295,7 +297,7 @@ def marks(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Mark]]:
             if isinstance(model, type) and issubclass(model, BaseModel):
                 inner.append((model, f"{key}.*." if star else f"{key}."))
         if mark is not None or not inner:
-            yield key, typing.cast(Mark, mark or "fixed")
+            yield key, typing.cast(ResumePolicy, mark or "fixed")
             continue
         for model, below in inner:
-            yield from marks(model, below)
+            yield from resume_policy(model, below)

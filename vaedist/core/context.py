@@ -104,7 +104,7 @@ class LaneContext:
         turn: How often the phase was trained before; default: at each step.
         batch_size: Global batch B.
         lanes: L; divides B.
-        start, stop: This process's (or micro-batch's) rows of the lane-major global batch; default: all.
+        rows: First and last + 1 of this process's rows of the lane-major global batch; default: all.
         device: Where noise is wanted.
     """
 
@@ -119,20 +119,19 @@ class LaneContext:
         lanes: int,
         phase: str = "main",
         turn: int | None = None,
-        start: int = 0,
-        stop: int | None = None,
+        rows: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         assert batch_size % lanes == 0, "lanes divide the global batch"
         self.seed, self.step, self.phase = seed, step, phase
         self.turn = step if turn is None else turn
         self.batch_size, self.lanes = batch_size, lanes
-        self.start, self.stop = start, batch_size if stop is None else stop
+        self.start, self.stop = rows or (0, batch_size)
         self.device = torch.device(device)
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
 
-    def part(self, start: int, stop: int) -> LaneContext:
+    def micro_batch(self, start: int, stop: int) -> LaneContext:
         """The context of a micro-batch: rows start..stop of this process, the same step and statistics."""
         part = copy.copy(self)
         part.start, part.stop = self.start + start, self.start + stop
@@ -207,9 +206,9 @@ class SampleContext(LaneContext):
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        rows = len(samples)
+        count = len(samples)
         super().__init__(
-            seed=seed, step=step, batch_size=batch_size or rows, lanes=1, stop=rows, device=device
+            seed=seed, step=step, batch_size=batch_size or count, lanes=1, rows=(0, count), device=device
         )
         self.samples = [int(sample) for sample in samples]
 

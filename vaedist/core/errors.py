@@ -72,7 +72,7 @@ class NotDefined(UserError):
     """The model has no such operation; the message is `not defined, because ...`."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """`"; did you mean 'x'? Valid: a, b, x"`: the tail of every message about an unknown name."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -80,13 +80,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names) or '(none)'}"
 
 
-class Door(Protocol):
+class CliCommand(Protocol):
     """`main(argv)` of a door; without arguments it reads the command line."""
 
     def __call__(self, argv: list[str] | None = None) -> int: ...
 
 
-def door(main: Door) -> Door:
+def cli_command(main: CliCommand) -> CliCommand:
     """Wrap a door's `main(argv) -> exit code` so that a `UserError` becomes one line on stderr."""
 
     @functools.wraps(main)

@@ -35,7 +35,7 @@ def temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def room(what: str, folder: Path) -> Iterator[None]:
+def disk_errors(what: str, folder: Path) -> Iterator[None]:
     """Say in one sentence that `what` could not be written: no room on the disk or in the quota, or read-only.
 
     Raises:
@@ -113,7 +113,7 @@ def replace_private(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def listed(path: Path) -> bool:
+def exists_uncached(path: Path) -> bool:
     """Whether a file is there that another machine may have written: NFS looks again only when the folder is opened."""
     try:
         return path.name in os.listdir(path.parent)
@@ -121,11 +121,11 @@ def listed(path: Path) -> bool:
         return False
 
 
-def awaited(path: Path, seconds: float) -> str | None:
+def wait_for_file(path: Path, seconds: float) -> str | None:
     """The text of a file that another machine is about to write; None if it is not there after so long."""
     deadline = time.monotonic() + seconds
     while True:
-        if listed(path):
+        if exists_uncached(path):
             with contextlib.suppress(FileNotFoundError):
                 return path.read_text()
         if time.monotonic() > deadline:

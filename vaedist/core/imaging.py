@@ -1,5 +1,5 @@
 """From numbers to pictures: uint8 conversion, grids, PNG files, figures. It loads numpy and Pillow only (matplotlib
-where a figure is drawn), so every room may use it.
+where a figure is drawn), so any module may use it.
 
 Every picture and every sample metric, of real and of generated images alike, goes through uint8 (`to_uint8`):
 what is measured is then what a person would see in the file.
@@ -126,15 +126,15 @@ def grid(images: Any, columns: int, pad: int = 2) -> Pixels:
 
 
 RED = (220, 40, 40)
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 
-def framed(images: Any, colour: tuple[int, int, int] = RED) -> Pixels:
+def framed(images: Any, color: tuple[int, int, int] = RED) -> Pixels:
     """Images with a frame around them, so that originals are told from what a model made of them.
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C), C = 1 or 3.
-        colour: Of the frame; grey, which `grid` fills with, for images that only have to match framed ones in size.
+        color: Of the frame; grey, which `grid` fills with, for images that only have to match framed ones in size.
 
     Returns:
         uint8 (N, H + 2 w, W + 2 w, 3), w = 1 to 4 pixels, growing with the image.
@@ -144,7 +144,7 @@ def framed(images: Any, colour: tuple[int, int, int] = RED) -> Pixels:
     count, height, width, _ = array.shape
     edge = min(4, max(1, min(height, width) // 28))
     result = np.empty((count, height + 2 * edge, width + 2 * edge, 3), np.uint8)
-    result[:] = colour
+    result[:] = color
     result[:, edge:-edge, edge:-edge] = array
     return result
 
@@ -186,7 +186,7 @@ def gif_bytes(frames: Any, *, milliseconds: int = 80, least: int = 128) -> bytes
 
 
 def code_maps(codes: Any, height: int, width: int) -> Pixels:
-    """Grids of codes as pictures: each code has its colour, wherever it stands and in every picture.
+    """Grids of codes as pictures: each code has its color, wherever it stands and in every picture.
 
     Args:
         codes: integers (N, h, w), at least 0.
@@ -199,17 +199,17 @@ def code_maps(codes: Any, height: int, width: int) -> Pixels:
     assert array.ndim == 3 and np.issubdtype(array.dtype, np.integer)
     rows = np.arange(height) * array.shape[1] // height
     columns = np.arange(width) * array.shape[2] // width
-    return _code_colours(array[:, rows[:, None], columns[None, :]])
+    return _code_colors(array[:, rows[:, None], columns[None, :]])
 
 
-def _code_colours(codes: NDArray[Any]) -> Pixels:
+def _code_colors(codes: NDArray[Any]) -> Pixels:
     """Hues a golden angle apart, so that neighbouring numbers look different; three levels of saturation and value."""
     hue = (codes * 0.6180339887498949) % 1.0
     value = np.choose(codes % 3, [1.0, 0.8, 0.6])
     saturation = np.choose(codes // 3 % 3, [0.85, 0.6, 0.4])
     shade = np.stack([np.abs((hue * 6 + shift) % 6 - 3) - 1 for shift in (0.0, 4.0, 2.0)], axis=-1).clip(0, 1)
-    colour = value[..., None] * (1 - saturation[..., None] * (1 - shade))
-    return to_uint8(colour)
+    color = value[..., None] * (1 - saturation[..., None] * (1 - shade))
+    return to_uint8(color)
 
 
 def save_png(path: str | Path, array: Any) -> None:
@@ -222,10 +222,10 @@ def save_png(path: str | Path, array: Any) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_whole(path, png_bytes(array))
+    write_atomic(path, png_bytes(array))
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_atomic(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all: temporary file in the same folder, fsync, rename.
 
     Raises:

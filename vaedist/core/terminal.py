@@ -1,6 +1,6 @@
-"""What stands on a terminal and nowhere else: colours and progress bars.
+"""What stands on a terminal and nowhere else: colors and progress bars.
 
-A pipe, a log file and a batch job get the same text without either. Colours follow https://no-color.org: any text in
+A pipe, a log file and a batch job get the same text without either. Colors follow https://no-color.org: any text in
 $NO_COLOR turns them off, and so does a terminal that calls itself dumb.
 """
 
@@ -14,38 +14,38 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any, Literal
 
-Colour = Literal["red", "yellow", "green"]
-Bar = Callable[[str, int], Callable[[int], None]]
+Color = Literal["red", "yellow", "green"]
+StartBar = Callable[[str, int], Callable[[int], None]]
 """`bar(what, total)` begins a progress bar; what it returns is called with the number done so far."""
-_CODES: dict[Colour, str] = {"red": "1;31", "yellow": "1;33", "green": "32"}
+_CODES: dict[Color, str] = {"red": "1;31", "yellow": "1;33", "green": "32"}
 
 
-def coloured(text: str, colour: Colour, stream: IO[str] | None = None) -> str:
-    """`text` as it goes to `stream`: in that colour on a terminal that wants colours, else as it is.
+def colored(text: str, color: Color, stream: IO[str] | None = None) -> str:
+    """`text` as it goes to `stream`: in that color on a terminal that wants colors, else as it is.
 
     Args:
         text: A word or two that should catch the eye.
-        colour: Its meaning: red has gone wrong, yellow is to be looked at, green is the best so far.
+        color: Its meaning: red has gone wrong, yellow is to be looked at, green is the best so far.
         stream: Where it is about to be printed; default: standard output.
     """
-    return f"\x1b[{_CODES[colour]}m{text}\x1b[0m" if _wants_colour(stream or sys.stdout) else text
+    return f"\x1b[{_CODES[color]}m{text}\x1b[0m" if _wants_color(stream or sys.stdout) else text
 
 
-def _wants_colour(stream: IO[str]) -> bool:
+def _wants_color(stream: IO[str]) -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and stream.isatty()
 
 
 def error_line(name: str, sentence: object) -> str:
     """What a door prints on standard error before it leaves: its name, what is wrong, and what to do."""
-    return f"{name}: {coloured('error:', 'red', sys.stderr)} {sentence}"
+    return f"{name}: {colored('error:', 'red', sys.stderr)} {sentence}"
 
 
-def teller(quiet: bool) -> Callable[[str], None]:
-    """What shows a line of a door, or nothing with --quiet."""
+def echo_unless(quiet: bool) -> Callable[[str], None]:
+    """`print`, or with --quiet a function that prints nothing."""
     return (lambda _: None) if quiet else print
 
 
-class Bars:
+class ProgressBars:
     """One progress bar after the other on standard error, where that is a terminal. A context manager.
 
     Args:
@@ -61,7 +61,7 @@ class Bars:
         self._stage = ""
         self._done, self._began = 0, 0.0
 
-    def begin(self, stage: str, total: int | None = None) -> Callable[[int], None]:
+    def start(self, stage: str, total: int | None = None) -> Callable[[int], None]:
         """Start the bar of a stage, ending the one before; a function of how many are done."""
         self.close()
         self._stage, self._done, self._began = stage, 0, time.monotonic()
@@ -74,9 +74,9 @@ class Bars:
 
         return update
 
-    def of(self, stage: str) -> Callable[[int, int], None]:
+    def callback(self, stage: str) -> Callable[[int, int], None]:
         """As `begin`, for a stage whose length is told with each step: a function of (done, in all)."""
-        update = self.begin(stage)
+        update = self.start(stage)
 
         def progress(done: int, total: int) -> None:
             if self._bar is not None and self._bar.total != total:
@@ -95,7 +95,7 @@ class Bars:
             print(f"{self._stage}: {self._done:,} {self._unit}, {seconds:.1f} s", file=sys.stderr)
         self._bar, self._stage = None, ""
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBars:
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vaedist.core.imaging import GREY, Pixels, channels_last, figure, figure_png, framed, grid, png_bytes
+from vaedist.core.imaging import GRAY, Pixels, channels_last, figure, figure_png, framed, grid, png_bytes
 
 TITLES = {"ssim": "SSIM", "ssim_default": "SSIM", "psnr": "PSNR"}
 
@@ -65,7 +65,7 @@ def framed_sheet(originals: Pixels, *others: Pixels, columns: int = 4, pad: int 
         columns: Originals per row.
         pad: Between the images.
     """
-    framed_others = [framed(images, GREY) for images in others]
+    framed_others = [framed(images, GRAY) for images in others]
     row = np.stack([framed(originals), *framed_others], axis=1)
     sheet = row.reshape(-1, *row.shape[2:])
     return png_bytes(grid(sheet, row.shape[1] * min(columns, len(originals)), pad))

@@ -47,7 +47,7 @@ class SampleShards:
     def __init__(
         self,
         folder: str | Path,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         classes: Sequence[str],
         source: Mapping[str, Any],
         seed: int,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vaedist.core.context import Batch
-from vaedist.core.errors import NotDefined, UserError, nearest
+from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.core.imaging import (
     Pixels,
     as_numpy,
@@ -28,9 +28,9 @@ from vaedist.core.imaging import (
     gif_bytes,
     grid,
     png_bytes,
-    write_whole,
+    write_atomic,
 )
-from vaedist.core.terminal import Bars
+from vaedist.core.terminal import ProgressBars
 from vaedist.data.format.resize import Fit, open_fitting
 from vaedist.data.loading.inputs import Inputs
 from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
@@ -79,7 +79,7 @@ def class_numbers(run: Run, given: Sequence[str] | None) -> list[int] | None:
     for name in given:
         if name not in numbers:
             valid = [*run.classes, "none"][:_CLASSES_NAMED]
-            raise UserError(f"--class: the model knows no class {name!r}{nearest(name, valid)}")
+            raise UserError(f"--class: the model knows no class {name!r}{did_you_mean(name, valid)}")
     return [numbers[name] for name in given]
 
 
@@ -95,7 +95,7 @@ def samples(
     columns: int,
     classes: Sequence[int] | None = None,
     tar: str | None = None,
-    bars: Bars | None = None,
+    bars: ProgressBars | None = None,
 ) -> Page:
     """Samples 0 .. count - 1 in a grid, and as many as are asked for in arrays and tars.
 
@@ -117,7 +117,7 @@ def samples(
         npz = stack.enter_context(NpzWriter(target.npz, count)) if target.npz else None
         shards = stack.enter_context(_shards(run, sampler, tar)) if tar else None
         behind = stack.enter_context(_Behind())
-        advance = (bars or Bars(quiet=True)).begin("drawing", count)
+        advance = (bars or ProgressBars(quiet=True)).start("drawing", count)
 
         def write(drawn: drawing.Drawn, first: int, labels: list[int] | None) -> None:
             if npz is not None:
@@ -131,7 +131,7 @@ def samples(
 
         def show(pictures: Sequence[Pixels]) -> None:
             sheet = grid(np.concatenate(pictures), columns * (2 if sampler.codes else 1))
-            write_whole(target.picture, png_bytes(sheet))
+            write_atomic(target.picture, png_bytes(sheet))
 
         for first in range(0, count, TOGETHER):
             numbers = range(first, min(count, first + TOGETHER))
@@ -252,8 +252,8 @@ def interpolation(
     images = drawing.interpolation(run.model, places[0], places[1], frames, label)
     strip = channels_last(images)
     gif = str(Path(target.picture).with_suffix(".gif"))
-    write_whole(target.picture, png_bytes(grid(strip, frames)))
-    write_whole(gif, gif_bytes(strip))
+    write_atomic(target.picture, png_bytes(grid(strip, frames)))
+    write_atomic(gif, gif_bytes(strip))
     line = f"from {' to '.join(ends)} through the latents of {_name(run)}"
     return Page([line], [target.picture, gif, *_arrays(target, images=images)])
 
@@ -270,7 +270,7 @@ def traversal(
     """A row of `frames` images for each latent dimension, or channel of a map."""
     reach = REACH * temperature
     images = drawing.traversal(run.model, dimensions, frames, label=_one(classes), reach=reach)
-    write_whole(target.picture, png_bytes(grid(channels_last(images), frames)))
+    write_atomic(target.picture, png_bytes(grid(channels_last(images), frames)))
     rows = ", ".join(map(str, dimensions))
     line = f"latent dimensions {rows} of {_name(run)}, from {-reach:g} to {reach:g} standard deviations"
     return Page([line], [target.picture, *_arrays(target, images=images)])
@@ -281,7 +281,7 @@ def manifold(
 ) -> Page:
     """All that a model with two latent numbers can draw, `side` by `side` images."""
     images = drawing.manifold(run.model, side, label=_one(classes), temperature=temperature)
-    write_whole(target.picture, png_bytes(grid(channels_last(images), side, pad=0)))
+    write_atomic(target.picture, png_bytes(grid(channels_last(images), side, pad=0)))
     line = f"the two latent numbers of {_name(run)}, {side} x {side} quantiles of the prior"
     return Page([line], [target.picture, *_arrays(target, images=images)])
 
@@ -352,8 +352,8 @@ def reconstructions(
     shown = [channels_last(originals), channels_last(others)]
     if codes:
         arrays["codes"] = np.concatenate(found)
-        shown.append(code_maps(arrays["codes"], run.spec.height, run.spec.width))
-    write_whole(target.picture, framed_sheet(*shown, columns=max(1, columns // len(shown))))
+        shown.append(code_maps(arrays["codes"], *run.spec.shape))
+    write_atomic(target.picture, framed_sheet(*shown, columns=max(1, columns // len(shown))))
     told = [f"reconstructions by {_name(run)}", metrics_table(rows, "file", spread=False)]
     return Page(told, [target.picture, *_arrays(target, **arrays)])
 
@@ -385,8 +385,8 @@ def _device(run: Run) -> torch.device:
     return next(run.model.parameters()).device
 
 
-def _shape(run: Run) -> tuple[int, int, int]:
-    return run.spec.channels, run.spec.height, run.spec.width
+def _shape(run: Run) -> tuple[int, ...]:
+    return run.spec.image_shape
 
 
 def _name(run: Run) -> str:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vaedist.core.errors import UserError
-from vaedist.core.imaging import write_whole
-from vaedist.core.terminal import Bar
+from vaedist.core.imaging import write_atomic
+from vaedist.core.terminal import StartBar
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
-from vaedist.evaluation.metrics.latents import collect
+from vaedist.evaluation.metrics.latents import collect_latents
 from vaedist.inference.mixture import COMPONENTS, Mixture, fit
 from vaedist.runs.checkpoint import weights_digest
 from vaedist.runs.open_run import Run
@@ -55,7 +55,7 @@ def stored_density(run: Run) -> Mixture | None:
     return Mixture.from_bytes(path.read_bytes(), stamp_of(run), path)
 
 
-def density(run: Run, data: Callable[[], Index], bar: Bar = lambda *_: lambda _: None) -> Mixture:
+def density(run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None) -> Mixture:
     """The density kept with the run; fitted now if there is none.
 
     Args:
@@ -98,11 +98,11 @@ def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None =
     batches = whole_split(
         index, run.job.data.train_split, run.job, device=next(run.model.parameters()).device
     )
-    latents = collect(run.model, batches, seed=run.job.seed, progress=progress)
+    latents = collect_latents(run.model, batches, seed=run.job.seed, progress=progress)
     mixture = fit(latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed)
     path = density_path(run)
     try:
-        write_whole(path, mixture.to_bytes(stamp_of(run)))
+        write_atomic(path, mixture.to_bytes(stamp_of(run)))
     except UserError as error:  # a run that only its owner may write to can still be sampled
         log.warning("%s: the density is fitted anew each time", error)
     return mixture

@@ -66,9 +66,9 @@ class Trained:
         return str(self.run.job.model["kind"])
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image."""
-        return self.run.spec.channels, self.run.spec.height, self.run.spec.width
+        return self.run.spec.image_shape
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ A rank that lives but does not run (SIGSTOP, a frozen cgroup, a machine that swa
 pipe, and the others would wait for it in a collective for half an hour. So a thread of each rank says a byte every
 second, and one that has said nothing for `hang_seconds` is killed. Silence is counted in this process's own looks
 at the pipes: a launcher that was itself stopped (Ctrl-Z, a closed laptop) blames nobody for the time it slept. A rank
-that still says its bytes while its main thread stands still finds that out itself (`vaedist.distributed.pulse`),
+that still says its bytes while its main thread stands still finds that out itself (`vaedist.distributed.liveness`),
 says so, and ends.
 
 A lost rank costs what was trained since the last checkpoint: all ranks start again from there, at most
@@ -51,7 +51,7 @@ import vaedist
 from vaedist.config.job import Job
 from vaedist.core import errors
 from vaedist.core.errors import UserError, WorkerLost
-from vaedist.distributed.watchdog import BEAT_SECONDS, LOADING_SECONDS
+from vaedist.distributed.liveness.silence import BEAT_SECONDS, LOADING_SECONDS
 from vaedist.launchers.allocation import allocation
 from vaedist.launchers.recovery import Recovery
 from vaedist.runs import stop_request as stop
@@ -134,8 +134,8 @@ def fit_here(
     stuck: Callable[[str], None] | None = None,
 ) -> Outcome:
     """The loop in this process, as the rank that the environment says it is; alone where it says nothing."""
+    from vaedist.distributed.liveness.stalls import print_to_stderr
     from vaedist.distributed.process_group import Group
-    from vaedist.distributed.pulse import on_stderr
     from vaedist.training.loop import fit
 
     reached("imported")
@@ -146,7 +146,7 @@ def fit_here(
     reached("joined")
     try:
         options = replace(options, threads=max(1, allocation().cpus // group.local_world))
-        told = stuck or on_stderr
+        told = stuck or print_to_stderr
         return fit(job, run_folder, group=group, options=options, reached=reached, stuck=told)
     finally:
         group.close()

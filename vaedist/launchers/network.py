@@ -15,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import socket
 import struct
 from collections.abc import Iterator, Mapping
 
 from vaedist.core.errors import UserError
-from vaedist.slurm.batch_job import ask
+from vaedist.slurm import batch_job
 
 _SIOCGIFADDR = 0x8915
 """netdevice(7): the IPv4 address of an interface."""
@@ -76,12 +75,12 @@ def _candidates(environment: Mapping[str, str], ours: Mapping[str, str]) -> Iter
         for name in environment.get(variable, "").split(","):
             if name in ours:
                 yield ours[name]
-    node = environment.get("SLURMD_NODENAME", "")
+    node = batch_job.node_name(environment)
     for name in (node, socket.gethostname()):
         yield from _resolved(name)
     if node:
-        yield from _resolved(_slurms(node))
-    if launcher := environment.get("SLURM_LAUNCH_NODE_IPADDR"):
+        yield from _resolved(batch_job.node_address(node))
+    if launcher := batch_job.launch_address(environment):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((launcher, 9))
             yield probe.getsockname()[0]
@@ -93,9 +92,3 @@ def _resolved(name: str) -> list[str]:
     with contextlib.suppress(OSError):
         return [str(found[4][0]) for found in socket.getaddrinfo(name, None, socket.AF_INET)]
     return []
-
-
-def _slurms(node: str) -> str:
-    """The address or name that Slurm has for a node; empty where scontrol is not in reach."""
-    found = re.search(r"\bNodeAddr=(\S+)", ask("scontrol", "show", "node", node, "--oneliner") or "")
-    return found[1] if found else ""

@@ -3,7 +3,7 @@
     srun --ntasks=4 vaedist-train jobs/vqvae_oasis.yaml --engine srun
 
 Slurm starts the processes, numbers them and kills all when one dies (`--kill-on-bad-exit`); this module only makes
-them meet, and sees to it that one that is stopped dies (`vaedist.distributed.watchdog`). Rank 0 listens on a port
+them meet, and sees to it that one that is stopped dies (`vaedist.distributed.liveness`). Rank 0 listens on a port
 that the kernel chose, on its node's address and no other, and writes the place into a file in the run folder (0600
 in a 0700 folder, which every node sees) together with a secret. Whoever cannot read that file can reach the port,
 but cannot prove the secret, which every rank asks of every other before the first collective
@@ -21,73 +21,27 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
-from vaedist.core.files import awaited, replace_private
-from vaedist.distributed.watchdog import watchdog
+from vaedist.core.files import replace_private, wait_for_file
+from vaedist.distributed.liveness.silence import watchdog
 from vaedist.launchers import local
 from vaedist.launchers.network import gloo_interface, node_address
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
-from vaedist.slurm.batch_job import tasks_per_node
-from vaedist.slurm.cleanup import sweep_here
+from vaedist.slurm.batch_job import SlurmTask
+from vaedist.slurm.cleanup import clean_this_node
 
 MEET_SECONDS = 120.0
 """How long ranks wait for rank 0 to say where it listens: a cold Python on a network disk takes a minute."""
 
 _FOLDER = ".srun"
 _LET_RANK_0_SPEAK_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """This process's place in the step that srun started.
-
-    Attributes:
-        name: Of the step's start, different for every one: job, step and restart count.
-        rank, world: Its number among all tasks.
-        local_rank, local_world: The same on its node.
-        nodes: Nodes of the step.
-    """
-
-    name: str
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    nodes: int
-
-    @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Task:
-        """Read from the variables of srun.
-
-        Raises:
-            UserError: this process is not a task of a step.
-        """
-        try:
-            number = {
-                name: int(environment[f"SLURM_{name}"])
-                for name in ("JOB_ID", "STEP_ID", "PROCID", "NTASKS", "LOCALID", "NODEID", "STEP_NUM_NODES")
-            }
-            per_node = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-        except (KeyError, ValueError):
-            raise UserError(
-                "--engine srun is for processes that srun starts, and this is none (no SLURM_PROCID): put srun "
-                "before the command, or start it with sbatch jobs/NAME.sh or vaedist-launch"
-            ) from None
-        return cls(
-            name=f"{number['JOB_ID']}.{number['STEP_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}",
-            rank=number["PROCID"],
-            world=number["NTASKS"],
-            local_rank=number["LOCALID"],
-            local_world=per_node[number["NODEID"]],
-            nodes=number["STEP_NUM_NODES"],
-        )
 
 
 def run(
@@ -111,7 +65,7 @@ def run(
     Raises:
         UserError: what stopped the run; all ranks know it, rank 0 tells it.
     """
-    task = Task.here()
+    task = SlurmTask.current()
     options = options or FitOptions()
     if task.world == 1:
         return local.run(job, run_folder, workers=1, device=device, options=options)
@@ -121,7 +75,7 @@ def run(
             "do: start fewer tasks, or use a larger batch"
         )
     if task.local_rank == 0 and task.rank > 0:
-        sweep_here()  # the supervisor has done so on the first node
+        clean_this_node()  # the supervisor has done so on the first node
     attempt = options.attempt or task.name
     options = replace(options, engine="srun", attempt=attempt, hang_seconds=hang_seconds)
     RunFolder.make(run_folder)
@@ -148,7 +102,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
+def _meeting(task: SlurmTask, run_folder: Path) -> Iterator[Path]:
     """Set what `Group.join` looks for; the file that tells where rank 0 listens."""
     address = "127.0.0.1" if task.nodes == 1 else node_address()
     os.environ |= local.loopback() if task.nodes == 1 else gloo_interface(address)
@@ -182,9 +136,9 @@ def _meeting(task: Task, run_folder: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _told(place: Path, task: Task) -> dict[str, Any]:
+def _told(place: Path, task: SlurmTask) -> dict[str, Any]:
     """What rank 0 wrote; after the deadline a sentence that says so."""
-    text = awaited(place, MEET_SECONDS)
+    text = wait_for_file(place, MEET_SECONDS)
     if text is None:
         raise UserError(
             f"rank {task.rank} waited {MEET_SECONDS:.0f} s for rank 0 to write {place}: look at rank 0's messages, "

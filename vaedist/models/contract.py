@@ -27,7 +27,7 @@ import vaedist.models
 from vaedist.config.job import Spec
 from vaedist.config.settings import Strict, parse
 from vaedist.core.context import Batch, Context
-from vaedist.core.errors import NotDefined, UserError, nearest
+from vaedist.core.errors import NotDefined, UserError, did_you_mean
 
 
 class Likelihood(Protocol):
@@ -35,6 +35,8 @@ class Likelihood(Protocol):
 
     evidence: ClassVar[Literal["discrete", "binary", "density", "surrogate"]]
     """What `log_prob` is: log-probability of the bytes, of black-and-white images (else a surrogate), or a density."""
+    name: ClassVar[str]
+    """As metrics.json writes it."""
 
     @property
     def mean(self) -> Tensor:
@@ -102,7 +104,7 @@ class Variant(nn.Module):
     compiled: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     """Attributes that `train.compile` compiles: the bodies, never `forward`."""
 
-    rivals: ClassVar[frozenset[str]] = frozenset()
+    adversarial_terms: ClassVar[frozenset[str]] = frozenset()
     """Terms that tell which of two networks is ahead, not how good the model is: a run may not be judged by them."""
 
     config: Strict
@@ -160,14 +162,14 @@ class Variant(nn.Module):
         """
 
     @property
-    def borrows(self) -> Mapping[str, str]:
+    def pretrained(self) -> Mapping[str, str]:
         """Submodule to the run whose chosen weights it starts with and keeps (frozen), such as a tokenizer."""
         return {}
 
     def train(self, mode: bool = True) -> Variant:
         """As `torch.nn.Module.train`; what is borrowed stays as it is used, in evaluation mode."""
         super().train(mode)
-        for name in self.borrows:
+        for name in self.pretrained:
             getattr(self, name).eval()
         return self
 
@@ -237,8 +239,8 @@ _KIND = re.compile(r"[a-z0-9_]+")
 
 def kinds() -> tuple[str, ...]:
     """Every variant in this folder."""
-    names = (module.name for module in pkgutil.iter_modules(vaedist.models.__path__))
-    return tuple(sorted(name for name in names if name != "contract" and not name.startswith("_")))
+    modules = pkgutil.iter_modules(vaedist.models.__path__)
+    return tuple(sorted(module.name for module in modules if not module.ispkg and module.name != "contract"))
 
 
 def variant(kind: str) -> Any:
@@ -248,7 +250,7 @@ def variant(kind: str) -> Any:
         UserError: there is no such kind; the nearest and all that exist are named.
     """
     if not _KIND.fullmatch(kind) or kind not in kinds():
-        raise UserError(f"unknown model kind {kind!r}{nearest(kind, kinds())}")
+        raise UserError(f"unknown model kind {kind!r}{did_you_mean(kind, kinds())}")
     return importlib.import_module(f"vaedist.models.{kind}")
 
 

@@ -33,11 +33,11 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import OVERRIDE
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
-from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
 from vaedist.nets.divergences import Imq, KernelConfig, mmd
 
 
-class Config(Settings):
+class Config(GaussianAutoencoderConfig):
     """Settings of `kind: infovae`."""
 
     kind: Literal["infovae"] = "infovae"
@@ -61,10 +61,10 @@ class Config(Settings):
         return self
 
 
-class Model(Autoencoder):
+class Model(GaussianAutoencoder):
     """See the module."""
 
-    units: ClassVar[Mapping[str, str]] = {**Autoencoder.units, "mmd": "squared kernel distance"}
+    units: ClassVar[Mapping[str, str]] = {**GaussianAutoencoder.units, "mmd": "squared kernel distance"}
 
     config: Config
 

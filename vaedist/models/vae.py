@@ -31,11 +31,11 @@ from vaedist.config.job import Spec
 from vaedist.config.loss_weights import Weight, ramp_end, weight_at
 from vaedist.config.settings import OVERRIDE
 from vaedist.core.context import Batch, Context
-from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
 from vaedist.nets.divergences import DiagonalGaussian
 
 
-class Config(Settings):
+class Config(GaussianAutoencoderConfig):
     """Settings of `kind: vae`."""
 
     kind: Literal["vae"] = "vae"
@@ -56,7 +56,7 @@ class Config(Settings):
         return self
 
 
-class Model(Autoencoder):
+class Model(GaussianAutoencoder):
     """See the module."""
 
     config: Config

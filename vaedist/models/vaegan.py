@@ -32,14 +32,18 @@ from vaedist.config.loss_weights import Weight, ramp_end, weight_at
 from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
-from vaedist.models.bases.gaussian_autoencoder import Autoencoder, Settings
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
 from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
-from vaedist.nets.decoder_distribution import Decoded
+from vaedist.nets.decoder_distribution import DecoderDistribution
 
-_RIVALS = {"loss": "who is ahead, not how good", "similarity": "nats in the features of the day", **UNITS}
+_ADVERSARIAL_TERMS = {
+    "loss": "who is ahead, not how good",
+    "similarity": "nats in the features of the day",
+    **UNITS,
+}
 
 
-class Config(Settings, Adversary):
+class Config(GaussianAutoencoderConfig, Adversary):
     """Settings of `kind: vaegan`."""
 
     kind: Literal["vaegan"] = "vaegan"
@@ -50,12 +54,12 @@ class Config(Settings, Adversary):
     pixel: float = Field(0.0, ge=0, description="Weight of the distortion.", json_schema_extra=OVERRIDE)
 
 
-class Model(Autoencoder):
+class Model(GaussianAutoencoder):
     """See the module."""
 
     phases = ("discriminator", "encoder", "decoder")
-    units: ClassVar[Mapping[str, str]] = {**Autoencoder.units, **_RIVALS}
-    rivals: ClassVar[frozenset[str]] = frozenset(_RIVALS)
+    units: ClassVar[Mapping[str, str]] = {**GaussianAutoencoder.units, **_ADVERSARIAL_TERMS}
+    adversarial_terms: ClassVar[frozenset[str]] = frozenset(_ADVERSARIAL_TERMS)
 
     config: Config
 
@@ -91,13 +95,13 @@ class Model(Autoencoder):
             with torch.no_grad():
                 z = self.encode(image, label).sample(noise)
                 pictures = [_picture(self.decode(z, label)), _picture(self._imagine(imagined, label))]
-            real_score, penalty = play.real_scores(play.see(real, ctx, "real"), ctx)
+            real_score, penalty = play.real_scores(play.augment_input(real, ctx, "real"), ctx)
             rebuilt, painted = (
-                play(play.see(picture, ctx, name))
+                play(play.augment_input(picture, ctx, name))
                 for picture, name in zip(pictures, ("rebuilt", "painted"), strict=True)
             )
             loss = 0.5 * (play.loss(real_score, rebuilt) + play.loss(real_score, painted))
-            terms = {"loss": loss, **play.told(real_score, painted)}
+            terms = {"loss": loss, **play.score_statistics(real_score, painted)}
             if penalty is not None:
                 terms |= {"loss": loss + penalty, "r1": penalty.detach()}
             return terms
@@ -112,12 +116,12 @@ class Model(Autoencoder):
             with torch.no_grad():
                 z = self.encode(image, label).sample(noise)
             decoded = self.observe(z, label, target, ctx)
-            painted = play(play.see(_picture(self._imagine(imagined, label)), ctx, "painted"))
+            painted = play(play.augment_input(_picture(self._imagine(imagined, label)), ctx, "painted"))
             loss, terms = torch.zeros_like(painted), {}
         # One name of the noise: the two pictures whose features are compared are augmented alike.
         with torch.no_grad():
-            real_score, wanted = play.features(play.see(real, ctx, "real"))
-        rebuilt, found = play.features(play.see(_picture(decoded), ctx, "real"))
+            real_score, wanted = play.features(play.augment_input(real, ctx, "real"))
+        rebuilt, found = play.features(play.augment_input(_picture(decoded), ctx, "real"))
         terms["similarity"] = 0.5 * (found - wanted).square().sum(1)
         terms["distortion"] = -decoded.log_prob(target)
         loss = loss + config.pixel * terms["distortion"]
@@ -138,7 +142,7 @@ class Model(Autoencoder):
             self.discriminator.after_step()
         return self.observation.after_step(ctx) if ctx.phase == "decoder" else {}
 
-    def _imagine(self, noise: Tensor, label: Tensor | None) -> Decoded:
+    def _imagine(self, noise: Tensor, label: Tensor | None) -> DecoderDistribution:
         return self.decode(self.prior(label).sample(noise), label)
 
     def check_source(self, source: Strict, mapping: Mapping[str, str], where: str) -> None:
@@ -152,6 +156,6 @@ class Model(Autoencoder):
             )
 
 
-def _picture(decoded: Decoded) -> Tensor:
+def _picture(decoded: DecoderDistribution) -> Tensor:
     """(B, C, H, W) on the scale where [-1, 1] is black to white, with a gradient beyond it too."""
     return 2 * decoded.location - 1

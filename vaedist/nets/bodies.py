@@ -149,14 +149,15 @@ def grid(body: Mlp | Conv | Resnet, spec: Spec, where: str = "model.encoder") ->
     if isinstance(body, Mlp):
         return body.grid, body.grid
     factor = body.downsample
-    if spec.height % factor or spec.width % factor:
-        fitting = [str(1 << k) for k in range(12) if not math.gcd(spec.height, spec.width) % (1 << k)]
-        up = -(-max(spec.height, spec.width) // factor) * factor
+    if any(side % factor for side in spec.shape):
+        fitting = [str(1 << k) for k in range(12) if not math.gcd(*spec.shape) % (1 << k)]
+        up = -(-max(spec.shape) // factor) * factor
         raise UserError(
-            f"{where}.downsample is {factor}, which does not divide images of {spec.height}x{spec.width}: "
+            f"{where}.downsample is {factor}, which does not divide images of {'x'.join(map(str, spec.shape))}: "
             f"use {' or '.join(fitting)}, or pack the images with --size {up}"
         )
-    return spec.height // factor, spec.width // factor
+    height, width = (side // factor for side in spec.shape)
+    return height, width
 
 
 def matching_grid(
@@ -233,7 +234,7 @@ def decoder(
 ) -> nn.Sequential:
     """A network from (B, latent) if `vector`, else from (B, latent, h, w), to an image (B, `channels`, H, W).
 
-    `channels` is what the likelihood asks for (`Observation.outputs`), by default one per channel of the image.
+    `channels` is what the likelihood asks for (`ObservationModel.outputs`), by default one per channel of the image.
     Nothing bounds the output: [-1, 1] is what the likelihood reads as black to white. `extra` is as for `encoder`.
     """
     h, w = grid(body, spec, where)
@@ -245,8 +246,8 @@ def decoder(
             net.add_module("flatten", nn.Flatten())
         for layer, (a, b) in enumerate(_pairs(latent * h * w + extra, body)):
             net.add_module(f"hidden{layer}", body.hidden(a, b))
-        net.add_module("head", nn.Linear(body.width, channels * spec.height * spec.width))
-        net.add_module("image", nn.Unflatten(1, (channels, spec.height, spec.width)))
+        net.add_module("head", nn.Linear(body.width, channels * math.prod(spec.shape)))
+        net.add_module("image", nn.Unflatten(1, (channels, *spec.shape)))
         return net
     _no_dense(body, vector, where)
     widths = body.widths[::-1]

@@ -41,8 +41,8 @@ from vaedist.core.errors import UserError
 from vaedist.core.files import (
     TEMPORARY,
     as_json,
+    disk_errors,
     replace_file,
-    room,
     sync_folder,
     temporary,
     write_synced,
@@ -88,7 +88,7 @@ class Checkpoints:
         self.run_folder = Path(run_folder)
         self.folder = self.run_folder / "checkpoints"
         self.keep = keep
-        with room("checkpoints", self.run_folder):
+        with disk_errors("checkpoints", self.run_folder):
             self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def commit(self, state: Mapping[str, Any], step: int, *, guard: Callable[[], None]) -> Path:
@@ -109,7 +109,7 @@ class Checkpoints:
         target = self._free_name(step)
         scratch = temporary(target)
         try:
-            with room(f"the checkpoint of step {step}", self.folder):
+            with disk_errors(f"the checkpoint of step {step}", self.folder):
                 scratch.mkdir(mode=0o700)
                 size, digest = _save(state, scratch / STATE)
                 manifest = {
@@ -147,7 +147,7 @@ class Checkpoints:
             except Damaged as reason:
                 aside = temporary(path.with_name(f"damaged-{path.name}"))
                 aside = aside.with_name(aside.name.removeprefix(TEMPORARY))
-                with room("a damaged checkpoint under another name", self.folder):
+                with disk_errors("a damaged checkpoint under another name", self.folder):
                     os.rename(path, aside)
                 log.warning(
                     "checkpoint %s is damaged (%s): passed over for the one before, put aside as %s",
@@ -175,7 +175,7 @@ class Checkpoints:
     def mark_best(self, path: Path, best: Best) -> None:
         """Point the run's `best.json` at a committed checkpoint."""
         pointer = {"checkpoint": path.name, "metric": best.metric, "value": best.value}
-        with room(BEST, self.run_folder):
+        with disk_errors(BEST, self.run_folder):
             replace_file(self.run_folder / BEST, as_json(pointer))
 
     def best(self) -> Path | None:

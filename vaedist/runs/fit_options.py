@@ -19,7 +19,7 @@ class FitOptions:
         engine: For the start-up summary.
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
-        hang_seconds: After how long a rank that stands still is ended (`vaedist.distributed.pulse`); 0: never.
+        hang_seconds: After how long a stalled rank is ended (`vaedist.distributed.liveness.stalls`); 0: never.
         verbose: On the console also the libraries, and each checkpoint.
         phases: Of this start so far (`vaedist.runs.startup_timings`); None: it replaces a group that was lost.
     """

@@ -1,9 +1,9 @@
 """What a resumed run may change, and how the doors open a trained run.
 
 Resuming is the same command, so the job asked for now is compared with the job in the checkpoint, key by key,
-both resolved. Each key's mark (`vaedist.config.settings.marks`, and the same for the variant's own settings) says
-what a difference means: free, only with `--override` and recorded, or never. The data count by their identity, a hash
-of keys, labels, splits and pixels, not by their path.
+both resolved. Each key's resume policy (`vaedist.config.settings.resume_policy`, also of the variant's own settings)
+says what a difference means: free, only with `--override` and recorded, or never. The data count by their identity,
+a hash of keys, labels, splits and pixels, not by their path.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from vaedist.config.job import Job, Monitor, Spec
-from vaedist.config.settings import Mark, Strict, marks, parse
+from vaedist.config.settings import ResumePolicy, Strict, parse, resume_policy
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.order import default_lanes
-from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
-from vaedist.evaluation.metrics.sample_metrics import BETTER, is_sample_metric, plain
+from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS, base_name, is_sample_metric
 from vaedist.models.contract import Variant, build, model_config, variant
 from vaedist.runs.checkpoint import Loaded, chosen_weights, load, resolve, run_folder_of
 from vaedist.runs.run_folder import ABSENT, Change, RunFolder
@@ -71,20 +71,20 @@ def _monitor(monitor: Monitor) -> str:
     metric = monitor.metric
     if not is_sample_metric(metric):
         return metric
-    better = BETTER[plain(metric)]
+    better = SAMPLE_METRICS[base_name(metric)]
     if monitor.mode != better:
         raise UserError(
-            f"train.monitor.mode is {monitor.mode!r}, but of {plain(metric)} the {better}imum is best: set "
+            f"train.monitor.mode is {monitor.mode!r}, but of {base_name(metric)} the {better}imum is best: set "
             f"train.monitor.mode={better}"
         )
-    return metric if metric != plain(metric) else f"{metric}[{default().label}]"
+    return metric if metric != base_name(metric) else f"{metric}[{default_extractor().label}]"
 
 
 def data_section(index: Index) -> dict[str, Any]:
     """What a checkpoint says of the data it was trained on."""
     return {
         "identity": index.identity,
-        "shape": [index.spec.channels, index.spec.height, index.spec.width],
+        "shape": list(index.spec.image_shape),
         "classes": list(index.classes),
         "path": str(Path(index.folder).absolute()),
     }
@@ -95,13 +95,13 @@ def compare(
 ) -> Differences:
     """The differences between two jobs (resolved here) and between the data they see (`data_section`)."""
     old, new = (resolved(job).model_dump(mode="json") for job in (saved, asked))
-    patterns = dict(marks(Job))
+    patterns = dict(resume_policy(Job))
     del patterns["model"]
     if old["model"]["kind"] == new["model"]["kind"]:
-        patterns |= dict(marks(variant(new["model"]["kind"]).Config, "model."))
+        patterns |= dict(resume_policy(variant(new["model"]["kind"]).Config, "model."))
     else:  # the rest of two variants' settings has nothing in common
         old["model"], new["model"] = ({"kind": side["model"]["kind"]} for side in (old, new))
-    found: dict[Mark, list[Change]] = {"free": [], "override": [], "fixed": []}
+    found: dict[ResumePolicy, list[Change]] = {"free": [], "override": [], "fixed": []}
     for change in _changes("", old, new):
         found[_mark(change.key, patterns)].append(change)
     for key in ("identity", "shape", "classes"):
@@ -157,10 +157,10 @@ def _changes(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Ite
             yield Change(f"{prefix}{key}", before, after)
 
 
-def _mark(key: str, patterns: Mapping[str, Mark]) -> Mark:
+def _mark(key: str, patterns: Mapping[str, ResumePolicy]) -> ResumePolicy:
     """The mark of a key: of its field, of the section it lies in, or the strictest of the fields below it."""
     parts = key.split(".")
-    below: set[Mark] = set()
+    below: set[ResumePolicy] = set()
     for pattern, mark in patterns.items():
         names = pattern.split(".")
         if all(name in ("*", part) for name, part in zip(names, parts, strict=False)):
@@ -218,7 +218,7 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
         ) from None
     job = parse(Job, saved, where=str(loaded.path))
     config = model_config(job.model, where=str(loaded.path))
-    spec = Spec(channels, height, width, len(classes))
+    spec = Spec(channels, (height, width), len(classes))
     model = build(config, spec, job.seed)
     model.to(device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     try:
@@ -241,7 +241,7 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
         classes=classes,
         checkpoint=loaded.path,
         folder=run_folder_of(loaded.path) or loaded.path,
-        collapse=Collapse.read(loaded.state.get("collapse"), loaded.path),
+        collapse=Collapse.from_json(loaded.state.get("collapse"), loaded.path),
     )
 
 
@@ -255,7 +255,7 @@ _LENGTH = {"train.steps", "train.epochs"}
 def same_experiment(one: Run, other: Run) -> bool:
     """Whether two runs differ in nothing that matters but their seed: repetitions, whose spread is worth stating."""
     data = [
-        {"identity": run.data_identity, "shape": list(run.spec[:3]), "classes": list(run.classes)}
+        {"identity": run.data_identity, "shape": list(run.spec.image_shape), "classes": list(run.classes)}
         for run in (one, other)
     ]
     found = compare(one.job, other.job, *data)

@@ -43,7 +43,7 @@ import yaml
 import vaedist
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
-from vaedist.core.files import as_json, replace_file, room
+from vaedist.core.files import as_json, disk_errors, replace_file
 
 log = logging.getLogger("vaedist")
 
@@ -188,7 +188,7 @@ class RunFolder:
             takes. changed: From `vaedist.runs.open_run.resume`.
             command: The command line, where it is not this process's own.
         """
-        with room("the record of this start", self.path):
+        with disk_errors("the record of this start", self.path):
             for folder in (self.tensorboard, self.figures):
                 folder.mkdir(mode=0o700, exist_ok=True)
             (self.path / "finished.json").unlink(missing_ok=True)
@@ -244,7 +244,7 @@ class RunFolder:
     def finish(self, step: int, reason: str, metrics: Mapping[str, float]) -> None:
         """Record that there is nothing left to do: `reason` is `length` or `early stop`."""
         content = {"step": step, "reason": reason, "metrics": _finite(metrics)}
-        with room("finished.json", self.path):
+        with disk_errors("finished.json", self.path):
             replace_file(self.path / "finished.json", as_json(content))
 
     def finished(self) -> dict[str, Any] | None:

@@ -31,7 +31,6 @@ import errno
 import json
 import os
 import socket
-import subprocess
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from types import TracebackType
 from typing import Any
 
 from vaedist.core.errors import UserError
+from vaedist.slurm.batch_job import job_start, why_job_is_gone
 
 NAME = "lock"
 
@@ -65,7 +65,7 @@ class Owner:
     @classmethod
     def this_process(cls) -> Owner:
         """The calling process, with a fresh token."""
-        environment = os.environ
+        cluster, job, restarts = job_start()
         return cls(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -76,9 +76,9 @@ class Owner:
             started=started(os.getpid()) or 0,
             user=os.getuid(),
             since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            slurm_cluster=environment.get("SLURM_CLUSTER_NAME", ""),
-            slurm_job=environment.get("SLURM_JOB_ID", ""),
-            slurm_restarts=_count(environment.get("SLURM_RESTART_COUNT", "")),
+            slurm_cluster=cluster,
+            slurm_job=job,
+            slurm_restarts=restarts,
         )
 
     def __str__(self) -> str:
@@ -164,7 +164,7 @@ def gone(owner: Owner, me: Owner) -> str | None:
         if here == (owner.slurm_cluster, owner.slurm_job) and me.slurm_restarts > owner.slurm_restarts:
             return f"Slurm restarted job {owner.slurm_job}"
         if owner.user == me.user:  # a site may hide other users' jobs
-            return _slurm_says_gone(owner)
+            return why_job_is_gone(owner.slurm_cluster, owner.slurm_job)
     return None
 
 
@@ -300,46 +300,8 @@ def _namespaces() -> str:
         return table
 
 
-def _slurm_says_gone(owner: Owner) -> str | None:
-    """Ask the Slurm of the owner's cluster; silence, an error or another cluster is no proof."""
-    config = _output("scontrol", "show", "config")
-    if config is None or config[0] != 0:
-        return None
-    names = [
-        line.partition("=")[2].strip() for line in config[1].splitlines() if line.startswith("ClusterName")
-    ]
-    if not owner.slurm_cluster or names != [owner.slurm_cluster]:
-        return None
-    answer = _output("squeue", "--noheader", "--format=%T", f"--jobs={owner.slurm_job}")
-    if answer is None:
-        return None
-    code, text = answer
-    if code != 0:
-        return f"Slurm no longer knows job {owner.slurm_job}" if "Invalid job id" in text else None
-    states = set(text.split())
-    if not states:
-        return f"Slurm job {owner.slurm_job} has ended"
-    # Pending again after a requeue: whatever held the lock ran on a node that Slurm has taken back.
-    return f"Slurm job {owner.slurm_job} is not running" if states == {"PENDING"} else None
-
-
-def _output(*command: str) -> tuple[int, str] | None:
-    """Exit code and output, both streams, of a Slurm command; None where it does not exist or hangs."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.returncode, done.stdout
-
-
 def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-def _count(text: str) -> int:
-    return int(text) if text.isdecimal() else 0

@@ -1,8 +1,10 @@
-"""The Slurm job that this process runs in: what it has, what Slurm thinks of it, and how it goes on later.
+"""The Slurm job and job step that this process runs in, and what Slurm's commands answer about jobs.
 
-Everything is read from the variables of the batch step, which every Slurm since 20.11 sets; `squeue`, `scontrol` and
-`sbatch` are asked only where a decision needs them, and each may be out of reach (inside a container, on a site that
-hides them): no answer is an answer.
+Everything is read from the variables of the batch step, which every Slurm since 20.11 sets; `squeue` and `scontrol`
+are asked only where a decision needs them. Each may be out of reach (inside a container, on a site that hides them):
+callers must be able to go on without an answer.
+
+This module imports nothing of Slurm's room, so that rooms below it may ask.
 """
 
 from __future__ import annotations
@@ -10,14 +12,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-_ASK_SECONDS = 30.0
+from vaedist.core.errors import UserError
 
-GOES_ON = "; goes on after job "
-"""In a successor's comment: before it stands the comment of the job that it follows, after it that job's number."""
+ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SlurmJob:
     tasks_per_node: int | None
 
     @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
+    def current(cls, environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
         """The job whose batch step this is; None outside a job."""
         number = environment.get("SLURM_JOB_ID")
         if not number:
@@ -57,9 +58,9 @@ class SlurmJob:
             cluster=environment.get("SLURM_CLUSTER_NAME", ""),
             restarts=int(environment.get("SLURM_RESTART_COUNT") or 0),
             nodes=int(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or 1),
-            node=environment.get("SLURMD_NODENAME", ""),
+            node=node_name(environment),
             node_list=environment.get("SLURM_JOB_NODELIST", ""),
-            cpus=min(tasks_per_node(environment.get("SLURM_JOB_CPUS_PER_NODE", "1"))),
+            cpus=min(expand_counts(environment.get("SLURM_JOB_CPUS_PER_NODE", "1"))),
             gpus=int(environment.get("SLURM_GPUS_ON_NODE") or 0),
             tasks_per_node=int(tasks) if tasks else None,
         )
@@ -75,87 +76,19 @@ class SlurmJob:
 
     def node_names(self) -> list[str]:
         """Names of all nodes, in Slurm's order; empty where scontrol is not in reach."""
-        shown = ask("scontrol", "show", "hostnames", self.node_list)
-        return shown.split() if shown else []
+        return (slurm_output("scontrol", "show", "hostnames", self.node_list) or "").split()
 
     def state(self) -> str:
         """Such as RUNNING, CANCELLED, PENDING; empty where Slurm does not answer."""
-        shown = ask("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.number}")
-        return shown.split()[0] if shown and shown.split() else ""
+        answer = slurm_output("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.number}")
+        return next(iter((answer or "").split()), "")
 
     def idle_gpus(self) -> int:
         """GPUs that this node has although the job has none."""
         if self.gpus:
             return 0
-        shown = ask("scontrol", "show", "node", self.node, "--oneliner") or ""
-        return sum(int(count) for count in re.findall(r"\bGres=\S*?gpu:(?:[^:,(\s]+:)?(\d+)", shown))
-
-    def requeue(self) -> str | None:
-        """Ask Slurm to run this job again; what it answered where it would not."""
-        return _order("scontrol", "requeue", self.number)
-
-    def submit_successor(self, script: Path, arguments: Sequence[str], restarts: int) -> tuple[str, str]:
-        """Hand in the same batch script once more, to begin when this job has ended however it ends.
-
-        Slurm gives a job's own options to its script only as variables: number and size of the nodes, partition, name
-        and time limit are asked for again, everything else comes from the script and from SBATCH_* variables.
-
-        Returns:
-            The successor's number, or nothing and what Slurm answered.
-        """
-        environment = os.environ
-        told = ask("squeue", "--noheader", "--format=%l|%k", f"--jobs={self.number}") or ""
-        limit, _, comment = told.strip().partition("|")
-        own = comment.partition(GOES_ON)[0].replace("(null)", "") or "vaedist"
-        options = {
-            "job-name": environment.get("SLURM_JOB_NAME"),
-            "array": environment.get(
-                "SLURM_ARRAY_TASK_ID"
-            ),  # this task alone, not all that the script asks for
-            "partition": environment.get("SLURM_JOB_PARTITION"),
-            "account": environment.get("SLURM_JOB_ACCOUNT"),
-            "qos": environment.get("SLURM_JOB_QOS"),
-            "nodes": str(self.nodes),
-            "ntasks-per-node": str(self.tasks_per_node) if self.tasks_per_node else None,
-            "cpus-per-task": environment.get("SLURM_CPUS_PER_TASK"),
-            "mem": environment.get("SLURM_MEM_PER_NODE"),
-            "gpus-per-node": str(self.gpus) if self.gpus else None,
-            "time": limit or None,
-        }
-        command = [
-            "sbatch",
-            "--parsable",
-            f"--dependency=afterany:{self.number}",
-            f"--comment={own}{GOES_ON}{self.number}",
-            f"--export=ALL,VAEDIST_RESTARTS={restarts}",
-            *(f"--{name}={value}" for name, value in options.items() if value),
-            str(script),
-            *arguments,
-        ]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=_ASK_SECONDS,
-                check=False,
-                cwd=environment.get("SLURM_SUBMIT_DIR"),
-                env=_outside(environment),
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return "", str(error)
-        return (
-            (done.stdout.strip().partition(";")[0], "") if done.returncode == 0 else ("", done.stderr.strip())
-        )
-
-    def successors(self) -> list[str]:
-        """Numbers of the jobs that starts of this one have handed in, and that still wait for its end."""
-        columns = ("--states=PENDING", f"--user={os.getuid()}", "--format=%i|%k")
-        listed = ask("squeue", "--noheader", "--all", *columns) or ""
-        found = [line.partition("|") for line in listed.splitlines()]
-        return [
-            number.strip() for number, _, told in found if told.strip().endswith(f"{GOES_ON}{self.number}")
-        ]
+        answer = slurm_output("scontrol", "show", "node", self.node, "--oneliner") or ""
+        return sum(int(count) for count in re.findall(r"\bGres=\S*?gpu:(?:[^:,(\s]+:)?(\d+)", answer))
 
     def preempted(self) -> bool:
         """Whether Slurm takes this job off its nodes for another one, and does not queue it again.
@@ -163,18 +96,89 @@ class SlurmJob:
         Such a job, one that it does queue again and one that its user has cancelled are all called COMPLETING; only of
         this one it says when it was preempted (22.05).
         """
-        return (
-            re.search(r"\bPreemptTime=\d", ask("scontrol", "--oneliner", "show", "job", self.number) or "")
-            is not None
+        answer = slurm_output("scontrol", "--oneliner", "show", "job", self.number) or ""
+        return re.search(r"\bPreemptTime=\d", answer) is not None
+
+
+@dataclass(frozen=True)
+class SlurmTask:
+    """This process's place in the step that srun started.
+
+    Attributes:
+        name: Of the step's start, different for every one: job, step and restart count.
+        rank, world: Its number among all tasks.
+        local_rank, local_world: The same on its node.
+        nodes: Nodes of the step.
+    """
+
+    name: str
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    nodes: int
+
+    @classmethod
+    def current(cls, environment: Mapping[str, str] = os.environ) -> SlurmTask:
+        """Read from the variables of srun.
+
+        Raises:
+            UserError: this process is not a task of a step.
+        """
+        try:
+            number = {
+                name: int(environment[f"SLURM_{name}"])
+                for name in ("JOB_ID", "STEP_ID", "PROCID", "NTASKS", "LOCALID", "NODEID", "STEP_NUM_NODES")
+            }
+            per_node = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
+        except (KeyError, ValueError):
+            raise UserError(
+                "--engine srun is for processes that srun starts, and this is none (no SLURM_PROCID): put srun "
+                "before the command, or start it with sbatch jobs/NAME.sh or vaedist-launch"
+            ) from None
+        return cls(
+            name=f"{number['JOB_ID']}.{number['STEP_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}",
+            rank=number["PROCID"],
+            world=number["NTASKS"],
+            local_rank=number["LOCALID"],
+            local_world=per_node[number["NODEID"]],
+            nodes=number["STEP_NUM_NODES"],
         )
 
-    def cancel(self, number: str) -> None:
-        """Take another job of this user back."""
-        ask("scancel", number)
+
+# Single facts about this process ----------------------------------------------------------------------------
 
 
-def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form, such as `4(x2),3`, as a list: 4, 4, 3."""
+def job_start(environment: Mapping[str, str] = os.environ) -> tuple[str, str, int]:
+    """Cluster, job id and restart count of the job that this process belongs to; empty texts and 0 outside one."""
+    restarts = environment.get("SLURM_RESTART_COUNT", "")
+    cluster, job = (environment.get(f"SLURM_{name}", "") for name in ("CLUSTER_NAME", "JOB_ID"))
+    return cluster, job, int(restarts) if restarts.isdecimal() else 0
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Slurm's name of this node; empty outside a job."""
+    return environment.get("SLURMD_NODENAME", "")
+
+
+def is_first_node(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs on the first node of its step, or outside one."""
+    return environment.get("SLURM_NODEID", "0") == "0"
+
+
+def launch_address(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Address of the node that started the step of this process; None outside one."""
+    return environment.get("SLURM_LAUNCH_NODE_IPADDR")
+
+
+def node_address(node: str) -> str:
+    """The address or host name that Slurm has for a node; empty where scontrol is not in reach."""
+    answer = slurm_output("scontrol", "show", "node", node, "--oneliner") or ""
+    return "".join(re.findall(r"\bNodeAddr=(\S+)", answer)[:1])
+
+
+def expand_counts(text: str) -> list[int]:
+    """Slurm's short form of a number per node, such as `4(x2),3`, as a list: 4, 4, 3."""
     counts = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -182,33 +186,61 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def _outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without this job's variables, some of which sbatch would take for options."""
-    ours = ("SLURM", "VAEDIST_JOB", "VAEDIST_ATTEMPT")
+# Slurm's commands -------------------------------------------------------------------------------------------
+
+
+def why_job_is_gone(cluster: str, job: str) -> str | None:
+    """The proof that no process of a job runs, in words; None if there is none.
+
+    Slurm not answering, an error, or a Slurm of another cluster is no proof.
+    """
+    config = slurm_output("scontrol", "show", "config") or ""
+    names = [line.partition("=")[2].strip() for line in config.splitlines() if line.startswith("ClusterName")]
+    if not cluster or names != [cluster]:
+        return None
+    answer = slurm_command("squeue", "--noheader", "--format=%T", f"--jobs={job}")
+    if answer is None:
+        return None
+    if answer.returncode != 0:
+        unknown = "Invalid job id" in answer.stdout + answer.stderr
+        return f"Slurm no longer knows job {job}" if unknown else None
+    states = set(answer.stdout.split())
+    if not states:
+        return f"Slurm job {job} has ended"
+    # Pending again after a requeue: Slurm has taken back the node that the earlier start ran on.
+    return f"Slurm job {job} is not running" if states == {"PENDING"} else None
+
+
+def slurm_command(
+    *command: str,
+    seconds: float = ANSWER_SECONDS,
+    environment: Mapping[str, str] | None = None,
+    folder: str | None = None,
+) -> subprocess.CompletedProcess[str] | None:
+    """What a command of Slurm's answers; None where it is not there, or does not answer in time."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False, env=environment, cwd=folder
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def slurm_output(
+    *command: str, seconds: float = ANSWER_SECONDS, environment: Mapping[str, str] | None = None
+) -> str | None:
+    """What a command of Slurm's prints; None also where it refuses."""
+    answer = slurm_command(*command, seconds=seconds, environment=environment)
+    return answer.stdout if answer is not None and answer.returncode == 0 else None
+
+
+def environment_without(*prefixes: str, keep: Collection[str] = ("SLURM_CONF",)) -> dict[str, str]:
+    """This process's environment for a command, without variables that it would take for its own settings."""
     return {
-        name: value
-        for name, value in environment.items()
-        if name == "SLURM_CONF" or not name.startswith(ours)
+        name: value for name, value in os.environ.items() if name in keep or not name.startswith(prefixes)
     }
 
 
-def ask(
-    *command: str, seconds: float = _ASK_SECONDS, environment: Mapping[str, str] | None = None
-) -> str | None:
-    """What a command of Slurm's prints; None where it is not there, refuses, or does not answer in time."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=True, env=environment
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
-def _order(*command: str) -> str | None:
-    """None where it was done, else what the command said."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+def log(text: str) -> None:
+    """One line of ours in the log of a job."""
+    print(f"vaedist: {text}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vaedist.config.job import Data, Job, load_job
 from vaedist.config.settings import expand
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 
 LINKS = ("shard", "train", "prior", "evaluate", "sample")
 MOST_TASKS = 1000
@@ -241,7 +241,7 @@ def _check(order: Order) -> None:
         )
     for name in order.chain:
         if name not in LINKS:
-            raise UserError(f"--chain has no link {name!r}{nearest(name, LINKS)}")
+            raise UserError(f"--chain has no link {name!r}{did_you_mean(name, LINKS)}")
     if list(order.chain) != [name for name in LINKS if name in order.chain]:
         raise UserError(f"--chain goes in this order, each once: {','.join(LINKS)}")
     for name in ("shard", "prior", "evaluate", "sample"):

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import vaedist
 from vaedist.config.settings import expand
 from vaedist.config.site import Site, load_site, seconds
-from vaedist.core.errors import UserError, door
+from vaedist.core.errors import UserError, cli_command
 from vaedist.core.files import as_json, replace_file
 from vaedist.slurm.script import Batch, fill, template
 
@@ -296,7 +296,7 @@ def _node_local(site: Site) -> tuple[str, str] | None:
         return "WRONG", f"{site.node_local}: {error.strerror}; shards would be read from the shared folder"
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     """The short job's part: look around, write the report, and try to be put back into the queue."""
     report, token = (Path(text) for text in (sys.argv[1:] if argv is None else argv))

@@ -1,4 +1,4 @@
-"""What a batch job starts: which processes, on how many nodes, under which engine.
+"""Which processes a batch job starts, on how many nodes, under which engine.
 
 | ranks | started as |
 |---|---|
@@ -16,49 +16,51 @@ import contextlib
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vaedist.cli.train_options import train_parser
 from vaedist.config.job import load_job
 from vaedist.config.site import Site
 from vaedist.core.errors import UserError
 from vaedist.slurm.batch_job import SlurmJob
+from vaedist.slurm.srun_command import srun_command
 
-RAY_NODES = "vaedist.launchers.ray.nodes"
-"""The module that a batch job of several nodes runs in a step of its own: a Ray cluster over them."""
-RAY_END = "end"
+RAY_NODES_MODULE = "vaedist.launchers.ray.nodes"
+"""What a batch job of several nodes runs in a step of its own: a Ray cluster over them."""
+RAY_END_FILE = "end"
 """The file in that step's folder which asks the cluster to end."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProcessLayout:
     """What runs in the job.
 
     Attributes:
-        command: The process that this one waits for.
-        told: One line for the log.
+        command: The process that the supervisor waits for.
+        summary: One line for the log.
         run_folder: Where the stop file belongs; None: the command is stopped by a signal.
         attempt: Name of this start, which the stop file holds.
-        cluster: Folder of the Ray cluster over all nodes that it needs, or None.
-        again: Whether it is started again, here, when a rank was lost.
+        ray_cluster: Folder of the Ray cluster over all nodes that it needs, or None.
+        restartable: Whether it is started again in this job when a rank was lost.
     """
 
     command: list[str]
-    told: str
+    summary: str
     run_folder: Path | None = None
     attempt: str = ""
-    cluster: Path | None = None
-    again: bool = False
+    ray_cluster: Path | None = None
+    restartable: bool = False
 
 
-def plan(job: SlurmJob, site: Site, options: argparse.Namespace, command: list[str]) -> Plan:
-    """The plan for a verb.
+def plan_processes(
+    job: SlurmJob, site: Site, options: argparse.Namespace, command: list[str]
+) -> ProcessLayout:
+    """What to start for a command of vaedist.
 
     Args:
         options: Of the supervisor.
-        command: The verb's own command line.
+        command: The command line that runs it in one process.
 
     Raises:
         UserError: what was asked for does not go together in this job.
@@ -67,17 +69,17 @@ def plan(job: SlurmJob, site: Site, options: argparse.Namespace, command: list[s
         return _train(job, site, options, command)
     if options.verb == "tune" and job.nodes > 1:
         cluster = Path.cwd() / f".vaedist-{job.marker}"
-        return Plan(command, f"on {job.nodes} nodes, Ray", cluster=cluster)
-    return Plan(command, f"on {job.node}")
+        return ProcessLayout(command, f"on {job.nodes} nodes, Ray", ray_cluster=cluster)
+    return ProcessLayout(command, f"on {job.node}")
 
 
-def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list[str]) -> Plan:
+def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list[str]) -> ProcessLayout:
     asked = train_arguments(options.arguments)
     if asked is None:
-        return Plan(command, f"on {job.node}")
+        return ProcessLayout(command, f"on {job.node}")
     if asked.new_run:
         raise UserError("--new-run would begin anew after every requeue: name a fresh folder with --run-dir")
-    each = options.ranks_per_node or job.ranks_per_node()
+    ranks_per_node = options.ranks_per_node or job.ranks_per_node()
     engine = asked.engine or options.engine or site.engine or ("srun" if job.nodes > 1 else "local")
     if asked.workers and engine != "ray":
         if job.nodes > 1:
@@ -86,47 +88,32 @@ def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list
                 f"{job.nodes} nodes: use --ntasks-per-node of sbatch, or --ranks-per-node"
             )
         engine = "local"
-    world = job.nodes * each
-    attempt = secrets.token_hex(4)
-    run_folder = asked.run_dir or Path("runs") / load_job(asked.job, asked.settings).name
-    # Of an option that is given twice the last one counts.
-    train = [*command, "--run-dir", str(run_folder), "--engine", engine]
-    common: dict[str, Any] = {"run_folder": run_folder, "attempt": attempt}
-    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
-    told = f"{nodes} x {each} ranks, engine {engine}"
-    if engine == "srun":
-        step = srun(job, each) + train
-        return Plan(step, told, again=True, **common)
     if job.nodes > 1 and engine == "local":
         raise UserError(
             f"--engine local trains on one machine, and this job has {job.nodes} nodes: use srun or ray"
         )
-    workers = asked.workers or (world if world > 1 or engine == "ray" else None)
+    run_folder = asked.run_dir or Path("runs") / load_job(asked.job, asked.settings).name
+    # Of an option that is given twice the last one counts.
+    train = [*command, "--run-dir", str(run_folder), "--engine", engine]
+    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    layout = ProcessLayout(
+        train, f"{nodes} x {ranks_per_node} ranks, engine {engine}", run_folder, secrets.token_hex(4)
+    )
+    if engine == "srun":
+        return replace(layout, command=srun_command(job, ranks_per_node) + train, restartable=True)
+    ranks = job.nodes * ranks_per_node
+    workers = asked.workers or (ranks if ranks > 1 or engine == "ray" else None)
     if workers:
         train += ["--workers", ":".join(map(str, workers)) if isinstance(workers, tuple) else str(workers)]
     if engine == "ray" and job.nodes > 1:
-        return Plan(train, told, cluster=run_folder / f".cluster-{job.marker}", again=True, **common)
-    return Plan(train, told, **common)
-
-
-def srun(job: SlurmJob, tasks_per_node: int, nodes: int | None = None) -> list[str]:
-    """The head of a step on the nodes of the job: every number said, because srun inherits only some of them."""
-    nodes = nodes or job.nodes
-    return [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes * tasks_per_node}",
-        f"--ntasks-per-node={tasks_per_node}",
-        f"--cpus-per-task={max(1, job.cpus // tasks_per_node)}",
-        "--kill-on-bad-exit=1",
-        "--overlap",  # for each: Slurm 22.05 finds no CPU for a step beside one that does not say so
-    ]
+        return replace(layout, ray_cluster=run_folder / f".cluster-{job.marker}", restartable=True)
+    return layout
 
 
 def train_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """vaedist-train's command line; None where it is not one that trains, and the door itself answers."""
+    """vaedist-train's command line; None where it does not train (`--help`, a mistake): the command itself answers."""
     parser = train_parser()
-    parser.set_defaults(engine=None)  # was one asked for?
+    parser.set_defaults(engine=None)  # to tell an engine that was asked for from the default
     try:
         with (
             open(os.devnull, "w") as nowhere,

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
-from vaedist.slurm.batch_job import GOES_ON, ask
+from vaedist.slurm.batch_job import slurm_output
 from vaedist.slurm.launch_record import Entry
+from vaedist.slurm.requeue import SUCCESSOR_COMMENT
 
 ENDED = frozenset(
     """
@@ -86,7 +87,7 @@ class Queue:
             return
         marks = {entry.mark for entry in slurm}
         ours = {entry.array for entry in slurm}
-        listed = ask(
+        listed = slurm_output(
             "squeue",
             "--noheader",
             "--array",
@@ -103,12 +104,12 @@ class Queue:
             seen = Seen(job, state, reason, node=node, begins=begins)
             if job.partition("_")[0] in ours:
                 self._known[job] = seen
-            elif mark.partition(GOES_ON)[0] in marks:
+            elif mark.partition(SUCCESSOR_COMMENT)[0] in marks:
                 self._successors.setdefault((name, job.partition("_")[2]), []).append(seen)
         # A client of Slurm that finds no controller tries for a minute or more: it is not asked again and again.
         for number in () if self.silent else sorted(ours):
             for seen in _shown(
-                ask("scontrol", "show", "job", "--oneliner", number, seconds=_ASK_SECONDS) or ""
+                slurm_output("scontrol", "show", "job", "--oneliner", number, seconds=_ASK_SECONDS) or ""
             ):
                 self._known[seen.job] = seen
 

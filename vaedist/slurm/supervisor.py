@@ -2,26 +2,26 @@
 
     exec python -m vaedist.slurm.supervisor train jobs/vqvae_oasis.yaml train.steps=20000
 
-It alone knows Slurm. It starts the ranks on all nodes of the allocation (under `srun`, or under Ray), hears the
-signals, asks the run to stop with a file that names this attempt, and has the job go on later. `exec` matters: Slurm
-sends the warning of `--signal=B:USR1@180` to the batch shell, which is then this process.
+It starts the ranks on all nodes of the allocation (under `srun`, or under Ray), receives Slurm's signals, asks the
+run to save and stop (through a stop file that names this attempt), and has the job continue later
+(`vaedist.slurm.requeue`).
+`exec` matters: Slurm sends the warning of `--signal=B:USR1@180` to the batch shell, which is then this process.
 
-What Slurm tells, and to whom, was measured (22.05):
+Who receives which signal (Slurm 22.05):
 
-| event | batch shell | step |
+| event | batch shell | steps |
 |---|---|---|
 | time limit, `B:USR1@180` | USR1, 2 to 3 minutes before the end | |
 | preemption, grace time, `preempt_send_user_signal` | USR1 at once | |
 | preemption, grace time, without it | nothing until the end | TERM at once |
 | preemption without grace, `scancel`, `scontrol requeue`, a node that is taken down | TERM | TERM |
 
-So USR1 means: save, and go on later. A step that does nothing but listen (the canary) hears the TERM of a grace time,
-for ranks that run outside any step, and for this process, which must know why ranks left: a person may also have
-written the stop file. After a TERM Slurm is asked: a job that it still calls running is being preempted and goes on
-later; any other it has ended or queued itself, and that is left to Slurm.
+USR1 therefore means: save, and continue later. The TERM of a grace time reaches steps only. So a step of its own, the
+TERM listener, does nothing but wait for one, and ends when it comes. It serves ranks that run outside any step. It also
+tells this process why ranks stopped: without a TERM, a person may have written the stop file.
 
-Going on is `scontrol requeue`, or a successor that was handed in at the start and waits for the end of this job
-(`continue_by: resubmit`), at most `max_restarts` times: a job that fails for ever must not stay in the queue for ever.
+After a TERM, Slurm is asked for the job's state. RUNNING means preemption, and the job continues later. In any other
+state Slurm has ended the job or queued it again itself, and nothing is done.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,44 +50,46 @@ from vaedist.core.errors import (
     Diverged,
     UserError,
     WorkerLost,
-    door,
+    cli_command,
 )
-from vaedist.runs import stop_request as stop
+from vaedist.runs import stop_request
 from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.startup_timings import handed_on, process_began
-from vaedist.slurm.batch_job import SlurmJob
-from vaedist.slurm.cleanup import sweep_here
-from vaedist.slurm.process_layout import RAY_END, RAY_NODES, Plan, plan, srun
+from vaedist.slurm.batch_job import SlurmJob, log
+from vaedist.slurm.cleanup import clean_this_node
+from vaedist.slurm.process_layout import RAY_END_FILE, RAY_NODES_MODULE, ProcessLayout, plan_processes
+from vaedist.slurm.requeue import RequeuePolicy
+from vaedist.slurm.srun_command import srun_command
 
 VERBS = ("shard", "train", "tune", "evaluate", "sample")
-_DEATHS = 3
-"""How often ranks that died are started again in the same allocation, as under the other engines."""
+_MAX_RANK_LOSSES = 3
+"""How often lost ranks are started again in the same allocation, as under the other engines."""
 
-_FINAL = {EXIT_FINISHED, *(kind.exit_code for kind in (UserError, DataError, Diverged, CannotWrite))}
-"""Exit codes after which going on would change nothing: finished, or a mistake that comes again."""
+_FINAL_CODES = {EXIT_FINISHED, *(kind.exit_code for kind in (UserError, DataError, Diverged, CannotWrite))}
+"""Exit codes after which continuing would change nothing: finished, or an error that would come again."""
 
 _END_SECONDS = 20.0
-"""How long what we end may take to leave."""
+"""How long a process that we end may take to leave."""
 
-_STRANGERS = (
+_FOREIGN_ENV = (
     "RAY_ADDRESS",
     "RAY_AUTH_TOKEN",
     "RAY_AUTH_TOKEN_PATH",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
     "VAEDIST_RAY_CLUSTER",
 )
-"""Of another cluster, or of one on the loopback address: sbatch hands the submitter's environment to the job."""
+"""Variables of another Ray cluster: sbatch passes the submitter's environment on to the job."""
 
-_CANARY_SECONDS = 10.0
-_CANARY = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); signal.sigwait([15])"
-"""Ends well on TERM alone. A shell would need a child to sleep in, and whichever of the two dies first decides."""
+_LISTENER_SECONDS = 10.0
+_TERM_LISTENER = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); signal.sigwait([15])"
+"""Exits with 0 on TERM alone. (A shell would sleep in a child; which of the two dies first decides its exit code.)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vaedist.slurm.supervisor",
-        description="Run a verb of vaedist inside a Slurm job: on all its nodes, with its signals, and again later if "
-        "it could not finish. Outside a job the verb simply runs.",
+        description="Run a command of vaedist inside a Slurm job: on all its nodes, with its signals, and again later "
+        "if it could not finish. Outside a job the command simply runs.",
     )
     parser.add_argument(
         "--engine",
@@ -104,26 +106,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    place = os.environ.get("VAEDIST_SITE")
-    site = load_site(place) if place else Site()
+    site_file = os.environ.get("VAEDIST_SITE")
+    site = load_site(site_file) if site_file else Site()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    job = SlurmJob.here()
+    job = SlurmJob.current()
     command = [sys.executable, "-m", f"vaedist.{options.verb}", *options.arguments]
     if job is None:
         sys.stdout.flush()
         os.execv(sys.executable, command)  # noqa: S606 - the same Python, no shell meant
     with _Signals() as signals:
-        _settle(job, site)
-        sweep_here()
-        return _Supervisor(job, site, options, plan(job, site, options, command), signals).run()
+        _prepare_environment(job, site)
+        clean_this_node()
+        layout = plan_processes(job, site, options, command)
+        cap = site.max_restarts if options.max_restarts is None else options.max_restarts
+        policy = RequeuePolicy(job, options.continue_by or site.continue_by, cap)
+        return _Supervisor(job, options.verb, layout, policy, signals).run()
 
 
-def _settle(job: SlurmJob, site: Site) -> None:
-    """The environment of everything that is started from here."""
-    for name in _STRANGERS:
+def _prepare_environment(job: SlurmJob, site: Site) -> None:
+    """Set the environment of everything that is started from here."""
+    for name in _FOREIGN_ENV:
         os.environ.pop(name, None)
     os.environ["VAEDIST_JOB"] = job.marker
     if local := site.node_local:
@@ -132,211 +137,160 @@ def _settle(job: SlurmJob, site: Site) -> None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, site.interface)
     if idle := job.idle_gpus():
-        _say(
+        log(
             f"{job.node} has {idle} GPUs, but this job has none: ask for them with --gpus-per-node=N (or "
             "gpus_per_node in the site file)"
         )
 
 
-# How it is watched ------------------------------------------------------------------------------------------
+# Supervising ------------------------------------------------------------------------------------------------
 
 
 class _Signals:
-    """What this process has heard, and a way to sleep until it hears something or a child ends."""
+    """The signals that this process has received, and a way to sleep until one comes or a child ends."""
 
     def __init__(self) -> None:
         self.warned = False
         """USR1: time is nearly up."""
-        self.ended = False
-        """TERM or Ctrl-C: Slurm, or a person, ends the job; or a step of it heard so."""
+        self.terminated = False
+        """TERM or Ctrl-C here, or TERM in a step: Slurm or a person ends the job."""
         self._before: dict[signal.Signals, Any] = {}
-        self._reading, self._writing = os.pipe()
+        self._read_end, self._write_end = os.pipe()
 
     def __enter__(self) -> _Signals:
-        for end in (self._reading, self._writing):
+        for end in (self._read_end, self._write_end):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-            self._before[number] = signal.signal(number, self._hear)
+            self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        for end in (self._reading, self._writing):
+        for end in (self._read_end, self._write_end):
             os.close(end)
 
     @property
-    def asked(self) -> bool:
-        return self.warned or self.ended
+    def stop_asked(self) -> bool:
+        return self.warned or self.terminated
 
     def wait(self, seconds: float) -> None:
-        """Sleep, at most so long."""
-        select.select([self._reading], [], [], seconds)
+        """Sleep until a signal comes, at most so many seconds."""
+        select.select([self._read_end], [], [], seconds)
         with contextlib.suppress(BlockingIOError):
-            os.read(self._reading, 4096)
+            os.read(self._read_end, 4096)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.warned = True
         elif number in (signal.SIGTERM, signal.SIGINT):
-            self.ended = True
+            self.terminated = True
 
 
 @dataclass
 class _Supervisor:
     job: SlurmJob
-    site: Site
-    options: argparse.Namespace
-    plan: Plan
+    verb: str
+    layout: ProcessLayout
+    policy: RequeuePolicy
     signals: _Signals
-    successor: str = field(default="", init=False)
 
     def run(self) -> int:
-        restarts = self.restarts
-        again = f", restart {restarts}" if restarts else ""
-        _say(f"Slurm job {self.job.number}{again}: {self.options.verb} {self.plan.told}")
-        self.prepare()
-        for death in range(_DEATHS + 1):
-            code = self.once(death)
-            # A rank under srun that stands still ends itself with a code of its own; Ray has counted its losses then.
-            stuck = code == WorkerLost.exit_code and self.plan.cluster is None
-            killed = code < 0 or code >= 128 or stuck
-            if not killed or self.signals.asked or not self.plan.again or death == _DEATHS:
+        """Run the command to its end, again where ranks were lost; the exit code of the job."""
+        restarts = self.policy.restarts
+        note = f", restart {restarts}" if restarts else ""
+        log(f"Slurm job {self.job.number}{note}: {self.verb} {self.layout.summary}")
+        self.policy.prepare()
+        for losses in range(_MAX_RANK_LOSSES + 1):
+            code = self._run_once(losses)
+            # A rank under srun that hangs ends itself with this code; under Ray the losses have been counted already.
+            hung = code == WorkerLost.exit_code and self.layout.ray_cluster is None
+            lost = code < 0 or code >= 128 or hung
+            may_restart = self.layout.restartable and losses < _MAX_RANK_LOSSES
+            if not lost or self.signals.stop_asked or not may_restart:
                 break
-            _say(f"a rank was lost; starting again from the last checkpoint ({death + 1} of {_DEATHS} times)")
-        return self.leave(code if code >= 0 else 128 - code)
-
-    @property
-    def restarts(self) -> int:
-        """Of this job by Slurm, or of the chain of its predecessors."""
-        return self.job.restarts + int(os.environ.get("VAEDIST_RESTARTS") or 0)
-
-    @property
-    def continue_by(self) -> str:
-        return str(self.options.continue_by or self.site.continue_by)
-
-    @property
-    def may_continue(self) -> bool:
-        limit = self.site.max_restarts if self.options.max_restarts is None else self.options.max_restarts
-        return self.continue_by != "none" and self.restarts < limit
-
-    def prepare(self) -> None:
-        """Hand in the successor now: when time is up it may be too late for that."""
-        if self.continue_by != "resubmit":
-            return
-        if self.job.restarts:
-            # Slurm has queued this job again before its last start could take its successor back (a lost node).
-            for number in self.job.successors():
-                self.job.cancel(number)
-                _say(f"job {number}, which an earlier start of this one handed in, is taken back")
-        if not self.may_continue:
-            return
-        script = os.environ.get("VAEDIST_SCRIPT")
-        if not script:
-            raise UserError(
-                'continue_by: resubmit needs to know the batch script: set VAEDIST_SCRIPT="$0" and '
-                "VAEDIST_SCRIPT_ARGUMENTS in it, as jobs/start does"
+            log(
+                f"a rank was lost; starting again from the last checkpoint ({losses + 1} of {_MAX_RANK_LOSSES} times)"
             )
-        arguments = os.environ.get("VAEDIST_SCRIPT_ARGUMENTS", "").split("\x1f")
-        given = [argument for argument in arguments if argument]
-        self.successor, why = self.job.submit_successor(Path(script), given, self.restarts + 1)
-        if self.successor:
-            _say(f"job {self.successor} waits for the end of this one and goes on where it stops")
-        else:
-            _say(
-                f"no successor could be handed in ({why}): run the same command again when this job has ended"
-            )
+        return self.finish(code if code >= 0 else 128 - code)
 
-    def once(self, death: int) -> int:
-        """Start everything, wait for its end; the exit code, negative where a signal killed it."""
-        environment = os.environ | {"VAEDIST_ATTEMPT": self.plan.attempt}
-        if death == 0:
-            what = "srun" if self.plan.command[0] == "srun" else "start"
-            environment |= handed_on((("supervisor", process_began()), (what, time.time())))
+    def _run_once(self, losses: int) -> int:
+        """Start everything and wait for its end; the exit code, negative where a signal killed it."""
+        environment = os.environ | {"VAEDIST_ATTEMPT": self.layout.attempt}
+        if losses == 0:
+            stage = "srun" if self.layout.command[0] == "srun" else "start"
+            environment |= handed_on((("supervisor", process_began()), (stage, time.time())))
         with contextlib.ExitStack() as exits:
-            cluster = beside = None
-            if self.plan.cluster is not None:
-                if self.plan.run_folder is not None:
-                    RunFolder.make(self.plan.run_folder)  # 0700, before anything is in it
-                cluster = self.plan.cluster.with_name(f"{self.plan.cluster.name}-{death}").absolute()
-                beside = exits.enter_context(_ray_nodes(self.job, cluster))
+            cluster = ray_nodes = None
+            if self.layout.ray_cluster is not None:
+                if self.layout.run_folder is not None:
+                    RunFolder.make(self.layout.run_folder)  # 0700, before anything is in it
+                cluster = self.layout.ray_cluster
+                cluster = cluster.with_name(f"{cluster.name}-{losses}").absolute()
+                ray_nodes = exits.enter_context(_ray_nodes(self.job, cluster))
                 environment["VAEDIST_RAY_CLUSTER"] = str(cluster)
-            canary = exits.enter_context(_step(self._canary()))
-            child = exits.enter_context(_ended(subprocess.Popen(self.plan.command, env=environment)))
-            told = False
-            lost_since: float | None = None
+            listener = exits.enter_context(_term_listener(self.job))
+            child = exits.enter_context(
+                _ended_on_exit(subprocess.Popen(self.layout.command, env=environment))
+            )
+            asked = False
+            nodes_gone_since: float | None = None
             while child.poll() is None:
                 self.signals.wait(5.0)
-                if canary is not None and canary.poll() == 0:
-                    self.signals.ended = True  # Slurm ends the steps
-                if cluster is not None and beside is not None and beside.poll() is not None:
+                if listener is not None and listener.poll() == 0:
+                    self.signals.terminated = True  # Slurm ends the steps
+                if cluster is not None and ray_nodes is not None and ray_nodes.poll() is not None:
                     # Ray's nodes are gone: the driver gets a moment to say so, and must not wait for ever.
-                    if lost_since is None:
-                        lost_since = time.monotonic()
-                        self.signals.ended |= _heard(canary)
-                    if not (cluster / "head").exists() and not self.signals.asked:
+                    if nodes_gone_since is None:
+                        nodes_gone_since = time.monotonic()
+                        self.signals.terminated |= _received_term(listener)
+                    if not (cluster / "head").exists() and not self.signals.stop_asked:
                         child.kill()
                         child.wait()
                         return 1  # Ray never started, and has said why
-                    if time.monotonic() - lost_since > _END_SECONDS:
+                    if time.monotonic() - nodes_gone_since > _END_SECONDS:
                         child.kill()
-                if self.signals.asked and not told:
-                    told = True
-                    self.ask(child)
-            if child.returncode == EXIT_STOPPED and not self.signals.asked:
-                # Its ranks may have heard a TERM before the canary's end was told; or a person wrote the stop file.
-                self.signals.ended |= _heard(canary)
+                if self.signals.stop_asked and not asked:
+                    asked = True
+                    self._ask_to_stop(child)
+            if child.returncode == EXIT_STOPPED and not self.signals.stop_asked:
+                # Either a TERM came that the listener has not shown yet, or a person wrote the stop file.
+                self.signals.terminated |= _received_term(listener)
             return child.returncode
 
-    def _canary(self) -> list[str]:
-        return [*srun(self.job, 1, nodes=1), "--cpus-per-task=1", sys.executable, "-IS", "-c", _CANARY]
-
-    def ask(self, child: subprocess.Popen[bytes]) -> None:
-        """Ask what runs to save and leave."""
-        _say("asked to stop: saving a checkpoint" if self.plan.run_folder else "asked to stop")
-        if self.plan.run_folder is not None:
-            RunFolder.make(self.plan.run_folder)
-            stop.ask(self.plan.run_folder, self.plan.attempt)
+    def _ask_to_stop(self, child: subprocess.Popen[bytes]) -> None:
+        """Ask the command to save and leave."""
+        log("asked to stop: saving a checkpoint" if self.layout.run_folder else "asked to stop")
+        if self.layout.run_folder is not None:
+            RunFolder.make(self.layout.run_folder)
+            stop_request.ask(self.layout.run_folder, self.layout.attempt)
         else:
             child.terminate()
 
-    def leave(self, code: int) -> int:
-        """Have the job go on later where that is wanted, and say how it ended."""
-        if not self.signals.asked or code in _FINAL:
+    def finish(self, code: int) -> int:
+        """Have the job continue later where that is wanted, and say how it ended; the exit code of the job."""
+        if not self.signals.stop_asked or code in _FINAL_CODES:
             if code == EXIT_STOPPED:
-                _say("stopped by a stop file, not by Slurm: the same sbatch command continues")
-            self.drop_successor()
+                log("stopped by a stop file, not by Slurm: the same sbatch command continues")
+            self.policy.cancel_successor()
             return code
         if not self.signals.warned and (state := self.job.state()) != "RUNNING":
             # Ended by its user, or queued again by Slurm: not ours to change.
-            _say(f"left to Slurm, which calls this job {state or 'nothing that we could hear'}")
+            log(f"left to Slurm, which calls this job {state or '(no answer)'}")
             if state in ("CANCELLED", "COMPLETING") and not self.job.preempted():
-                self.drop_successor()
+                self.policy.cancel_successor()
             return code
-        if not self.may_continue:
-            capped = f"{self.restarts} restarts, max_restarts"
-            why = "continue_by: none" if self.continue_by == "none" else capped
-            _say(f"not handed in again ({why}): the same sbatch command goes on from the last checkpoint")
-        elif self.continue_by == "requeue":
-            refusal = self.job.requeue()
-            _say(
-                f"requeued: Slurm starts job {self.job.number} again, after 2 minutes at the earliest"
-                if refusal is None
-                else f"Slurm did not requeue this job ({refusal}): the same sbatch command goes on from the last "
-                "checkpoint; continue_by: resubmit in the site file avoids this"
-            )
+        self.policy.continue_later()
         return EXIT_STOPPED
 
-    def drop_successor(self) -> None:
-        """Nothing is left to do for it, or an error would come again."""
-        if self.successor:
-            self.job.cancel(self.successor)
+
+# Child processes --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _ended_on_exit(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A child that does not outlive this block."""
     try:
         yield process
@@ -350,46 +304,44 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
                 process.wait()
 
 
-def _heard(canary: subprocess.Popen[bytes] | None) -> bool:
-    """Whether the canary has heard a TERM: it may take a moment until its end is told."""
-    if canary is None:
-        return False
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return canary.wait(_CANARY_SECONDS) == 0
-    return False
-
-
 @contextlib.contextmanager
-def _step(command: list[str]) -> Iterator[subprocess.Popen[bytes] | None]:
-    """A step beside the work; None where srun is not in reach."""
+def _term_listener(job: SlurmJob) -> Iterator[subprocess.Popen[bytes] | None]:
+    """A step that exits with 0 when Slurm sends TERM to the steps of this job; None where srun is not in reach."""
+    step = [*srun_command(job, 1, nodes=1), "--cpus-per-task=1"]
+    command = [*step, sys.executable, "-IS", "-c", _TERM_LISTENER]
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except OSError:
         yield None
         return
-    with _ended(process):
+    with _ended_on_exit(process):
         yield process
 
 
+def _received_term(listener: subprocess.Popen[bytes] | None) -> bool:
+    """Whether the listener got a TERM; its exit may take a moment to show."""
+    if listener is None:
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return listener.wait(_LISTENER_SECONDS) == 0
+    return False
+
+
 @contextlib.contextmanager
-def _ray_nodes(job: SlurmJob, place: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A Ray cluster over all nodes in a step of its own; what its driver must know lies in the folder `place`."""
-    place.mkdir(mode=0o700)
+def _ray_nodes(job: SlurmJob, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A Ray cluster over all nodes in a step of its own; its driver finds what it must know in `folder`."""
+    folder.mkdir(mode=0o700)
     try:
-        command = [*srun(job, 1), sys.executable, "-m", RAY_NODES, str(place)]
+        command = [*srun_command(job, 1), sys.executable, "-m", RAY_NODES_MODULE, str(folder)]
         names = job.node_names() or [f"node {number}" for number in range(job.nodes)]
-        (place / "nodes").write_text("\n".join(names))
-        with _ended(subprocess.Popen(command, stdin=subprocess.DEVNULL)) as step:
+        (folder / "nodes").write_text("\n".join(names))
+        with _ended_on_exit(subprocess.Popen(command, stdin=subprocess.DEVNULL)) as step:
             yield step
-            (place / RAY_END).touch()
+            (folder / RAY_END_FILE).touch()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 step.wait(_END_SECONDS)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _say(text: str) -> None:
-    print(f"vaedist: {text}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

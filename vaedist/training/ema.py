@@ -32,7 +32,7 @@ class WeightAverage:
 
     def __init__(self, model: Variant, half_life: float) -> None:
         self.half_life = half_life
-        borrowed = {id(module): module for name in model.borrows for module in [model.get_submodule(name)]}
+        borrowed = {id(module): module for name in model.pretrained for module in [model.get_submodule(name)]}
         self.model = copy.deepcopy(model, borrowed).requires_grad_(False).eval()
         pairs: list[tuple[str, Tensor, Tensor]] = [
             (name, twin, source)

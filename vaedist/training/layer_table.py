@@ -13,7 +13,7 @@ from vaedist.core.context import Batch, LaneContext
 from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import build, model_config
-from vaedist.training.tokenizer_codes import settled
+from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 
 def layer_table(job: Job) -> str:
@@ -25,7 +25,7 @@ def layer_table(job: Job) -> str:
         UserError: the job's data or model section is wrong.
     """
     index = Index.open(expand(job.data.path, "data.path"))
-    spec, job = index.spec, settled(job, index, Group(torch.device("cpu")))
+    spec, job = index.spec, resolve_tokenizer(job, index, Group(torch.device("cpu")))
     model = build(model_config(job.model), spec, job.seed).eval()
     rows: dict[str, tuple[str, str, str]] = {}
 
@@ -43,7 +43,7 @@ def layer_table(job: Job) -> str:
     if model.reads == "codes":
         batch["codes"] = torch.zeros(1, *model.latent_shape, dtype=torch.int64)
     else:
-        batch["image"] = torch.zeros(1, spec.channels, spec.height, spec.width, dtype=torch.uint8)
+        batch["image"] = torch.zeros(1, *spec.image_shape, dtype=torch.uint8)
     with torch.no_grad():
         for phase in model.phases:
             ctx = LaneContext(seed=job.seed, step=0, phase=phase, batch_size=1, lanes=1)
@@ -56,8 +56,8 @@ def layer_table(job: Job) -> str:
         for name, kind, shape, count in lines
     ]
     buffers = sum(buffer.numel() for buffer in model.buffers())
-    total = f"{job.model['kind']} on {spec.channels}x{spec.height}x{spec.width}: {_count(model):,} parameters"
-    if frozen := sum(_count(model.get_submodule(name)) for name in model.borrows):
+    total = f"{job.model['kind']} on {'x'.join(map(str, spec.image_shape))}: {_count(model):,} parameters"
+    if frozen := sum(_count(model.get_submodule(name)) for name in model.pretrained):
         total += f", {frozen:,} of them frozen"
     return "\n".join([*table, total + (f", {buffers:,} numbers in buffers" if buffers else "")])
 

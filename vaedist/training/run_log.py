@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.config.job import Job
-from vaedist.core.files import room, temporary
+from vaedist.core.files import disk_errors, temporary
 from vaedist.core.imaging import figure
-from vaedist.core.terminal import coloured, progress_bar
+from vaedist.core.terminal import colored, progress_bar
 from vaedist.runs.metrics_csv import Table
 from vaedist.runs.run_folder import RunFolder
 
@@ -34,8 +34,8 @@ SPEED = frozenset({"images_per_second", "data_wait"})
 """Names that measure the machine: images per second, and the share of time spent waiting for data."""
 
 
-class Silent:
-    """The log of every process but rank 0: writes nothing, says nothing. `Log` is the one that does."""
+class SilentLog:
+    """The log of every process but rank 0: writes nothing, says nothing. `RunLog` is the one that does."""
 
     def summary(self, lines: Mapping[str, object]) -> None:
         """Show what is about to run: name and value per line."""
@@ -77,7 +77,7 @@ class Silent:
         """Draw curves.png and close the files."""
 
 
-class Log(Silent):
+class RunLog(SilentLog):
     """Rank 0's log.
 
     Args:
@@ -105,7 +105,7 @@ class Log(Silent):
         self.run, self.total_steps, self.start_step = run, total_steps, start_step
         self.quiet, self.console = quiet, console or sys.stdout
         self._rows = run.metrics.open("a", buffering=1, encoding="utf-8")
-        with room("the log", run.path):
+        with disk_errors("the log", run.path):
             self._table = Table(run.table, lambda: read_metrics(run.metrics))
         # The purge mark is for a TensorBoard that is running and holds in memory what `cut` took from the files.
         self._board: Any = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
@@ -131,7 +131,7 @@ class Log(Silent):
             print(text, file=self.console, flush=True)
 
     def alarm(self, text: str) -> None:
-        self.message(f"{coloured('ALARM:', 'yellow', self.console)} {text}")
+        self.message(f"{colored('ALARM:', 'yellow', self.console)} {text}")
 
     def train(
         self, step: int, scalars: Mapping[str, float], *, images: int, epoch: float, wait_seconds: float
@@ -157,18 +157,18 @@ class Log(Silent):
     def validate(self, step: int, scalars: Mapping[str, float], *, best: bool = False) -> None:
         self._write(step, "validate", scalars)
         shown = "  ".join(f"{name} {value:.6g}" for name, value in scalars.items())
-        mark = coloured("  (best so far)", "green", self.console) if best else ""
+        mark = colored("  (best so far)", "green", self.console) if best else ""
         self.message(f"{_clock()}  step {step}  validation  {shown}{mark}")
 
     def images(self, step: int, tag: str, grid: NDArray[np.uint8]) -> None:
-        with room("the log", self.run.path):
+        with disk_errors("the log", self.run.path):
             self._board.add_image(tag, grid, step, dataformats="HW" if grid.ndim == 2 else "HWC")
             self._board.flush()
 
     def histogram(self, step: int, tag: str, values: NDArray[np.float64]) -> None:
         finite = values[np.isfinite(values)]
         if finite.size:
-            with room("the log", self.run.path):
+            with disk_errors("the log", self.run.path):
                 self._board.add_histogram(tag, finite, step)
                 self._board.flush()
 
@@ -181,7 +181,7 @@ class Log(Silent):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        with room("the log", self.run.path):
+        with disk_errors("the log", self.run.path):
             self._board.close()
             self._rows.close()
             draw_curves(self.run.metrics, self.run.figures / "curves.png")
@@ -195,7 +195,7 @@ class Log(Silent):
         }
         numbers = {name: float(value) for name, value in scalars.items()}
         told = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        with room("the log", self.run.path):
+        with disk_errors("the log", self.run.path):
             self._rows.write(json.dumps(clock | told, allow_nan=False) + "\n")
             self._table.add(clock | told)
             for name, value in numbers.items():

@@ -1,7 +1,7 @@
 """What training a prior needs of its tokenizer: what that run is, and the codes of all images.
 
 A prior's job says `tokenizer: RUN`. Rank 0 reads that run once and puts what it is in the place of its name
-(`settled`); from there on a tokenizer with other weights is another job, and a run is never resumed with it.
+(`resolve_tokenizer`); from there on a tokenizer with other weights is another job, and a run is never resumed with it.
 
 Codes are made once for all priors on the same tokenizer and images, at RUN/codes/<hash of the two>. All ranks encode:
 each batch is cut among them, the codes come together, and rank 0 writes, shard by shard, under a lock, so that two
@@ -32,7 +32,7 @@ from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
 from vaedist.data.packing.shard_writer import explain_write_errors
-from vaedist.distributed.contexts import GroupSampleContext
+from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.models.bases.frozen_tokenizer import Tokenizer
 from vaedist.models.contract import Variant
@@ -52,7 +52,7 @@ _PIXELS = 1 << 20
 # What the tokenizer is --------------------------------------------------------------------------------------
 
 
-def settled(job: Job, index: Index, group: Group) -> Job:
+def resolve_tokenizer(job: Job, index: Index, group: Group) -> Job:
     """The job with its tokenizer, if it has one, described: read by rank 0, told to all. Collective.
 
     Args:
@@ -84,7 +84,7 @@ def _describe(path: str, index: Index) -> dict[str, Any]:
         run = open_run(expand(path, "model.tokenizer"))
     except UserError as error:
         raise UserError(f"model.tokenizer: {error}") from None
-    model, shape = run.model, (run.spec.channels, run.spec.height, run.spec.width)
+    model, shape = run.model, run.spec.image_shape
     if model.latent != "codes" or model.reads != "images":
         raise UserError(
             f"model.tokenizer: {path} is a run of {run.job.model['kind']!r}, whose latent is not a map of codes: give "
@@ -273,7 +273,7 @@ def _encode(
     with contextlib.closing(stream):
         for batch in stream:
             codes = tokenizer.codes(inputs.binarize(batch["image"], batch["key"]))
-            parts.append(GroupSampleContext(group, seed=0, samples=batch["sample"]).gather(codes).cpu())
+            parts.append(DistributedSampleContext(group, seed=0, samples=batch["sample"]).gather(codes).cpu())
             if _asked(stop, group):
                 return None
     return torch.cat(parts)[:count].numpy()

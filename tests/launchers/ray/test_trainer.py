@@ -219,7 +219,7 @@ def job_of(kind: str, data: Path, **train: Any) -> Job:
         "validate_every": 2,
     }
     settings["optim"] = {phase: {"learning_rate": 1e-3} for phase in model.phases}
-    if model.rivals:  # they are judged by their samples
+    if model.adversarial_terms:  # they are judged by their samples
         settings["monitor"] = {"metric": "kid", "images": 16}
     content = {"name": kind, "data": {"path": str(data)}, "model": {"kind": kind, **KINDS[kind]}}
     return parse(Job, {**content, "train": settings | train}, where="the test's job")

@@ -44,7 +44,7 @@ class Model(Variant):
         self.logits = nn.Parameter(torch.zeros(*self.latent_shape, self.num_codes))
 
     @property
-    def borrows(self) -> Mapping[str, str]:
+    def pretrained(self) -> Mapping[str, str]:
         assert isinstance(self.config.tokenizer, Tokenizer)
         return {"tokenizer": self.config.tokenizer.run}
 

@@ -25,7 +25,7 @@ def sample_digests(splits: Iterable[Split]) -> Iterator[tuple[str, str, int, byt
                 yield split.name, key, label, digest.tobytes()
 
 
-def data_identity(samples: Iterable[tuple[str, str, int, bytes]], shape: tuple[int, int, int]) -> str:
+def data_identity(samples: Iterable[tuple[str, str, int, bytes]], shape: tuple[int, ...]) -> str:
     """The data identity: 64 hex digits, whatever the codec, the shards and the order of `samples`.
 
     Args:

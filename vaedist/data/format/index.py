@@ -40,7 +40,7 @@ import numpy as np
 
 from vaedist.config.job import Spec
 from vaedist.config.settings import parse
-from vaedist.core.errors import DataError, UserError, nearest
+from vaedist.core.errors import DataError, UserError, did_you_mean
 from vaedist.core.files import replace_file
 from vaedist.data.format.index_schema import FORMAT, IndexDocument
 from vaedist.data.format.split import Shard, Split
@@ -52,7 +52,7 @@ INDEX_NAME = "index.json"
 class DatasetInfo:
     """What `index.json` says of all samples alike."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """(C, H, W); of codes (1, h, w)."""
     codec: str
     """How the tars store samples, `png` or `npy`."""
@@ -161,7 +161,7 @@ class Index:
 
     @property
     def spec(self) -> Spec:
-        return Spec(*self.shape, len(self.classes))
+        return Spec(self.shape[0], self.shape[1:], len(self.classes))
 
     def split(self, name: str) -> Split:
         """The split of that name.
@@ -170,7 +170,7 @@ class Index:
             UserError: there is none, or it is empty; names those that exist.
         """
         if name not in self.splits:
-            raise UserError(f"{self.folder} has no split {name!r}{nearest(name, self.splits)}")
+            raise UserError(f"{self.folder} has no split {name!r}{did_you_mean(name, self.splits)}")
         if not self.splits[name].count:
             raise UserError(f"the split {name!r} of {self.folder} is empty: name another one, or pack again")
         return self.splits[name]

@@ -73,7 +73,7 @@ def to_channels(picture: Picture, channels: int, convert: bool) -> Picture:
     return picture
 
 
-def open_fitting(path: str | Path, shape: tuple[int, int, int], fit: Fit) -> Picture:
+def open_fitting(path: str | Path, shape: tuple[int, ...], fit: Fit) -> Picture:
     """One of the user's files as uint8 (C, H, W) of a model's shape, by the rules that packing follows.
 
     Raises:

@@ -33,7 +33,7 @@ def encode(picture: Picture, codec: Codec) -> tuple[bytes, int]:
 
 
 def decode_sample(
-    data: bytes | memoryview, shape: tuple[int, int, int], codec: str, dtype: DTypeLike = np.uint8
+    data: bytes | memoryview, shape: tuple[int, ...], codec: str, dtype: DTypeLike = np.uint8
 ) -> NDArray[Any]:
     """The sample whose data (as the index points at them) are `data`, (H, W) or (H, W, C).
 

@@ -33,6 +33,7 @@ Murray, "On the quantitative analysis of deep belief networks", drew the binaris
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -170,7 +171,7 @@ def rows_at_once(spec: Spec) -> int:
     More are slower on a CPU: activations of more than 32 MiB are given back to the system after each layer, and zeroed
     by it for the next (`vaedist.distributed.memory`).
     """
-    return max(1, min(128, (1 << 19) // (spec.height * spec.width)))
+    return max(1, min(128, (1 << 19) // math.prod(spec.shape)))
 
 
 def whole_split(

@@ -50,7 +50,7 @@ class _TarSample(NamedTuple):
 
     item: Item
     row: SampleRow
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     codec: str
 
 

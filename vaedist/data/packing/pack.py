@@ -222,7 +222,7 @@ def _open(name: str, config: PackingConfig, workspace: Path) -> ImageSource:
 
 
 def _recorded_settings(
-    name: str, config: PackingConfig, shape: tuple[int, int, int], per_shard: int
+    name: str, config: PackingConfig, shape: tuple[int, ...], per_shard: int
 ) -> dict[str, Any]:
     """The settings that decide the bytes, for the plan and for `index.json`; no path of this machine."""
     chosen = config.settings

@@ -60,7 +60,7 @@ class Preparer:
     size: int | None
     fit: Fit
     convert: bool
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     codec: Codec
 
     def picture(self, item: Item) -> Picture:

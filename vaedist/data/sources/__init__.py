@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from vaedist.core.errors import UserError, nearest
+from vaedist.core.errors import UserError, did_you_mean
 from vaedist.data.format.image_files import Limits, Picture
 
 LONGEST_KEY = 80  # a ustar member name has 100 bytes, and the key is followed by an extension
@@ -103,7 +103,7 @@ def find(name: str) -> ModuleType:
         UserError: there is none of that name; names those that exist.
     """
     if name not in names():
-        raise UserError(f"there is no source {name!r}{nearest(name, names())}")
+        raise UserError(f"there is no source {name!r}{did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -47,7 +47,7 @@ def latent_size(model: Variant) -> int:
     """Numbers in a latent of the model, or codes; 32 where it has none."""
     if model.latent == "codes":
         device = next(model.parameters()).device
-        black = torch.zeros((1, *model.spec[:3]), dtype=torch.uint8, device=device)
+        black = torch.zeros((1, *model.spec.image_shape), dtype=torch.uint8, device=device)
         return model.codes(black).numel()
     return math.prod(model.latent_shape) if model.latent_shape else COMPONENTS
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vaedist.core.errors import UserError
-from vaedist.core.files import as_json, room, temporary, writable
+from vaedist.core.files import as_json, disk_errors, temporary, writable
 from vaedist.inference.export.model_card import card
 from vaedist.inference.export.programs import check, write_programs
 from vaedist.inference.stored_mixture import density_path
@@ -76,7 +76,7 @@ def export(
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     scratch = temporary(folder.absolute())
     try:
-        with room("the export", folder.absolute().parent):
+        with disk_errors("the export", folder.absolute().parent):
             scratch.mkdir()
             checkpoint = Checkpoints(scratch).commit(kept, opened.step, guard=lambda: None)
             if density.exists():
@@ -100,14 +100,14 @@ def _for_others(run: Run, folder: Path, *, onnx: bool) -> dict[str, str]:
     save_file(state, folder / "weights.safetensors", {"kind": str(run.job.model["kind"])})
     about = {
         "model": _without_paths(run.config.model_dump(mode="json")),
-        "shape": list(run.spec[:3]),
+        "shape": list(run.spec.image_shape),
         "classes": list(run.classes),
         "step": run.step,
         "weights": run.weights,
         "data_identity": run.data_identity,
     }
     (folder / "config.json").write_bytes(as_json(about))
-    shape = (run.spec.channels, run.spec.height, run.spec.width)
+    shape = run.spec.image_shape
     return write_programs(run.model, shape, folder, onnx=onnx)
 
 

@@ -30,7 +30,7 @@ def card(
         missing: Programs that are not there, and why; None: none were made.
         onnx: Whether they are there as ONNX too.
     """
-    shape = " x ".join(str(axis) for axis in run.spec[:3])
+    shape = " x ".join(str(axis) for axis in run.spec.image_shape)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     about = (
         f"A `{run.job.model['kind']}` of {shape} images (channels, height, width), {parameters:,} parameters, trained "
@@ -121,9 +121,7 @@ def _files(run: Run, missing: Mapping[str, str] | None, onnx: bool) -> str:
     files |= {f"`{name}` is not there": reason for name, reason in missing.items()}
     text = _lines(files)
     if not missing:
-        text += (
-            f"\n\n```python\n{example(run.model, (run.spec.channels, run.spec.height, run.spec.width))}\n```"
-        )
+        text += f"\n\n```python\n{example(run.model, run.spec.image_shape)}\n```"
     return text
 
 

@@ -78,7 +78,7 @@ def check(*, onnx: bool) -> None:
 
 @torch.no_grad()
 def write_programs(
-    model: Variant, shape: tuple[int, int, int], folder: Path, *, onnx: bool = False
+    model: Variant, shape: tuple[int, ...], folder: Path, *, onnx: bool = False
 ) -> dict[str, str]:
     """Write the programs that there are; for each name of a file that there is not, the reason.
 
@@ -201,7 +201,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def example(model: Variant, shape: tuple[int, int, int]) -> str:
+def example(model: Variant, shape: tuple[int, ...]) -> str:
     """Lines of Python that use the programs."""
     size = ", ".join(str(axis) for axis in shape)
     label = ", label=torch.zeros(4, dtype=torch.int64)" if _is_told(model) else ""

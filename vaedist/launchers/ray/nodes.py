@@ -33,15 +33,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, door
-from vaedist.core.files import awaited, listed, replace_private
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
+from vaedist.core.files import exists_uncached, replace_private, wait_for_file
 from vaedist.core.temporary_folder import temporary_folder
 from vaedist.launchers.allocation import allocation
 from vaedist.launchers.local import python_path
 from vaedist.launchers.network import gloo_interface, node_address
-from vaedist.launchers.ray.cluster import KNOBS, WITHOUT, environment
-from vaedist.slurm.cleanup import sweep_here
-from vaedist.slurm.process_layout import RAY_END
+from vaedist.launchers.ray.cluster import PRIVATE_RAY_ENV, RAY_ENV, environment
+from vaedist.slurm.batch_job import is_first_node, node_name
+from vaedist.slurm.cleanup import clean_this_node
+from vaedist.slurm.process_layout import RAY_END_FILE
 
 GATHER_SECONDS = 180.0
 """How long nodes have to come: a cold Python on a network disk takes a minute before Ray even starts."""
@@ -50,7 +51,7 @@ GATHER_SECONDS = 180.0
 _TRIES = 3
 
 
-@door
+@cli_command
 def main(argv: list[str] | None = None) -> int:
     """One node of the cluster; returns when Ray ends here (1), is no longer needed (0), or on TERM (75)."""
     (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
@@ -61,17 +62,17 @@ def main(argv: list[str] | None = None) -> int:
         ended = True
 
     signal.signal(signal.SIGTERM, end)
-    if os.environ.get("SLURM_NODEID", "0") != "0":
-        sweep_here()  # the supervisor has done so on the first
-    head = os.environ.get("SLURM_NODEID", "0") == "0"
+    head = is_first_node()
+    if not head:
+        clean_this_node()  # the supervisor has done so on the first
     address = node_address()
-    replace_private(folder / f"at-{os.environ.get('SLURMD_NODENAME', address)}", address)
+    replace_private(folder / f"at-{node_name() or address}", address)
     if head:
         replace_private(folder / "token", secrets.token_hex(32))
     gcs = None if head else _wait_for(folder / "head", "the head of the Ray cluster")
     variables = (
-        KNOBS
-        | WITHOUT
+        RAY_ENV
+        | PRIVATE_RAY_ENV
         | gloo_interface(address)
         | {
             "PYTHONPATH": python_path(),
@@ -121,7 +122,7 @@ def _run(
                     replace_private(folder / "head", up.read_text().strip())
             if ended():
                 code = EXIT_STOPPED
-            elif listed(folder / RAY_END) or not folder.exists():
+            elif exists_uncached(folder / RAY_END_FILE) or not folder.exists():
                 code = EXIT_FINISHED
         if code is not None:
             ray.terminate()
@@ -175,7 +176,7 @@ def joined(folder: Path) -> Iterator[int]:
     gcs = _wait_for(folder / "head", "the head of this job's Ray cluster")
     names = (folder / "nodes").read_text().split("\n")
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    with environment(KNOBS | variables | {"PYTHONPATH": python_path()}):
+    with environment(RAY_ENV | variables | {"PYTHONPATH": python_path()}):
         import ray  # now: it reads whether to use a token when it is loaded
 
         try:
@@ -214,7 +215,7 @@ def _alive() -> set[str]:
 
 
 def _wait_for(file: Path, what: str) -> str:
-    text = awaited(file, GATHER_SECONDS)
+    text = wait_for_file(file, GATHER_SECONDS)
     if text is None:
         raise UserError(
             f"{what} did not start within {GATHER_SECONDS:.0f} s: look at what it says in the log"
