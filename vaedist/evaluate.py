@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.cli.parser import Parser, add_loudness
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_device, add_verbosity, add_weights
 from vaedist.core.errors import UserError, cli_command
 from vaedist.core.terminal import ProgressBars, echo_unless
 
@@ -47,9 +48,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="allow data that the run was not trained from; metrics.json says so",
     )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), help="which weights (default: what the job says)"
-    )
+    add_weights(parser)
     parser.add_argument(
         "--baselines",
         action=argparse.BooleanOptionalAction,
@@ -121,13 +120,8 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="all of it as one HTML file, with curves, pictures and settings, to copy and to send",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one (default: auto)",
-    )
-    add_loudness(
+    add_device(parser)
+    add_verbosity(
         parser,
         quiet="no progress bars, and no tables: they are in the files",
         verbose="also say of each stage how long it took",
@@ -143,14 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.distributed.memory import keep_freed_memory
     from vaedist.evaluation.comparison import Comparison
     from vaedist.evaluation.groups import read_groups
-    from vaedist.runs.checkpoint import resolve
+    from vaedist.runs.checkpoint_paths import resolve_checkpoint
     from vaedist.runs.open_data import pick_device
 
     keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
     device = pick_device(arguments.device)
     for path in arguments.runs:
-        resolve(path)  # before the first of them is measured for an hour
+        resolve_checkpoint(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
     tell = echo_unless(arguments.quiet)
     folders = _folders(arguments)
@@ -257,7 +251,7 @@ def _evaluate(
     from vaedist.evaluation.evaluate_model import TrainingSplit, evaluate
     from vaedist.evaluation.groups import metrics_by_group
     from vaedist.evaluation.text_report import format_report
-    from vaedist.inference.stored_mixture import density
+    from vaedist.inference.stored_mixture import load_or_fit_mixture
     from vaedist.runs.open_data import open_data
     from vaedist.runs.open_run import open_run
 
@@ -275,7 +269,7 @@ def _evaluate(
     training = TrainingSplit(whole, index.split(train), run.spec.pixels, print)
     with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
         if arguments.sampler == "gmm":
-            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.start))
+            wanted = replace(wanted, mixture=lambda: load_or_fit_mixture(run, lambda: index, bars.start))
         found = evaluate(
             run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.start
         )

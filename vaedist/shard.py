@@ -14,7 +14,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.cli.parser import Parser, add_loudness, count, count_or_none, share
+from vaedist.cli.option_types import fraction, non_negative_int, positive_int
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_fit, add_verbosity
 from vaedist.core.errors import EXIT_FINISHED, UserError, cli_command
 from vaedist.core.terminal import ProgressBars, echo_unless
 
@@ -37,7 +39,7 @@ def build_parser() -> Parser:
     _add_tasks(parser.add_argument_group("what to do (default: pack INPUT into --out)"))
     _add_packing_options(parser.add_argument_group("packing"))
     _add_source_options(parser.add_argument_group("some sources only"))
-    add_loudness(
+    add_verbosity(
         parser,
         quiet="no progress bar, and no word of what was packed",
         verbose="also say of each stage how long it took",
@@ -54,36 +56,37 @@ def _add_tasks(group: Any) -> None:
         help="take these samples out of the index; with --verify and no keys: the damaged ones",
     )
     group.add_argument("--remove-samples-file", metavar="FILE", help="keys to remove, one per line")
-    group.add_argument("--strike", "--strike-file", nargs="*", help=argparse.SUPPRESS)
+    group.add_argument("--strike", "--strike-file", dest="old_option", nargs="*", help=argparse.SUPPRESS)
     group.add_argument("--index", action="store_true", help="make index.json for tars made by others")
 
 
 def _add_packing_options(group: Any) -> None:
     group.add_argument("--out", type=Path, metavar="DIR", help="the packed folder to make")
     group.add_argument("--source", metavar="NAME", help="kind of source; default: found by the layout")
-    group.add_argument("--size", type=count, metavar="N", help="side of the square images in pixels")
-    fits = ("pad", "crop", "stretch")
-    group.add_argument("--fit", choices=fits, help="how rectangles become squares (default: pad)")
+    group.add_argument("--size", type=positive_int, metavar="N", help="side of the square images in pixels")
+    add_fit(group, "rectangles become squares")
     color = group.add_mutually_exclusive_group()
     color.add_argument("--gray", dest="channels", action="store_const", const=1, help="one channel")
     color.add_argument("--rgb", dest="channels", action="store_const", const=3, help="three channels")
     codec = "lossless both; npy reads faster (default: png)"
     group.add_argument("--codec", choices=("png", "npy"), help=codec)
-    group.add_argument("--samples-per-shard", type=count, metavar="N", help="default: what fits in 64 MB")
+    group.add_argument(
+        "--samples-per-shard", type=positive_int, metavar="N", help="default: what fits in 64 MB"
+    )
     order = "order of packing (default: random, seeded)"
     group.add_argument("--order", choices=("random", "source"), help=order)
     seed = "of order, chosen splits and phantom (default: 0)"
-    group.add_argument("--seed", type=count_or_none, metavar="N", help=seed)
+    group.add_argument("--seed", type=non_negative_int, metavar="N", help=seed)
     subjects = "table of key (or its beginning) and subject, for names that do not say it"
     group.add_argument("--subjects", type=Path, metavar="FILE", help=subjects)
     validation = "share to hold out, by subject (default: 0.1 where the source has no such split)"
-    group.add_argument("--validation-fraction", type=share, metavar="F", help=validation)
-    group.add_argument("--test-fraction", type=share, metavar="F", help="likewise (default: 0)")
-    group.add_argument("--workers", type=count, metavar="N", help="processes (default: 1)")
+    group.add_argument("--validation-fraction", type=fraction, metavar="F", help=validation)
+    group.add_argument("--test-fraction", type=fraction, metavar="F", help="likewise (default: 0)")
+    group.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: 1)")
     bad = "leave bad files out, listed in rejected.jsonl"
     group.add_argument("--skip-bad", action="store_true", help=bad)
-    group.add_argument("--max-pixels", type=count, metavar="N", help="per image (default: 67,108,864)")
-    group.add_argument("--max-bytes", type=count, metavar="N", help="per file (default: 268,435,456)")
+    group.add_argument("--max-pixels", type=positive_int, metavar="N", help="per image (default: 67,108,864)")
+    group.add_argument("--max-bytes", type=positive_int, metavar="N", help="per file (default: 268,435,456)")
 
 
 def _add_source_options(group: Any) -> None:
@@ -100,7 +103,7 @@ def _add_source_options(group: Any) -> None:
 @cli_command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.strike is not None:
+    if arguments.old_option is not None:
         raise UserError("--strike and --strike-file are now --remove-samples and --remove-samples-file")
     task = _task(arguments)
     return {"pack": _pack, "verify": _verify, "remove-samples": _remove, "index": _index}[task](arguments)

@@ -24,7 +24,7 @@ from vaedist.evaluation.metrics.image_quality import pair_metrics
 from vaedist.evaluation.metrics.per_image import training_images
 from vaedist.evaluation.sample_quality import compare_samples
 from vaedist.inference.sampling import Sampler
-from vaedist.inference.stored_mixture import stored_density
+from vaedist.inference.stored_mixture import load_mixture
 from vaedist.runs.fit_options import FitOptions
 from vaedist.runs.open_run import open_run
 from vaedist.training.loop import fit
@@ -207,7 +207,7 @@ def test_samples_from_the_density_after_training(
     assert f"12 samples from {found['gmm']['latents_from']}" in capsys.readouterr().out
     # The same images as vaedist-sample draws, so the same numbers.
     opened = open_run(run)
-    drawn = Sampler(opened.model, mixture=stored_density(opened)).draw(12).images
+    drawn = Sampler(opened.model, mixture=load_mixture(opened)).draw(12).images
     real = training_images(whole_split(Index.open(opened.data_path), "test", opened.job))
     metrics = compare_samples(real, {"this run": drawn}, default_extractor())["metrics"]["this run"]
     assert found["gmm"]["metrics"]["this run"] == metrics != found["prior"]["metrics"]["this run"]

@@ -34,9 +34,11 @@ from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_code
 from vaedist.distributed.process_group import Group
 from vaedist.models.bases.frozen_tokenizer import Tokenizer
 from vaedist.models.contract import build, model_config
-from vaedist.runs.checkpoint import Best, Checkpoints, load, resolve, weights_digest
+from vaedist.runs.checkpoint import Best, Checkpoints, load_checkpoint
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.open_run import open_run
+from vaedist.runs.weights import weights_digest
 from vaedist.training.ema import WeightAverage
 from vaedist.training.layer_table import layer_table
 from vaedist.training.loop import fit
@@ -113,7 +115,7 @@ def test_a_prior_learns_from_the_codes_that_its_tokenizer_gives(
             assert torch.equal(held["label"], shown["label"]) and torch.equal(held["mask"], shown["mask"])
 
     # The tokenizer came along as it was, and stayed so; the optimizer never had it.
-    state = load(resolve(tmp_path / "prior")).state
+    state = load_checkpoint(resolve_checkpoint(tmp_path / "prior")).state
     for weights in (state["model"], state["ema"]):
         frozen = {
             name.removeprefix("tokenizer."): value for name, value in weights.items() if name != "logits"
@@ -163,7 +165,7 @@ def test_a_prior_goes_on_bit_for_bit(tokenizer: Path, phantom: Path, tmp_path: P
     train(prior_job(phantom, tokenizer, steps=5), tmp_path / "cut")
     train(prior_job(phantom, tokenizer, steps=10), tmp_path / "cut")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    one, other = (load(resolve(tmp_path / name)).state for name in ("cut", "whole"))
+    one, other = (load_checkpoint(resolve_checkpoint(tmp_path / name)).state for name in ("cut", "whole"))
     for which in ("model", "ema"):
         assert all(torch.equal(one[which][name], other[which][name]) for name in one[which])
 
@@ -287,7 +289,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
 def retrain(run: Path) -> None:
     """What more training does to a run: another best checkpoint."""
     store = Checkpoints(run)
-    state = load(resolve(run)).state
+    state = load_checkpoint(resolve_checkpoint(run)).state
     state["ema"] = {
         name: value + 1e-3 if value.is_floating_point() else value for name, value in state["ema"].items()
     }
@@ -317,9 +319,11 @@ def test_a_moved_tokenizer_is_refused_until_its_new_place_is_given(
 
 def test_a_changed_tokenizer_is_refused(tokenizer: Path, phantom: Path, tmp_path: Path) -> None:
     run = tmp_path / "prior"
-    before = resolve(tokenizer)
+    before = resolve_checkpoint(tokenizer)
     train(prior_job(phantom, tokenizer, steps=5), run)
-    saved = json.loads(json.dumps(load(resolve(run)).state["job"]))["model"]["tokenizer"]
+    saved = json.loads(json.dumps(load_checkpoint(resolve_checkpoint(run)).state["job"]))["model"][
+        "tokenizer"
+    ]
     retrain(tokenizer)
     told = refusal(prior_job(phantom, tokenizer, steps=10), run)
     assert f"model.tokenizer.sha256 was {saved['sha256']}" in told and "--new-run" in told

@@ -39,12 +39,15 @@ from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.runs.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
+from vaedist.runs.checkpoint import Best, Checkpoints, Committer
+from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
-from vaedist.runs.open_run import data_section, resolved, resume
-from vaedist.runs.run_folder import Change, RunFolder, libraries
+from vaedist.runs.provenance import Change, library_versions
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.resume_rules import check_resume, data_section
+from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import told as told_of_start
+from vaedist.runs.startup_timings import startup_summary
 from vaedist.runs.stop_request import StopRequest
 from vaedist.training.ema import WeightAverage
 from vaedist.training.initialization import Initialization, init_weights
@@ -138,12 +141,12 @@ def _fit(
         )
         store = Checkpoints(folder, keep=job.train.keep)
         newest = store.newest()
-        changed = resume(run, newest, job, index, override=options.override)
+        changed = check_resume(run.path, newest, job, index, override=options.override)
         committer = Committer(store, lock.check)
         exits.callback(committer.close)
-        return to_bytes(newest)
+        return checkpoint_to_bytes(newest)
 
-    found = from_bytes(group.from_leader(open_folder))
+    found = checkpoint_from_bytes(group.from_leader(open_folder))
     start = found.step if found else 0
     progress = Progress(group, found.state["progress"] if found else None)
     steps_per_epoch = index.split(job.data.train_split).count // batch_size
@@ -225,10 +228,10 @@ def _fit(
     # Watching: rank 0 writes TensorBoard, metrics.jsonl and the console; rows beyond the resume step are cut.
     log: RunLog | SilentLog = SilentLog()
     if run is not None:
-        run.begin(
+        run.record_start(
             job,
             step=start if found else None,
-            beginning=initialization.record,
+            initialization=initialization.record,
             changed=changed,
             engine=options.engine,
             world=group.world,
@@ -238,7 +241,7 @@ def _fit(
         log = RunLog(run, job, total_steps=total, start_step=start, quiet=options.quiet)
         log.summary(_summary(job, index, stream, how, model, group, options, initialization, start, total))
         if options.verbose:
-            log.message(libraries())
+            log.message(library_versions())
         if initialization.report:
             log.message("\n".join(initialization.report))
     exits.enter_context(_closed(log))
@@ -283,9 +286,9 @@ def _fit(
         done += 1
         if done == start + 1:
             reached("stepped")
-            if options.phases:
-                phases = (*options.phases, ("data and model", began), ("first step", ready))
-                log.message(told_of_start(phases, time.time()))
+            if options.startup:
+                phases = (*options.startup, ("data and model", began), ("first step", ready))
+                log.message(startup_summary(phases, time.time()))
         if committer is not None:
             committer.join(wait=False)  # a full disk is told now, not when the next checkpoint is due
         images = done * batch_size

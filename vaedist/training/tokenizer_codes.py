@@ -36,10 +36,11 @@ from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.models.bases.frozen_tokenizer import Tokenizer
 from vaedist.models.contract import Variant
-from vaedist.runs.checkpoint import resolve, run_folder_of, weights_digest
+from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
 from vaedist.runs.open_run import open_run
-from vaedist.runs.run_lock import Held, RunLock
+from vaedist.runs.run_lock import RunLock, RunLocked
 from vaedist.runs.stop_request import StopRequest
+from vaedist.runs.weights import weights_digest
 
 _PATIENCE_S = 20.0
 """How long rank 0 waits for another job's codes before it tells the other ranks, which wait for it, that it lives."""
@@ -196,7 +197,7 @@ class _Making:
                 f"the tokenizer {self.tokenizer.run} has changed: its weights have the sha256 {digest[:12]}, and "
                 f"this job was begun with {self.tokenizer.sha256[:12]}: begin anew with --new-run"
             )
-        checkpoint = resolve(expand(self.tokenizer.run, "model.tokenizer.run"))
+        checkpoint = resolve_checkpoint(expand(self.tokenizer.run, "model.tokenizer.run"))
         folder = codes_folder((run_folder_of(checkpoint) or checkpoint).absolute(), self.stamp)
         orders: dict[str, Any] = {"folder": str(folder), "wait": False, "finished": True, "missing": []}
         if (folder / INDEX_NAME).exists():
@@ -218,7 +219,7 @@ class _Making:
         while self.lock is None:
             try:
                 self.lock = self.exits.enter_context(RunLock.acquire(folder))
-            except Held as held:
+            except RunLocked as held:
                 if not self.waits:
                     self.tell(f"codes: {held.owner} is making them; waiting for it")
                 self.waits = True

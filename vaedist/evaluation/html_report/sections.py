@@ -24,9 +24,10 @@ from vaedist.evaluation.metrics import latents
 from vaedist.evaluation.metrics.per_image import ImageMetrics, pairs, pick_evenly, with_codes, without_padding
 from vaedist.evaluation.metrics.tables import HEADS, digits, metrics_rows
 from vaedist.evaluation.text_report import format_report
-from vaedist.inference import sampling as drawing
-from vaedist.inference.show import beside
-from vaedist.inference.stored_mixture import stored_density
+from vaedist.inference.latent_space import interpolation
+from vaedist.inference.sample_files import with_code_maps
+from vaedist.inference.sampling import Sampler
+from vaedist.inference.stored_mixture import load_mixture
 from vaedist.runs.open_run import Run
 from vaedist.runs.run_folder import RunFolder
 from vaedist.training.run_log import read_metrics
@@ -202,10 +203,10 @@ def _samples(run: Run, document: Mapping[str, Any]) -> Section:
     section = Section("Samples")
     samplers = {}
     if run.model.samples:
-        samplers["from the prior, seed 0, none picked"] = drawing.Sampler(run.model)
-    mixture = stored_density(run) if run.model.latent in ("vector", "map") else None
+        samplers["from the prior, seed 0, none picked"] = Sampler(run.model)
+    mixture = load_mixture(run) if run.model.latent in ("vector", "map") else None
     if mixture is not None and not run.model.conditional:
-        samplers[f"from the {mixture}"] = drawing.Sampler(run.model, mixture=mixture)
+        samplers[f"from the {mixture}"] = Sampler(run.model, mixture=mixture)
     for caption, sampler in samplers.items():
         section.pictures.append((caption, picture(grid(channels_last(_drawn(sampler)), 8))))
     if "samples" in document:
@@ -223,7 +224,7 @@ def _samples(run: Run, document: Mapping[str, Any]) -> Section:
     return section
 
 
-def _drawn(sampler: drawing.Sampler) -> Pixels:
+def _drawn(sampler: Sampler) -> Pixels:
     return np.concatenate([sampler.draw(16, first).images for first in range(0, SAMPLES, 16)])
 
 
@@ -294,7 +295,7 @@ def _strips(run: Run, held: latents.Latents) -> Iterator[tuple[str, str]]:
         ends = [held.mean[place].reshape(held.shape).to(weight.device, weight.dtype) for place in (a, b)]
         label = int(held.labels[a]) if run.model.conditional else None
         with torch.no_grad():
-            rows.append(drawing.interpolation(run.model, ends[0], ends[1], FRAMES, label))
+            rows.append(interpolation(run.model, ends[0], ends[1], FRAMES, label))
     yield (
         f"{len(rows)} ways from one image of the split (left) to another (right) through the latents",
         picture(grid(channels_last(np.concatenate(rows)), FRAMES)),
@@ -315,7 +316,7 @@ def _codes(run: Run, batches: Batches, found: EvaluationResult, document: Mappin
     section.charts.append(charts.bars(share, x="codes, the most used first", y="share of all positions"))
     with torch.no_grad():
         batch = with_codes(run.model, without_padding(next(iter(batches))))
-    both = beside(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
+    both = with_code_maps(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
     section.pictures.append(("images and their codes, a colour for each code", picture(grid(both, 8))))
     return section
 
