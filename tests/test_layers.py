@@ -222,7 +222,15 @@ def unpickling(module: str, tree: ast.Module) -> Iterator[Finding]:
             yield node.lineno, "allow_pickle=True"
 
 
-RULES: tuple[Rule, ...] = (layers, commands, libraries, object_collectives, global_generators, excepts, unpickling)
+RULES: tuple[Rule, ...] = (
+    layers,
+    commands,
+    libraries,
+    object_collectives,
+    global_generators,
+    excepts,
+    unpickling,
+)
 
 
 def module_name(path: Path) -> str:
