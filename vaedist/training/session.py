@@ -21,8 +21,14 @@ from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.staging import staged
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
+from vaedist.data.loading.order import slice_bounds
+from vaedist.data.loading.staging import stage_shards
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
@@ -158,7 +164,7 @@ def prepare(
         announce(_STOPPED)
         return Outcome("stopped", start, progress.validation)
     splits = (job.data.train_split, job.data.validation_split)
-    local = staged(source, splits, node=group, tell=announce, stopped=lambda: stop.requested)
+    local = stage_shards(source, splits, group=group, report=announce, stopped=lambda: stop.requested)
     streams = _open_streams(exits.enter_context(local), job, model, group, total_steps - start, exits)
     check_monitored_term(job, model, streams.validation)
 
@@ -230,23 +236,21 @@ def _open_streams(
     batch_size = job.train.batch_size
     settings = choose_loader_settings(job.data, source, steps * batch_size, group, torch.get_num_threads())
     share: Any = {"batch_size": batch_size, "device": group.device, "rank": group.rank, "world": group.world}
-    training = TrainingStream(
-        source,
-        job.data.train_split,
+    config = TrainingStreamConfig(
         lanes=_lanes(job),
         seed=job.seed,
         cache=settings.cache,
-        finish=Inputs(job).finish if model.reads == "images" else None,
+        static_transform=Inputs(job).static_transform if model.reads == "images" else None,
         workers=settings.readers[settings.cache],
-        node=group,
+        group=group,
         **share,
     )
+    training = TrainingStream(source, job.data.train_split, config)
     exits.callback(training.close)
     training.workers = settings.readers[training.cache]  # a cache may not have fitted
-    validation = EvaluationStream(
-        source, job.data.validation_split, workers=settings.readers["none"], **share
-    )
-    return Streams(training, validation, settings, Inputs(job, finished=training.finished))
+    config_of_evaluation = EvaluationStreamConfig(workers=settings.readers["none"], **share)
+    validation = EvaluationStream(source, job.data.validation_split, config_of_evaluation)
+    return Streams(training, validation, settings, Inputs(job, transformed=training.transformed))
 
 
 def _measure_data(
