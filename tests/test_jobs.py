@@ -119,7 +119,7 @@ def test_the_earlier_infovae_has_the_sizes_that_its_file_tells() -> None:
     import torch
 
     from vaedist.config.job import Spec
-    from vaedist.models.contract import model_config, variant
+    from vaedist.config.model_section import kind_module, model_config
 
     path = ROOT / "jobs" / "baselines" / "earlier_infovae_oasis.yaml"
     (full,) = re.findall(r"^#   (model\.encoder\.patch=.*)$", path.read_text(), re.MULTILINE)
@@ -127,7 +127,7 @@ def test_the_earlier_infovae_has_the_sizes_that_its_file_tells() -> None:
     def weights(size: int, settings: str = "") -> int:
         config = model_config(load_job(path, settings.split()).model)
         with torch.device("meta"):
-            model = variant("infovae").Model(config, Spec(1, (size, size)))
+            model = kind_module("infovae").Model(config, Spec(1, (size, size)))
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert [round(count / 1e6) for count in (weights(128), weights(128, full), weights(256, full))] == [

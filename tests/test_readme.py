@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from vaedist.config.job import Job
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
-from vaedist.models.contract import model_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             page = _page(run, mode, arguments, bars)
     except NotDefined as error:
         possible = "; its reconstructions are: --reconstruct FILE ..." if run.model.reconstructs else ""
-        told = f"{run.folder} ({run.job.model['kind']}): {error}"
+        told = f"{run.folder} ({run.job.kind}): {error}"
         raise NotDefined(told + (possible if mode == "samples" and not run.model.samples else "")) from None
     tell("\n".join([*page.told, *(f"wrote {path}" for path in page.written)]))
     return 0

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.core.imaging import to_uint8
 from vaedist.inference.mixture import Mixture, Part
 from vaedist.inference.sampling import Sampler, finite, interpolation, manifold, traversal
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (8, 8), classes=3)
 BODY = {"kind": "mlp", "width": 16, "depth": 1}

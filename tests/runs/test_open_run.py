@@ -20,10 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from vaedist.config.job import Job, Spec, load_job
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import apply_overrides, parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index, write_index
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints, Loaded
 from vaedist.runs.open_run import (
     Change,

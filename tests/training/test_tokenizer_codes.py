@@ -20,6 +20,7 @@ from tests.conftest import pack_phantom
 from tests.ranks import ROOT, run_ranks
 from tests.run_commands import curve, small_job
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
@@ -27,8 +28,8 @@ from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.stream import EvaluationStream, TrainingStream
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
 from vaedist.distributed.process_group import Group
-from vaedist.models.bases.frozen_tokenizer import Tokenizer
-from vaedist.models.contract import build, model_config
+from vaedist.models.bases.code_prior_config import Tokenizer
+from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints, load, resolve, weights_digest
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.open_run import open_run

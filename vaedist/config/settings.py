@@ -165,7 +165,7 @@ def parse(cls: type[_Model], content: Any, where: str, prefix: str = "") -> _Mod
         UserError: naming the file, the key, and for unknown keys the nearest and all valid ones.
     """
     try:
-        return cls.model_validate(content)
+        return cls.model_validate(content, context={"where": where})
     except ValidationError as error:
         told = [_sentence(cls, problem, prefix) for problem in error.errors()[:3]]
         raise UserError(f"{where}: {'; '.join(told)}") from None

@@ -390,4 +390,4 @@ def _shape(run: Run) -> tuple[int, ...]:
 
 
 def _name(run: Run) -> str:
-    return f"{run.folder} ({run.job.model['kind']}, step {run.step}, {run.weights} weights)"
+    return f"{run.folder} ({run.job.kind}, step {run.step}, {run.weights} weights)"

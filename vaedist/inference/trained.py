@@ -63,7 +63,7 @@ class Trained:
     @property
     def kind(self) -> str:
         """`vae`, `vqvae`, `pixelcnn`, ..."""
-        return str(self.run.job.model["kind"])
+        return self.run.job.kind
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from vaedist.config.job import Job, Monitor, Spec
-from vaedist.config.settings import ResumePolicy, Strict, parse, resume_policy
+from vaedist.config.settings import ResumePolicy, parse, resume_policy
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.stream import default_lanes
 from vaedist.evaluation.metrics.features import default
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
 from vaedist.evaluation.metrics.sample_metrics import BETTER, is_sample_metric, plain
-from vaedist.models.contract import Variant, build, model_config, variant
+from vaedist.models.contract import Variant, build
 from vaedist.runs.checkpoint import Loaded, chosen_weights, load, resolve, run_folder_of
 from vaedist.runs.run_folder import ABSENT, Change, RunFolder
 
@@ -53,13 +53,15 @@ class Differences(NamedTuple):
 
 
 def resolved(job: Job) -> Job:
-    """The job with every default filled in: the variant's settings, the lanes, the chosen weights. Idempotent."""
-    content = job.model_dump(mode="json")
-    content["model"] = model_config(job.model, f"job {job.name!r}").model_dump(mode="json")
-    content["data"]["lanes"] = job.data.lanes or default_lanes(job.train.batch_size)
-    content["train"]["weights"] = job.train.chosen_weights
-    content["train"]["monitor"]["metric"] = _monitor(job.train.monitor)
-    return parse(Job, content, where="the resolved job")
+    """The job with the lanes, the chosen weights and the metric's extractor filled in. Idempotent."""
+    data = {"lanes": job.data.lanes or default_lanes(job.train.batch_size)}
+    train = {
+        "weights": job.train.chosen_weights,
+        "monitor": job.train.monitor.model_copy(update={"metric": _monitor(job.train.monitor)}),
+    }
+    return job.model_copy(
+        update={"data": job.data.model_copy(update=data), "train": job.train.model_copy(update=train)}
+    )
 
 
 def _monitor(monitor: Monitor) -> str:
@@ -95,11 +97,8 @@ def compare(
 ) -> Differences:
     """The differences between two jobs (resolved here) and between the data they see (`data_section`)."""
     old, new = (resolved(job).model_dump(mode="json") for job in (saved, asked))
-    patterns = dict(resume_policy(Job))
-    del patterns["model"]
-    if old["model"]["kind"] == new["model"]["kind"]:
-        patterns |= dict(resume_policy(variant(new["model"]["kind"]).Config, "model."))
-    else:  # the rest of two variants' settings has nothing in common
+    patterns = dict(resume_policy(Job)) | dict(resume_policy(type(asked.model), "model."))
+    if saved.kind != asked.kind:  # the rest of two variants' settings has nothing in common
         old["model"], new["model"] = ({"kind": side["model"]["kind"]} for side in (old, new))
     found: dict[ResumePolicy, list[Change]] = {"free": [], "override": [], "fixed": []}
     for change in _changes("", old, new):
@@ -179,7 +178,6 @@ class Run(NamedTuple):
     model: Variant
     """In eval mode, with the chosen weights."""
     job: Job
-    config: Strict
     spec: Spec
     step: int
     weights: str
@@ -217,22 +215,18 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
             f"checkpoint {loaded.path} lacks what vaedist-train writes: it is of another making"
         ) from None
     job = parse(Job, saved, where=str(loaded.path))
-    config = model_config(job.model, where=str(loaded.path))
     spec = Spec(channels, (height, width), len(classes))
-    model = build(config, spec, job.seed)
+    model = build(job.model, spec, job.seed)
     model.to(device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"the weights in {loaded.path} do not fit its model {job.model['kind']!r}: {reason}"
-        ) from None
+        raise UserError(f"the weights in {loaded.path} do not fit its model {job.kind!r}: {reason}") from None
     model.eval().requires_grad_(False)
     return Run(
         model=model,
         job=job,
-        config=config,
         spec=spec,
         step=loaded.step,
         weights=weights or job.train.chosen_weights,

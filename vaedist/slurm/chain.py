@@ -114,7 +114,6 @@ def links(order: Order) -> list[Link]:
     points = [_Point(job, settings, label) for job, settings, label in _points(order)]
     if len(points) > MOST_TASKS:
         raise UserError(f"this makes {len(points)} runs, and a job array holds {MOST_TASKS}: give fewer")
-    _check_models([point.job for point in points])
     found: list[Link] = []
     out: str | None = None
     if "shard" in order.chain:
@@ -196,7 +195,6 @@ def _prior(order: Order, tokens: Task, out: str | None, *, made: bool) -> Task:
     path, settings = words[0], words[1:]
     settings = [*settings, f"model.tokenizer={_yaml(str(tokens.run))}"]
     job = load_job(path, settings)
-    _check_models([job])
     label = f"{job.name}-of-{tokens.label}"
     # A prior's job need not say where the images are: they are those whose codes it learns.
     data = next(word for word in reversed(tokens.arguments) if word.startswith("data.path="))
@@ -254,14 +252,6 @@ def _check(order: Order) -> None:
         raise UserError(
             "arguments after -- are those of vaedist-train, and the chain has no train: leave them out"
         )
-
-
-def _check_models(jobs: Iterable[Job]) -> None:
-    """A misspelt key of a model costs seconds here, and hours in a queue."""
-    from vaedist.models.contract import model_config  # it loads torch
-
-    for job in jobs:
-        model_config(job.model, f"job {job.name!r}")
 
 
 def _different(runs: Sequence[Path | None]) -> None:
