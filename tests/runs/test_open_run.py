@@ -20,7 +20,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from vaedist.config.job import Job, Spec, load_job
-from vaedist.config.model_section import model_config
 from vaedist.config.settings import apply_overrides, parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index, write_index
@@ -343,8 +342,8 @@ def trained(folder: Path, index: Index, *overrides: str) -> dict[str, dict[str, 
     store = Checkpoints(run.path)
     states = {}
     for step in (5, 10):
-        model = build(model_config(asked.model), index.spec, seed=step)
-        average = build(model_config(asked.model), index.spec, seed=100 + step)
+        model = build(asked.model, index.spec, seed=step)
+        average = build(asked.model, index.spec, seed=100 + step)
         if asked.train.precision == "fp64":
             model.double(), average.double()
         states[f"{step}"] = {

@@ -250,7 +250,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     """Nothing but the missing ones is made: a shard that is there is taken as it is, which another code shows."""
     job = prior_job(phantom, tokenizer, steps=1)
     images = Index.open(phantom)
-    described = settled(job, images, Group.join("cpu")).model["tokenizer"]
+    described = settled(job, images, Group.join("cpu")).model.tokenizer.model_dump(mode="json")
     stamp = {
         "made_by": "vaedist-train",
         "tokenizer": {name: value for name, value in described.items() if name != "run"},
@@ -433,7 +433,7 @@ def test_what_is_borrowed_is_frozen_stays_in_evaluation_mode_and_is_not_averaged
 
 def test_a_tokenizers_section_is_checked_and_compares_equal_to_itself() -> None:
     short, full = (Tokenizer.model_validate(section()["tokenizer"]) for _ in range(2))
-    assert short == full and short.model["commitment"] == 0.25
+    assert short == full and short.model.commitment == 0.25
     with pytest.raises(UserError, match=r"unknown key 'model\.codebok'"):
         Tokenizer.model_validate(section(model={"kind": "vqvae", "codebok": {}})["tokenizer"])
     with pytest.raises(UserError, match="what that run is has not been read"):

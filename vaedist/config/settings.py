@@ -294,7 +294,7 @@ def resume_policy(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
         for branch in _branches(field.annotation):
             star = typing.get_origin(branch) is dict
             model = typing.get_args(branch)[-1] if star else branch
-            if isinstance(model, type) and issubclass(model, BaseModel):
+            if isinstance(model, type) and issubclass(model, BaseModel) and model.model_fields:
                 inner.append((model, f"{key}.*." if star else f"{key}."))
         if mark is not None or not inner:
             yield key, typing.cast(ResumePolicy, mark or "fixed")

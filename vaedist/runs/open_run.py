@@ -97,7 +97,9 @@ def compare(
 ) -> Differences:
     """The differences between two jobs (resolved here) and between the data they see (`data_section`)."""
     old, new = (resolved(job).model_dump(mode="json") for job in (saved, asked))
-    patterns = dict(resume_policy(Job)) | dict(resume_policy(type(asked.model), "model."))
+    patterns = dict(resume_policy(Job))
+    del patterns["model"]
+    patterns |= dict(resume_policy(type(asked.model), "model."))
     if saved.kind != asked.kind:  # the rest of two variants' settings has nothing in common
         old["model"], new["model"] = ({"kind": side["model"]["kind"]} for side in (old, new))
     found: dict[ResumePolicy, list[Change]] = {"free": [], "override": [], "fixed": []}
