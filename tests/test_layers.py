@@ -239,9 +239,9 @@ BREAKERS: list[tuple[Rule, str, str]] = [
     (layers, "vaedist.nets.bodies", "from vaedist.models import contract"),
     (layers, "vaedist.config.job", "def f():\n    from vaedist.nets.ssim import ssim"),
     (layers, "vaedist.launchers.local", "from ..train import main"),
-    (layers, "vaedist.tuning.search", "from vaedist.launchers.ray.tuner import run"),
+    (layers, "vaedist.tuning.controller", "from vaedist.launchers.ray.tuner import run"),
     (layers, "vaedist.training.loop", "from vaedist.tuning import space"),
-    (libraries, "vaedist.tuning.search", "from ray import tune"),
+    (libraries, "vaedist.tuning.controller", "from ray import tune"),
     (layers, "vaedist.train", "from vaedist.sample import main\nfrom vaedist.utils import x"),
     (
         layers,
@@ -284,7 +284,7 @@ def test_what_is_allowed_is_not_found() -> None:
     allowed = {
         "vaedist.training.loop": "from vaedist.runs import checkpoint\nfrom vaedist.models.contract import build",
         "vaedist.distributed.process_group": "import torch.distributed as dist\ndist.all_reduce(x)",
-        "vaedist.launchers.ray.tuner": "from ray import tune\nfrom vaedist.tuning.search import Sweep",
+        "vaedist.launchers.ray.tuner": "from ray import tune\nfrom vaedist.tuning.controller import SearchController",
         "vaedist.tuning.measure": "from vaedist.runs.open_run import open_run\nfrom vaedist.evaluation import kid",
         "vaedist.launchers.ray.trainer": "import ray.train\nfrom vaedist.training.loop import fit",
         "vaedist.models.contract": "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(seed)",

@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.cli.parser import Parser, add_loudness
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_device, add_verbosity, add_weights
 from vaedist.core.errors import UserError, cli_command
 from vaedist.core.terminal import ProgressBars, echo_unless
 
 if TYPE_CHECKING:
     from vaedist.data.format.index import Index
-    from vaedist.evaluation.comparison import Entry
-    from vaedist.evaluation.evaluation import Batches, Findings, Wanted
-    from vaedist.evaluation.html_report.sections import Contents
+    from vaedist.evaluation.comparison import RunEvaluation
+    from vaedist.evaluation.evaluate_model import Batches, EvaluationConfig, EvaluationResult
+    from vaedist.evaluation.html_report.sections import RunReport
     from vaedist.runs.open_run import Run
 
 SHOWN_PAIRS = 8
@@ -47,9 +48,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="allow data that the run was not trained from; metrics.json says so",
     )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), help="which weights (default: what the job says)"
-    )
+    add_weights(parser)
     parser.add_argument(
         "--baselines",
         action=argparse.BooleanOptionalAction,
@@ -121,13 +120,8 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="all of it as one HTML file, with curves, pictures and settings, to copy and to send",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one (default: auto)",
-    )
-    add_loudness(
+    add_device(parser)
+    add_verbosity(
         parser,
         quiet="no progress bars, and no tables: they are in the files",
         verbose="also say of each stage how long it took",
@@ -143,20 +137,20 @@ def main(argv: list[str] | None = None) -> int:
     from vaedist.distributed.memory import keep_freed_memory
     from vaedist.evaluation.comparison import Comparison
     from vaedist.evaluation.groups import read_groups
-    from vaedist.runs.checkpoint import resolve
+    from vaedist.runs.checkpoint_paths import resolve_checkpoint
     from vaedist.runs.open_data import pick_device
 
     keep_freed_memory()
     files = read_groups(arguments.groups) if arguments.groups else {}
     device = pick_device(arguments.device)
     for path in arguments.runs:
-        resolve(path)  # before the first of them is measured for an hour
+        resolve_checkpoint(path)  # before the first of them is measured for an hour
     wanted = _wanted(arguments, device)
     tell = echo_unless(arguments.quiet)
     folders = _folders(arguments)
-    entries: list[Entry] = []
+    entries: list[RunEvaluation] = []
     opened: list[Run] = []
-    shown: list[Contents] = []
+    shown: list[RunReport] = []
     for path, out in zip(arguments.runs, folders, strict=True):
         entries.append(_evaluate(path, out, arguments, wanted, files, device, opened, shown))
         tell("")
@@ -204,16 +198,16 @@ def _takes_files(option: str, folder: Path) -> None:
         raise UserError(f"{option} leads through {there}, which is a file: choose another folder")
 
 
-def _wanted(arguments: argparse.Namespace, device: str) -> Wanted:
-    from vaedist.evaluation.evaluation import Wanted
-    from vaedist.evaluation.metrics.features import Extractor, default
+def _wanted(arguments: argparse.Namespace, device: str) -> EvaluationConfig:
+    from vaedist.evaluation.evaluate_model import EvaluationConfig
+    from vaedist.evaluation.metrics.features import Extractor, default_extractor
 
     samples = arguments.samples or (AUDITED if arguments.audit else 0)
     features = None
     if samples:
         given = arguments.features
-        features = Extractor.from_torchscript(given, device) if given else default(device)
-    return Wanted(
+        features = Extractor.from_torchscript(given, device) if given else default_extractor(device)
+    return EvaluationConfig(
         baselines=arguments.baselines,
         importance=arguments.importance,
         rounds=arguments.rounds,
@@ -241,23 +235,23 @@ def _evaluate(
     path: str,
     out: Path | None,
     arguments: argparse.Namespace,
-    wanted: Wanted,
+    wanted: EvaluationConfig,
     files: dict[str, dict[str, str]],
     device: str,
     opened: list[Run],
-    shown: list[Contents],
-) -> Entry:
+    shown: list[RunReport],
+) -> RunEvaluation:
     """Measure, write and print one run; `opened`, and `shown` for the report, hold those before it and get this one."""
     import json
 
     import torch
 
     from vaedist.data.loading.inputs import whole_split
-    from vaedist.evaluation.comparison import Entry
-    from vaedist.evaluation.evaluation import Training, examine
-    from vaedist.evaluation.groups import grouped
-    from vaedist.evaluation.text_report import report
-    from vaedist.inference.stored_mixture import density
+    from vaedist.evaluation.comparison import RunEvaluation
+    from vaedist.evaluation.evaluate_model import TrainingSplit, evaluate
+    from vaedist.evaluation.groups import metrics_by_group
+    from vaedist.evaluation.text_report import format_report
+    from vaedist.inference.stored_mixture import load_or_fit_mixture
     from vaedist.runs.open_data import open_data
     from vaedist.runs.open_run import open_run
 
@@ -272,11 +266,11 @@ def _evaluate(
 
     batches = whole_split(index, name, run.job, device=device, limit=arguments.limit)
     whole = whole_split(index, train, run.job, device=device)
-    training = Training(whole, index.split(train), run.spec.pixels, print)
+    training = TrainingSplit(whole, index.split(train), run.spec.pixels, print)
     with ProgressBars(quiet=arguments.quiet, verbose=arguments.verbose) as bars:
         if arguments.sampler == "gmm":
-            wanted = replace(wanted, mixture=lambda: density(run, lambda: index, bars.start))
-        found = examine(
+            wanted = replace(wanted, mixture=lambda: load_or_fit_mixture(run, lambda: index, bars.start))
+        found = evaluate(
             run.model, batches, training, wanted, seed=run.job.seed, step=run.step, bar=bars.start
         )
     document: dict[str, Any] = {
@@ -296,10 +290,10 @@ def _evaluate(
             "shape": list(index.shape),
             "binarise": batches.inputs.binarise,
         },
-        "collapse": run.collapse.plain() if run.collapse else None,
+        "collapse": run.collapse.to_json() if run.collapse else None,
         "torch": torch.__version__,
         **found.document(),
-        "groups": grouped(found.evaluation, split, index.classes, files, print),
+        "groups": metrics_by_group(found.evaluation, split, index.classes, files, print),
     }
     lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in found.evaluation.lines())
     contents = {
@@ -311,14 +305,14 @@ def _evaluate(
         contents["pairs.png"] = _pairs(run, batches, found, name)
     written = _write(out or run.folder / "evaluation" / name, contents)
     tell = echo_unless(arguments.quiet)
-    tell(report(document))
+    tell(format_report(document))
     tell("\n" + "\n".join(written))
     opened.append(run)
     if arguments.report:
-        from vaedist.evaluation.html_report.sections import gather
+        from vaedist.evaluation.html_report.sections import run_report
 
-        shown.append(gather(run, index, batches, found, document))
-    return Entry(run.job.name, run.job.seed, _experiment(opened), document)
+        shown.append(run_report(run, index, batches, found, document))
+    return RunEvaluation(run.job.name, run.job.seed, _experiment(opened), document)
 
 
 def _split(index: Index, given: str | None) -> str:
@@ -333,7 +327,7 @@ def _split(index: Index, given: str | None) -> str:
     return "validate"
 
 
-def _pairs(run: Run, batches: Batches, found: Findings, split: str) -> bytes:
+def _pairs(run: Run, batches: Batches, found: EvaluationResult, split: str) -> bytes:
     from vaedist.evaluation.metrics.per_image import pairs, pick_evenly
     from vaedist.inference.figures import pair_figure, pair_title
 

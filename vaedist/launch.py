@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaedist.cli.parser import Parser, count
+from vaedist.cli.option_types import positive_int
+from vaedist.cli.parser import Parser
 from vaedist.core.errors import EXIT_FINISHED, UserError, cli_command, did_you_mean
 
 if TYPE_CHECKING:
@@ -78,18 +79,20 @@ def build_parser() -> Parser:
         "--space", metavar="NAME", help="a search instead of job files: vaedist-tune on all nodes"
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--nodes", metavar="N", type=count, default=1, help="of what trains (default: 1)")
+    how.add_argument("--nodes", metavar="N", type=positive_int, default=1, help="of what trains (default: 1)")
     how.add_argument(
         "--ranks-per-node",
         metavar="N",
-        type=count,
+        type=positive_int,
         help="processes that train together on each node (default: its allocated GPUs, else 1)",
     )
     how.add_argument("--time", metavar="HH:MM:SS", help="wall time of each job (default: the site's)")
     how.add_argument(
         "--engine", choices=("ray", "srun"), help="what starts the ranks (default: what the site says)"
     )
-    how.add_argument("--max-parallel", metavar="N", type=count, help="most tasks of an array at a time")
+    how.add_argument(
+        "--max-parallel", metavar="N", type=positive_int, help="most tasks of an array at a time"
+    )
     place = parser.add_argument_group("where")
     place.add_argument(
         "--runs",
@@ -278,7 +281,7 @@ def _check_arguments(arguments: argparse.Namespace, further: list[str]) -> None:
     import shlex
 
     from vaedist import evaluate, sample, shard, train, tune
-    from vaedist.cli.parser import Refused
+    from vaedist.cli.parser import CommandLineError
 
     doors = {"shard": shard, "train": train, "tune": tune, "evaluate": evaluate, "sample": sample}
     given = {verb: getattr(arguments, verb) for verb in ("shard", "evaluate", "sample")}
@@ -287,7 +290,7 @@ def _check_arguments(arguments: argparse.Namespace, further: list[str]) -> None:
         lines["tune" if arguments.space else "train"] = ("--", shlex.join(further))
     for verb, (option, text) in lines.items():
         parser: Parser = doors[verb].build_parser()
-        parser.refuses = True
+        parser.raise_errors = True
         first = {"train": ["JOB"], "tune": ["--space", "NAME"], "shard": []}.get(verb, ["RUN"])
         try:
             words = [*first, *shlex.split(text)]
@@ -298,7 +301,7 @@ def _check_arguments(arguments: argparse.Namespace, further: list[str]) -> None:
                 parser.parse_intermixed_args(words)
             else:
                 parser.parse_args(words)
-        except Refused as error:
+        except CommandLineError as error:
             raise UserError(f"{option} {text!r}: vaedist-{verb} says: {error}") from None
     if arguments.space is not None:
         from vaedist.tuning.space import load_space

@@ -12,7 +12,9 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vaedist.cli.parser import Parser, add_loudness, count, count_or_none, share
+from vaedist.cli.option_types import fraction, non_negative_int, positive_int
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_fit, add_verbosity
 from vaedist.core.errors import EXIT_FINISHED, DataError, UserError, cli_command
 from vaedist.core.terminal import ProgressBars, echo_unless
 
@@ -46,22 +48,22 @@ def build_parser() -> Parser:
     packing = parser.add_argument_group("packing")
     packing.add_argument("--out", metavar="DIR", help="the packed folder to make")
     packing.add_argument("--source", metavar="NAME", help="kind of source; default: told by the layout")
-    packing.add_argument("--size", type=count, metavar="N", help="side of the square images in pixels")
-    packing.add_argument(
-        "--fit", choices=("pad", "crop", "stretch"), help="how rectangles become squares (default: pad)"
-    )
+    packing.add_argument("--size", type=positive_int, metavar="N", help="side of the square images in pixels")
+    add_fit(packing, "rectangles become squares")
     colour = packing.add_mutually_exclusive_group()
     colour.add_argument("--gray", dest="channels", action="store_const", const=1, help="one channel")
     colour.add_argument("--rgb", dest="channels", action="store_const", const=3, help="three channels")
     packing.add_argument(
         "--codec", choices=("png", "npy"), help="lossless both; npy reads faster (default: png)"
     )
-    packing.add_argument("--samples-per-shard", type=count, metavar="N", help="default: what fits in 64 MB")
+    packing.add_argument(
+        "--samples-per-shard", type=positive_int, metavar="N", help="default: what fits in 64 MB"
+    )
     packing.add_argument(
         "--order", choices=("random", "source"), help="order of packing (default: random, seeded)"
     )
     packing.add_argument(
-        "--seed", type=count_or_none, metavar="N", help="of order, chosen splits and phantom (default: 0)"
+        "--seed", type=non_negative_int, metavar="N", help="of order, chosen splits and phantom (default: 0)"
     )
     packing.add_argument(
         "--subjects",
@@ -70,17 +72,21 @@ def build_parser() -> Parser:
     )
     packing.add_argument(
         "--validation-fraction",
-        type=share,
+        type=fraction,
         metavar="F",
         help="share to hold apart, by subject (default: 0.1 where the source has no such split)",
     )
-    packing.add_argument("--test-fraction", type=share, metavar="F", help="likewise (default: 0)")
-    packing.add_argument("--workers", type=count, metavar="N", help="processes (default: 1)")
+    packing.add_argument("--test-fraction", type=fraction, metavar="F", help="likewise (default: 0)")
+    packing.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: 1)")
     packing.add_argument(
         "--skip-bad", action="store_true", help="leave bad files out, listed in rejected.jsonl"
     )
-    packing.add_argument("--max-pixels", type=count, metavar="N", help="per image (default: 67,108,864)")
-    packing.add_argument("--max-bytes", type=count, metavar="N", help="per file (default: 268,435,456)")
+    packing.add_argument(
+        "--max-pixels", type=positive_int, metavar="N", help="per image (default: 67,108,864)"
+    )
+    packing.add_argument(
+        "--max-bytes", type=positive_int, metavar="N", help="per file (default: 268,435,456)"
+    )
     some = parser.add_argument_group("some sources only")
     some.add_argument("--match", metavar="GLOB", help="folder, volume: only paths below INPUT that match")
     some.add_argument(
@@ -98,7 +104,7 @@ def build_parser() -> Parser:
         metavar="SPLIT=N,...",
         help="phantom: images (default: train=1024,validate=128,test=128)",
     )
-    add_loudness(
+    add_verbosity(
         parser,
         quiet="no progress bar, and no word of what was packed",
         verbose="also say of each stage how long it took",

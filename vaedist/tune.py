@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaedist.cli.parser import Parser, add_loudness, count, count_or_none
+from vaedist.cli.option_types import non_negative_int, positive_int
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_device, add_settings, add_verbosity
 from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
 from vaedist.core.terminal import ProgressBars, progress_bar
 
@@ -29,13 +31,7 @@ def build_parser() -> Parser:
         "worker processes died; 3 the data are damaged; 2 the command, a file or a setting is wrong. A trial that "
         "diverges counts as failed, and the search goes on.",
     )
-    parser.add_argument(
-        "settings",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="settings that replace those of the space's base job, for example train.steps=500",
-    )
+    add_settings(parser, "settings that replace those of the space's base job, for example train.steps=500")
     what = parser.add_argument_group("what")
     what.add_argument(
         "--space",
@@ -50,7 +46,7 @@ def build_parser() -> Parser:
         "$VAEDIST_DATA, else the data that the space names)",
     )
     what.add_argument(
-        "--trials", metavar="N", type=count, help="how many trials (default: what the space says)"
+        "--trials", metavar="N", type=positive_int, help="how many trials (default: what the space says)"
     )
     place = parser.add_argument_group("where")
     place.add_argument(
@@ -62,7 +58,7 @@ def build_parser() -> Parser:
     place.add_argument(
         "--workers-per-trial",
         metavar="N",
-        type=count,
+        type=positive_int,
         default=1,
         help="processes that train each trial together, through Ray Train (default: 1)",
     )
@@ -70,31 +66,26 @@ def build_parser() -> Parser:
         "--max-parallel",
         "--concurrent",
         metavar="N",
-        type=count,
+        type=positive_int,
         help="most trials at a time (default: as many as fit in the allocation with all their workers)",
     )
-    place.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto takes a GPU where there is one (default: auto)",
-    )
+    add_device(place)
     place.add_argument(
         "--max-failures",
         metavar="N",
-        type=count_or_none,
+        type=non_negative_int,
         default=3,
         help="how often a trial starts again from its checkpoint after its process died (default: 3)",
     )
     place.add_argument(
         "--hang-timeout",
         metavar="SECONDS",
-        type=count_or_none,
+        type=non_negative_int,
         default=45,
         help="a trial whose process gives no sign of life for so long (stopped, frozen) is killed and starts again; so "
         "is one whose training stands still for four times as long; 0: never (default: 45)",
     )
-    add_loudness(parser, verbose="also print what each validation of each trial found")
+    add_verbosity(parser, verbose="also print what each validation of each trial found")
     parser.add_argument(
         "--print-space", action="store_true", help="print the space with every default, and exit"
     )
@@ -125,12 +116,12 @@ def main(argv: list[str] | None = None) -> int:
     shown = _Trials(quiet=arguments.quiet)
     tell = shown.tell
     try:
-        made.refuse_strangers("trials.jsonl")
+        made.check_is_run_folder("trials.jsonl")
         index = _data(space, arguments.data, folder, quiet=arguments.quiet)
         from vaedist.launchers.ray import tuner as raytune
         from vaedist.tuning import results
 
-        sweep = raytune.run(
+        search = raytune.run(
             space,
             folder,
             index,
@@ -149,10 +140,14 @@ def main(argv: list[str] | None = None) -> int:
         raise
     finally:
         shown.close()
-    figures = results.finish(sweep.record)
-    for line in [*results.summary(sweep.record), f"table: {folder / results.TABLE}", *map(str, figures)]:
+    figures = results.write_all(search.record)
+    for line in [
+        *results.summary_lines(search.record),
+        f"table: {folder / results.TABLE}",
+        *map(str, figures),
+    ]:
         tell(line)
-    if not sweep.complete:
+    if not search.complete:
         tell("stopped on request: trials that were interrupted are kept, the same command continues")
         return EXIT_STOPPED
     return EXIT_FINISHED

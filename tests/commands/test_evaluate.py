@@ -19,12 +19,12 @@ from vaedist.data.loading.inputs import whole_split
 from vaedist.data.loading.stream import EvaluationStream
 from vaedist.evaluate import main
 from vaedist.evaluation.metrics.code_priors import TokenBaselines
-from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.image_quality import pair_metrics
 from vaedist.evaluation.metrics.per_image import training_images
-from vaedist.evaluation.sample_quality import compare
+from vaedist.evaluation.sample_quality import compare_samples
 from vaedist.inference.sampling import Sampler
-from vaedist.inference.stored_mixture import stored_density
+from vaedist.inference.stored_mixture import load_mixture
 from vaedist.runs.fit_options import FitOptions
 from vaedist.runs.open_run import open_run
 from vaedist.training.loop import fit
@@ -207,9 +207,9 @@ def test_samples_from_the_density_after_training(
     assert f"12 samples from {found['gmm']['latents_from']}" in capsys.readouterr().out
     # The same images as vaedist-sample draws, so the same numbers.
     opened = open_run(run)
-    drawn = Sampler(opened.model, mixture=stored_density(opened)).draw(12).images
+    drawn = Sampler(opened.model, mixture=load_mixture(opened)).draw(12).images
     real = training_images(whole_split(Index.open(opened.data_path), "test", opened.job))
-    metrics = compare(real, {"this run": drawn}, default())["metrics"]["this run"]
+    metrics = compare_samples(real, {"this run": drawn}, default_extractor())["metrics"]["this run"]
     assert found["gmm"]["metrics"]["this run"] == metrics != found["prior"]["metrics"]["this run"]
     # A mixture for each class is asked for classes as the training images have them.
     assert main([str(cvae), *command, "--sampler", "gmm"]) == 0
@@ -259,7 +259,7 @@ def test_a_prior_stands_beside_counts(
     assert means["prior"] == pytest.approx(float(nats) / 16, rel=1e-5)
     assert found["name"] == "dequantised"
     uniform = SampleContext(seed=0, samples=range(21)).uniform("dequantise", batch["image"].shape)
-    decoder = -tokenizer.decode_codes(codes).dequantised(batch["image"], uniform).mean()
+    decoder = -tokenizer.decode_codes(codes).dequantized_log_prob(batch["image"], uniform).mean()
     assert found["nll"]["mean"] == pytest.approx(float(nats + decoder), rel=1e-5)
     assert found["bits_per_dim"]["mean"] == pytest.approx(
         float(nats + decoder) / (256 * math.log(2)), rel=1e-5
@@ -416,13 +416,13 @@ def test_classes_of_samples_are_as_often_as_among_the_training_images(
     from vaedist.runs.open_run import open_run
 
     asked: list[int] = []
-    draw = quality.draw
+    draw = quality.draw_samples
 
     def seen(*arguments: object, labels: list[int], **settings: object) -> object:
         asked.extend(labels)
         return draw(*arguments, labels=labels, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(quality, "draw", seen)
+    monkeypatch.setattr(quality, "draw_samples", seen)
     assert main([str(cvae), "--samples", "24", "--importance", "0", "--out", str(tmp_path)]) == 0
     train = Index.open(open_run(cvae).data_path).split("train")
     there = [train.label(place) for place in range(train.count)]

@@ -16,7 +16,7 @@ GRADIENTS = """
 import torch
 from torch import nn
 from vaedist.data.loading.stream import slice_bounds
-from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 torch.set_num_threads(1)
 group = Group.join("cpu", 60)
@@ -36,7 +36,7 @@ class Net(nn.Module):
         return per_row + pairs + variance.log().sum() + total
 net = Net()
 start, stop = slice_bounds(B, group.rank, group.world)
-ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, rows=(start, stop))
+ctx = DistributedLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, rows=(start, stop))
 parallel = group.parallel(net, 1)
 loss = parallel(data[start:stop], ctx)
 (loss.sum() * group.world / B).backward()
@@ -61,13 +61,13 @@ STATISTICS = """
 import sys
 import torch
 from vaedist.data.loading.order import slice_bounds
-from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 
 B, begun = 7, sys.argv[1] == "begun"
 group = Group.join("cpu", 60)
 start, stop = slice_bounds(B, group.rank, group.world)
-ctx = GroupLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, rows=(start, stop))
+ctx = DistributedLaneContext(group, seed=0, step=0, batch_size=B, lanes=1, rows=(start, stop))
 for first, last in [(0, 1), (1, stop - start)]:
     part = ctx.micro_batch(first, last)
     part.accumulate("same name", torch.full((2,), float(last - first), requires_grad=True))
@@ -77,10 +77,10 @@ if begun:
 largest = group.begin_largest(torch.tensor([float(group.rank), float("nan")]))
 print(group.total(torch.ones(1)).item(), "others may meet meanwhile")
 ctx.finish()
-met = group.pulse.met
+met = group.stall_monitor.collectives
 print(ctx.total("same name").tolist(), ctx.total("same name").requires_grad)
 print(ctx.collected("same name").tolist())
-assert group.pulse.met == met, "nobody is waited for when they are read"
+assert group.stall_monitor.collectives == met, "nobody is waited for when they are read"
 print(largest().tolist())
 group.close()
 """
@@ -107,7 +107,7 @@ from vaedist.data.loading.order import slice_bounds
 from vaedist.config.model_section import model_config
 from vaedist.models.contract import build
 from vaedist.distributed.process_group import Group
-from vaedist.training.step import Stepper
+from vaedist.training.step import TrainStep
 
 class Poison(torch.autograd.Function):
     @staticmethod
@@ -134,13 +134,13 @@ def forward(batch, ctx):
 
 model.forward = forward
 bounds = slice_bounds(8, group.rank, group.world)
-stepper = Stepper(job, group, model, 8, bounds)
+train_step = TrainStep(job, group, model, 8, bounds)
 rows = range(*bounds)
 image = torch.arange(8 * 64).view(8, 1, 8, 8).to(torch.uint8)[bounds[0] : bounds[1]]
 label = torch.zeros(len(rows), dtype=torch.int64)
 batch = {"image": image, "label": label, "key": [""] * len(rows), "sample": list(rows)}
 for step in range(4):
-    result = stepper.take(batch, step, 9, step == 3 and group.rank == 1)
+    result = train_step(batch, step, 9, step == 3 and group.rank == 1)
     print(result.accepted, result.refused_because, result.stop)
 print(sum(parameter.double().sum() for parameter in model.parameters()).item().hex())
 group.close()

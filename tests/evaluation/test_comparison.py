@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vaedist.evaluation.comparison import Comparison, Entry, numbers
+from vaedist.evaluation.comparison import Comparison, RunEvaluation, compared_numbers
 
 
 def summary(mean: float) -> dict[str, Any]:
@@ -33,10 +33,10 @@ def likelihood(name: str, nll: float, of: str = "bernoulli") -> dict[str, Any]:
     return {"name": name, "likelihood": of, "nll": summary(nll), "bits_per_dim": bits}
 
 
-def entries(**values: list[float]) -> list[Entry]:
+def entries(**values: list[float]) -> list[RunEvaluation]:
     """An experiment for each name, with the SSIM of each of its seeds."""
     return [
-        Entry(name, seed, number, document(f"{name}-{seed}", metrics={"ssim": summary(value)}))
+        RunEvaluation(name, seed, number, document(f"{name}-{seed}", metrics={"ssim": summary(value)}))
         for number, (name, column) in enumerate(values.items())
         for seed, value in enumerate(column)
     ]
@@ -65,15 +65,17 @@ def test_who_beats_whom() -> None:
     few = Comparison(entries(a=[0.7, 0.8], b=[0.5, 0.6, 0.65]))
     assert few.document()[0]["verdicts"] == []
     assert "none beats another: that takes 3 seeds" in few.text()
-    once = [Entry("a", 0, 0, entry.document) for entry in entries(a=[0.7, 0.8, 0.9])]
-    same_seed = Comparison([*once, *(Entry("b", e.seed, 1, e.document) for e in entries(b=[0.1, 0.2, 0.3]))])
+    once = [RunEvaluation("a", 0, 0, entry.document) for entry in entries(a=[0.7, 0.8, 0.9])]
+    same_seed = Comparison(
+        [*once, *(RunEvaluation("b", e.seed, 1, e.document) for e in entries(b=[0.1, 0.2, 0.3]))]
+    )
     assert same_seed.document()[0]["verdicts"] == []  # three runs of one seed are not three seeds
     assert "a (3 runs)" in same_seed.text()
 
 
 def test_less_error_is_better() -> None:
     found = [
-        Entry(name, seed, number, document(metrics={"mse": summary(value + seed / 100)}))
+        RunEvaluation(name, seed, number, document(metrics={"mse": summary(value + seed / 100)}))
         for number, (name, value) in enumerate({"good": 0.1, "bad": 0.2}.items())
         for seed in range(3)
     ]
@@ -82,7 +84,9 @@ def test_less_error_is_better() -> None:
 
 def test_likelihoods_of_different_meaning_are_different_lines() -> None:
     titles = {
-        name: [number.title for number in numbers(document(likelihood=likelihood(name, 90.0, of)))][2:]
+        name: [number.title for number in compared_numbers(document(likelihood=likelihood(name, 90.0, of)))][
+            2:
+        ]
         for name, of in {
             "binary": "bernoulli",
             "discrete": "discretisedlogistic",
@@ -96,7 +100,7 @@ def test_likelihoods_of_different_meaning_are_different_lines() -> None:
         "dequantised": ["NLL, dequantised", "bits/dim, dequantised"],
         "surrogate": ["surrogate (bernoulli)"],
     }
-    other = numbers(document(likelihood=likelihood("surrogate", 90.0, "continuousbernoulli")))
+    other = compared_numbers(document(likelihood=likelihood("surrogate", 90.0, "continuousbernoulli")))
     assert "surrogate (continuousbernoulli)" in [number.title for number in other]
 
 
@@ -107,7 +111,9 @@ def test_nats_per_token_name_the_tokenizer() -> None:
         "name": "surrogate",
     }
     (number,) = [
-        n for n in numbers(document(prior=prior, tokenizer="c0ffee1234")) if n.title.startswith("nats")
+        n
+        for n in compared_numbers(document(prior=prior, tokenizer="c0ffee1234"))
+        if n.title.startswith("nats")
     ]
     assert number.title == "nats/token [c0ffee]"
 
@@ -115,16 +121,16 @@ def test_nats_per_token_name_the_tokenizer() -> None:
 def test_other_images_have_another_table() -> None:
     binary = document("b")
     binary["data"] = {**binary["data"], "binarise": "static"}
-    comparison = Comparison([Entry("a", 0, 0, document("a")), Entry("b", 0, 1, binary)])
+    comparison = Comparison([RunEvaluation("a", 0, 0, document("a")), RunEvaluation("b", 0, 1, binary)])
     assert [table["data"]["binarise"] for table in comparison.document()] == ["none", "static"]
     assert comparison.text().count("test of /data") == 2
 
 
 def test_experiments_of_one_name_are_told_apart() -> None:
-    found = [Entry("run", 0, number, document(metrics={"ssim": summary(0.5)})) for number in (0, 1)]
+    found = [RunEvaluation("run", 0, number, document(metrics={"ssim": summary(0.5)})) for number in (0, 1)]
     names = [experiment["name"] for experiment in Comparison(found).document()[0]["experiments"]]
     assert names == ["1: run", "2: run"]
-    numbered = [Entry(f"vq-{seed}", seed, 0, document()) for seed in (0, 1)]
+    numbered = [RunEvaluation(f"vq-{seed}", seed, 0, document()) for seed in (0, 1)]
     assert Comparison(numbered).document()[0]["experiments"][0]["name"] == "vq (2 seeds)"
 
 
@@ -136,5 +142,7 @@ def test_samples_of_different_samplers_do_not_share_a_line() -> None:
     def drawn(latents_from: str) -> dict[str, Any]:
         return document(samples={"latents_from": latents_from, "metrics": {"this run": {"kid[x]": 0.1}}})
 
-    assert "kid[x]" in {number.title for number in numbers(drawn("the prior"))}
-    assert "kid[x], gmm" in {number.title for number in numbers(drawn("Gaussian mixture of 8 components"))}
+    assert "kid[x]" in {number.title for number in compared_numbers(drawn("the prior"))}
+    assert "kid[x], gmm" in {
+        number.title for number in compared_numbers(drawn("Gaussian mixture of 8 components"))
+    }

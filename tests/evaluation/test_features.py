@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vaedist.core.errors import UserError
-from vaedist.evaluation.metrics.features import WEIGHTS, Extractor, Network, default
+from vaedist.evaluation.metrics.features import WEIGHTS, Extractor, FeatureNetwork, default_extractor
 
 
 def images(count: int, channels: int, height: int, width: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def images(count: int, channels: int, height: int, width: int) -> np.ndarray:
 def test_the_committed_weights_are_small_and_name_the_extractor() -> None:
     content = WEIGHTS.read_bytes()
     assert len(content) < 2_000_000
-    extractor = default()
+    extractor = default_extractor()
     assert extractor.sha256 == hashlib.sha256(content).hexdigest()
     assert extractor.label == f"vd-{extractor.sha256[:8]}"
 
@@ -36,20 +36,20 @@ def test_the_committed_weights_are_small_and_name_the_extractor() -> None:
     [(28, 28, 128), (64, 64, 128), (127, 127, 128), (128, 128, 256), (300, 20, 256)],
 )
 def test_any_size_of_image(height: int, width: int, size: int) -> None:
-    found = default()(images(2, 1, height, width))
+    found = default_extractor()(images(2, 1, height, width))
     assert found.values.shape == (2, size) and found.values.dtype == np.float32
-    assert found.logits is not None and found.logits.shape == (2, Network.classes)
+    assert found.logits is not None and found.logits.shape == (2, FeatureNetwork.classes)
 
 
 def test_gray_is_three_equal_channels() -> None:
     gray = images(3, 1, 32, 32)
-    assert (default()(gray).values == default()(gray.repeat(3, 1)).values).all()
+    assert (default_extractor()(gray).values == default_extractor()(gray.repeat(3, 1)).values).all()
 
 
 def test_the_batch_does_not_enter() -> None:
     many = images(9, 3, 40, 40)
-    whole = default()(many)
-    single = np.concatenate([default()(many[i : i + 1]).values for i in range(9)])
+    whole = default_extractor()(many)
+    single = np.concatenate([default_extractor()(many[i : i + 1]).values for i in range(9)])
     assert np.abs(whole.values - single).max() < 1e-4
 
 
@@ -61,14 +61,14 @@ def test_a_small_change_in_a_tile_is_seen_at_full_resolution() -> None:
     checked[..., 1::2, 1::2] += 60
     checked[..., ::2, 1::2] -= 60
     checked[..., 1::2, ::2] -= 60
-    change = np.abs(default()(plain).values - default()(checked).values)[0]
+    change = np.abs(default_extractor()(plain).values - default_extractor()(checked).values)[0]
     assert change[:128].max() < 0.1 < 0.5 < change[128:].max()
 
 
 def test_a_tiles_features_are_those_of_the_tile() -> None:
     """The second half is the mean over tiles of what each would give alone."""
     picture = images(1, 3, 128, 192)
-    extractor = default()
+    extractor = default_extractor()
     tiles = [picture[..., i : i + 64, j : j + 64] for i in (0, 64) for j in (0, 64, 128)]
     alone = np.mean([extractor(tile).values for tile in tiles], axis=0)
     np.testing.assert_allclose(extractor(picture).values[:, 128:], alone, atol=1e-4)

@@ -16,7 +16,13 @@ from vaedist.config.job import Spec
 from vaedist.core.context import generator
 from vaedist.core.errors import NotDefined
 from vaedist.evaluation.metrics import latents as module
-from vaedist.evaluation.metrics.latents import Latents, active_units, collect, describe, rate_split
+from vaedist.evaluation.metrics.latents import (
+    Latents,
+    active_units,
+    collect_latents,
+    latent_statistics,
+    rate_split,
+)
 from vaedist.models.contract import Variant
 from vaedist.nets.divergences import DiagonalGaussian
 
@@ -134,31 +140,31 @@ def test_active_units() -> None:
 
 
 def test_moments_and_mmd_see_a_posterior_that_is_not_the_prior() -> None:
-    right = describe(made(normal(500, 5) * 0.6, torch.full((5,), 0.64)))
+    right = latent_statistics(made(normal(500, 5) * 0.6, torch.full((5,), 0.64)))
     assert right["mean_rms"] < 0.1
     assert right["std_mean"] == pytest.approx(1, abs=0.05)
     assert abs(right["mmd"]) < 4 * right["mmd_prior_spread"]
-    narrow = describe(made(normal(500, 5) * 0.3, torch.full((5,), 0.16)))
+    narrow = latent_statistics(made(normal(500, 5) * 0.3, torch.full((5,), 0.16)))
     assert narrow["std_largest"] < 0.6
     assert narrow["mmd"] > 10 * narrow["mmd_prior_spread"]
     mixed = normal(500, 1).expand(500, 5)
-    assert describe(made(mixed * 0.8, torch.full((5,), 0.36)))["correlation_largest"] == pytest.approx(
-        0.64, abs=0.1
-    )
+    assert latent_statistics(made(mixed * 0.8, torch.full((5,), 0.36)))[
+        "correlation_largest"
+    ] == pytest.approx(0.64, abs=0.1)
 
 
 def test_collect_takes_every_image_once() -> None:
     model, pixels = Linear(SPEC).requires_grad_(False), linear_images(SPEC, 23)
-    found = collect(model, batches(pixels, 5), seed=3)
-    whole = collect(model, batches(pixels, 23), seed=3)
+    found = collect_latents(model, batches(pixels, 5), seed=3)
+    whole = collect_latents(model, batches(pixels, 23), seed=3)
     assert found.keys == [f"case_{i}" for i in range(23)]
     posterior = model.encode(torch.from_numpy(pixels))
     torch.testing.assert_close(found.mean, posterior.mean)
     torch.testing.assert_close(found.log_variance, posterior.log_variance)
     for name in ("mean", "log_variance", "samples", "prior_mean", "labels"):
         torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
-    assert not torch.equal(collect(model, batches(pixels, 23), seed=4).samples, whole.samples)
-    document = describe(found)
+    assert not torch.equal(collect_latents(model, batches(pixels, 23), seed=4).samples, whole.samples)
+    document = latent_statistics(found)
     assert sum(document["kl_by_dimension"]) == pytest.approx(float(posterior.kl().sum(1).mean()))
     assert document["split"]["images"] == 23
 
@@ -167,16 +173,16 @@ class Points(Linear):
     """A deterministic encoder, as of an MMD-VAE."""
 
     def encode(self, image, label=None):  # type: ignore[no-untyped-def]
-        from vaedist.nets.divergences import Point
+        from vaedist.nets.divergences import PointMass
 
-        return Point(super().encode(image).mean)
+        return PointMass(super().encode(image).mean)
 
 
 def test_a_deterministic_encoder_has_moments_and_no_rate() -> None:
-    found = collect(Points(SPEC), batches(linear_images(SPEC, 23), 5))
+    found = collect_latents(Points(SPEC), batches(linear_images(SPEC, 23), 5))
     assert found.log_variance is None
     assert torch.equal(found.samples, found.mean)
-    document = describe(found)
+    document = latent_statistics(found)
     assert "split" not in document
     assert "deterministic" in document["not_defined"]["rate"]
     assert document["std_mean"] > 0
@@ -197,9 +203,9 @@ def test_maps_are_flattened() -> None:
             zero = torch.zeros(1, 2, 1, 2, dtype=torch.float64)
             return DiagonalGaussian(zero, zero)
 
-    found = collect(Maps(SPEC, latent=4), batches(linear_images(SPEC, 9), 4))
+    found = collect_latents(Maps(SPEC, latent=4), batches(linear_images(SPEC, 9), 4))
     assert (found.shape, found.mean.shape, found.samples.shape) == ((2, 1, 2), (9, 4), (9, 4))
-    assert describe(found)["units"] == 2
+    assert latent_statistics(found)["units"] == 2
 
 
 def test_what_has_no_posterior_says_why() -> None:
@@ -208,13 +214,13 @@ def test_what_has_no_posterior_says_why() -> None:
         why_not: ClassVar[Mapping[str, str]] = {"encode": "its latent is made of codes"}
 
     with pytest.raises(NotDefined, match="encode is not defined, because its latent is made of codes"):
-        collect(Codes(SPEC), batches(linear_images(SPEC, 3), 3))
+        collect_latents(Codes(SPEC), batches(linear_images(SPEC, 3), 3))
     model: Variant = Linear(SPEC)
     with pytest.raises(NotDefined, match="no image"):
-        collect(model, [])
+        collect_latents(model, [])
 
 
 def test_numbers_are_plain() -> None:
-    document = describe(collect(Linear(SPEC), batches(linear_images(SPEC, 9), 4)))
+    document = latent_statistics(collect_latents(Linear(SPEC), batches(linear_images(SPEC, 9), 4)))
     assert all(isinstance(value, (int, float)) for value in document["split"].values())
     assert np.isfinite(document["kl_by_dimension"]).all()

@@ -18,11 +18,11 @@ from vaedist.core.errors import NotDefined, UserError
 from vaedist.evaluation.metrics.likelihood import (
     BLOCK,
     bits_per_dim,
-    called,
     estimate,
     importance_noise,
+    likelihood_name,
     log_weights,
-    measure,
+    measure_likelihood,
 )
 from vaedist.models.contract import build
 from vaedist.nets.likelihoods import Bernoulli
@@ -40,7 +40,7 @@ def exact(model: Linear, pixels: np.ndarray, seed: int) -> Tensor:
 
 
 def nll(model: Linear, pixels: np.ndarray, draws: int, **options: int) -> Tensor:
-    found = measure(model, batches(pixels, 32), draws=draws, **options)
+    found = measure_likelihood(model, batches(pixels, 32), draws=draws, **options)
     return torch.tensor([row["nll"] for row in found.rows]).double()
 
 
@@ -68,7 +68,7 @@ def test_elbo_and_effective_samples() -> None:
     assert elbo.tolist() == pytest.approx([0.0, (5 - 3e4) / 4])
     assert effective.tolist() == pytest.approx([4.0, 1.0])
     model, pixels = Linear(SPEC, spread=1.7), linear_images(SPEC, 16)
-    found = measure(model, batches(pixels, 16), draws=600)
+    found = measure_likelihood(model, batches(pixels, 16), draws=600)
     (batch,) = batches(pixels, 16)
     model.requires_grad_(False)
     posterior = model.encode(batch["image"])
@@ -88,7 +88,7 @@ def test_black_and_white_images_are_a_probability() -> None:
     spec = Spec(1, (2, 2))
     model = Linear(spec, latent=2, bernoulli=True, spread=1.1, sigma=1.0)
     pixels = np.array([*itertools.product((0, 255), repeat=4)], np.uint8).reshape(16, 1, 2, 2)
-    found = measure(model, batches(pixels, 16), draws=2000)
+    found = measure_likelihood(model, batches(pixels, 16), draws=2000)
     assert found.name == "binary"
     assert sum(math.exp(-row["nll"]) for row in found.rows) == pytest.approx(1, abs=0.01)
     document = found.document()
@@ -99,9 +99,9 @@ def test_black_and_white_images_are_a_probability() -> None:
 def test_grey_images_under_a_bernoulli_are_a_surrogate() -> None:
     model = Linear(SPEC, bernoulli=True)
     pixels = np.where(linear_images(SPEC, 20) > 127, 255, 0).astype(np.uint8)
-    assert measure(model, batches(pixels, 7), draws=2).name == "binary"
+    assert measure_likelihood(model, batches(pixels, 7), draws=2).name == "binary"
     pixels[13, 0, 2, 2] = 9  # one grey value in one image
-    found = measure(model, batches(pixels, 7), draws=2)
+    found = measure_likelihood(model, batches(pixels, 7), draws=2)
     document = found.document()
     assert found.name == "surrogate"
     assert document["bits_per_dim"] is None
@@ -116,8 +116,8 @@ def test_a_likelihood_that_does_not_say_is_a_surrogate() -> None:
         pass
 
     decoded = Bernoulli(torch.zeros(1, 1, 2, 2))
-    assert called(decoded, bilevel=True) == "binary"
-    assert called(Silent(), bilevel=True) == "surrogate"  # type: ignore[arg-type]
+    assert likelihood_name(decoded, bilevel=True) == "binary"
+    assert likelihood_name(Silent(), bilevel=True) == "surrogate"  # type: ignore[arg-type]
 
 
 def test_neither_batch_nor_chunk_nor_count_changes_a_draw() -> None:
@@ -146,11 +146,11 @@ def test_noise_of_a_block_is_drawn_once() -> None:
 
 def test_rounds_show_the_spread_of_the_estimator() -> None:
     model, pixels = Linear(SPEC, spread=1.7), linear_images(SPEC, 12)
-    found = measure(model, batches(pixels, 5), draws=20, rounds=4)
+    found = measure_likelihood(model, batches(pixels, 5), draws=20, rounds=4)
     document = found.document()
     assert len(found.rounds) == 4 == len(set(found.rounds))
     assert document["nll"]["mean"] == pytest.approx(np.mean(found.rounds))
-    single = measure(model, batches(pixels, 12), draws=20)
+    single = measure_likelihood(model, batches(pixels, 12), draws=20)
     assert single.rounds[0] == pytest.approx(found.rounds[0])
 
 
@@ -190,12 +190,12 @@ def test_what_has_no_latent_density_says_why() -> None:
     }
     model = build(model_config(section), Spec(1, (4, 4)), seed=0).eval()
     with pytest.raises(NotDefined, match="encode is not defined, because"):
-        measure(model, batches(linear_images(Spec(1, (4, 4)), 3), 3))
+        measure_likelihood(model, batches(linear_images(Spec(1, (4, 4)), 3), 3))
     with pytest.raises(NotDefined, match="no image"):
-        measure(Linear(SPEC), [])
+        measure_likelihood(Linear(SPEC), [])
     noisy = [{**batch, "target": batch["image"]} for batch in batches(linear_images(SPEC, 3), 3)]
     with pytest.raises(NotDefined, match="a denoiser is shown another image"):
-        measure(Linear(SPEC), noisy)
+        measure_likelihood(Linear(SPEC), noisy)
 
 
 def test_a_damaged_model_names_the_image() -> None:
@@ -203,7 +203,7 @@ def test_a_damaged_model_names_the_image() -> None:
     with torch.no_grad():
         model.bias.fill_(math.nan)
     with pytest.raises(UserError, match="likelihood of case_0 is not finite"):
-        measure(model, batches(linear_images(SPEC, 3), 3), draws=2)
+        measure_likelihood(model, batches(linear_images(SPEC, 3), 3), draws=2)
 
 
 def test_bits_per_dim() -> None:

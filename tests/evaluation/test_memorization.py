@@ -10,9 +10,9 @@ import pytest
 
 from vaedist.core.errors import UserError
 from vaedist.data.sources.phantom import SLICES, PhantomSource
-from vaedist.evaluation.memorization import Audit, audit, cut, share_below, wilson
+from vaedist.evaluation.memorization import Audit, audit, partition_patients, share_below, wilson_interval
 from vaedist.evaluation.metrics import nearest_neighbors as neighbours
-from vaedist.evaluation.metrics.features import default
+from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.nearest_neighbors import nearest_two
 
 PATIENTS = {"train": 20, "test": 8, "other": 14}
@@ -37,7 +37,9 @@ def audited(heads: dict[str, np.ndarray], samples: np.ndarray, *, grouped: bool 
     names = [f"patient{i // SLICES:02d}" for i in range(len(heads["train"]))]
     keys = [f"{name}_slice_{i % SLICES}" for i, name in enumerate(names)]
     groups = names if grouped else None
-    return audit(samples, heads["train"], heads["test"], default(), groups=groups, keys=keys, seed=0)
+    return audit(
+        samples, heads["train"], heads["test"], default_extractor(), groups=groups, keys=keys, seed=0
+    )
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -99,14 +101,14 @@ def test_the_document_and_the_picture(heads: dict[str, np.ndarray]) -> None:
     document = json.loads(json.dumps(found.document(), allow_nan=False))
     assert document["flagged"] is True
     assert document["counts"] == {"samples": 40, "train": 320, "held_out": 128, "patients": 20}
-    assert set(document["spaces"]) == {"pixels", default().label}
+    assert set(document["spaces"]) == {"pixels", default_extractor().label}
     assert len(document["pairs"]) == 8
     assert found.picture.startswith(b"\x89PNG")
 
 
 def test_one_patient_alone_has_no_ratio_and_no_parts(heads: dict[str, np.ndarray]) -> None:
     train = heads["train"][:SLICES]
-    found = audit(noisy(train, 0.02), train, heads["test"], default(), groups=["me"] * SLICES)
+    found = audit(noisy(train, 0.02), train, heads["test"], default_extractor(), groups=["me"] * SLICES)
     pixels = found.spaces["pixels"]
     assert pixels.close_to_one is None and pixels.whole_patients is None and pixels.flagged
     json.dumps(found.document(), allow_nan=False)
@@ -114,7 +116,7 @@ def test_one_patient_alone_has_no_ratio_and_no_parts(heads: dict[str, np.ndarray
 
 def test_too_few_images(heads: dict[str, np.ndarray]) -> None:
     with pytest.raises(UserError, match="needs at least 2 held-out images, not 1"):
-        audit(heads["other"], heads["train"], heads["test"][:1], default())
+        audit(heads["other"], heads["train"], heads["test"][:1], default_extractor())
 
 
 # Its parts ------------------------------------------------------------------------------------------------------
@@ -146,15 +148,15 @@ def test_with_one_group_there_is_no_other() -> None:
 
 def test_parts_are_whole_patients_of_about_the_size() -> None:
     patients = np.repeat(np.arange(30), np.random.Generator(np.random.PCG64(2)).integers(5, 40, 30))
-    parts = cut(patients, 100, seed=0)
+    parts = partition_patients(patients, 100, seed=0)
     for patient in range(30):
         assert len(set(parts[patients == patient])) == 1
     sizes = np.bincount(parts[parts >= 0])
     assert len(sizes) >= 5 and sizes.min() >= 70 and sizes.max() <= 130
-    assert (cut(patients, 100, seed=1) != parts).any()
-    few = cut(np.arange(1000), 10, seed=0)
+    assert (partition_patients(patients, 100, seed=1) != parts).any()
+    few = partition_patients(np.arange(1000), 10, seed=0)
     assert np.bincount(few + 1).tolist() == [900, *[10] * 10]
-    assert set(cut(patients, 10_000, seed=0)) == {-1}  # too few for one part
+    assert set(partition_patients(patients, 10_000, seed=0)) == {-1}  # too few for one part
 
 
 def test_wilson_against_published_values() -> None:
@@ -165,7 +167,7 @@ def test_wilson_against_published_values() -> None:
         (0, 20): (0.0, 0.1611),
         (1, 29): (0.0061, 0.1718),
     }.items():
-        assert wilson(successes, count) == pytest.approx(expected, abs=5e-5)
+        assert wilson_interval(successes, count) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize(("samples", "held_out"), [(500, 60), (500, 300), (80, 3000)])

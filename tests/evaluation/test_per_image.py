@@ -19,7 +19,7 @@ from vaedist.core.errors import UserError
 from vaedist.core.imaging import to_uint8
 from vaedist.evaluation.metrics.baselines import Baselines
 from vaedist.evaluation.metrics.image_quality import pair_metrics
-from vaedist.evaluation.metrics.per_image import evaluate, pairs, pick_evenly, training_images
+from vaedist.evaluation.metrics.per_image import evaluate_images, pairs, pick_evenly, training_images
 from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (16, 16))
@@ -70,7 +70,7 @@ def test_the_numbers_do_not_depend_on_the_batch_size(section: dict[str, object])
     model, pixels = make(section), images()
     fitted = Baselines(images(count=50))
     documents = [
-        evaluate(model, batches(pixels, size, padded), seed=3, baselines=fitted).document()
+        evaluate_images(model, batches(pixels, size, padded), seed=3, baselines=fitted).document()
         for size, padded in ((7, True), (32, True), (33, False), (1, False))
     ]
     for other in documents[1:]:
@@ -91,7 +91,7 @@ def assert_close(a: object, b: object, where: str = "") -> None:
 
 def test_reconstructions_are_measured_as_uint8() -> None:
     model, pixels = make(VAE), images()
-    found = evaluate(model, batches(pixels, 8))
+    found = evaluate_images(model, batches(pixels, 8))
     shown = to_uint8(model.reconstruct(torch.from_numpy(pixels)))
     for row, original, other in zip(found.rows, pixels, shown, strict=True):
         assert row.metrics == pytest.approx(pair_metrics(original, other), nan_ok=True, abs=1e-12)
@@ -103,7 +103,7 @@ def test_reconstructions_are_measured_as_uint8() -> None:
 
 def test_the_terms_are_those_of_forward_and_the_bound_is_theirs() -> None:
     model, pixels = make(VAE), images()
-    document = evaluate(model, batches(pixels, 7), seed=5, step=9).document()
+    document = evaluate_images(model, batches(pixels, 7), seed=5, step=9).document()
     (batch,) = batches(pixels, 33)
     terms = model(batch, SampleContext(seed=5, samples=range(33)))
     for name, value in terms.items():
@@ -117,7 +117,7 @@ def test_the_terms_are_those_of_forward_and_the_bound_is_theirs() -> None:
 
 def test_codes_are_counted_over_the_split() -> None:
     model, pixels = make(VQVAE), images()
-    found = evaluate(model, batches(pixels, 5))
+    found = evaluate_images(model, batches(pixels, 5))
     counts = np.bincount(model.codes(torch.from_numpy(pixels)).flatten().numpy(), minlength=8)
     share = counts[counts > 0] / counts.sum()
     assert found.codes == {
@@ -131,12 +131,12 @@ def test_codes_are_counted_over_the_split() -> None:
 
 
 def test_what_is_not_defined_says_why() -> None:
-    found = evaluate(make(VAE), batches(images(), 8))
+    found = evaluate_images(make(VAE), batches(images(), 8))
     assert found.codes is None
     assert "codes is not defined, because " in found.not_defined["codes"]
     small = Spec(3, (8, 8))
     model = make({**VAE, "encoder": {"kind": "mlp", "width": 8}}, small)
-    document = evaluate(model, batches(images(small), 8)).document()
+    document = evaluate_images(model, batches(images(small), 8)).document()
     assert "smaller than the 11x11 window" in document["not_defined"]["ssim"]
     assert document["metrics"]["ssim"] == {"mean": None, "std": None, "count": 0}
     assert document["metrics"]["ssim_default"]["count"] == 33
@@ -146,7 +146,7 @@ def test_what_is_not_defined_says_why() -> None:
 def test_baselines_are_scored_on_the_same_images() -> None:
     model, pixels = make(VAE), images()
     fitted = Baselines(pixels, 3)
-    found = evaluate(model, batches(pixels, 8), baselines=fitted)
+    found = evaluate_images(model, batches(pixels, 8), baselines=fitted)
     document = found.document()
     assert tuple(document["baselines"]) == fitted.names
     assert fitted.names[-1] == "PCA-3"
@@ -159,7 +159,7 @@ def test_baselines_are_scored_on_the_same_images() -> None:
 
 
 def test_groups_are_means_of_their_rows() -> None:
-    found = evaluate(make(VAE), batches(images(), 8))
+    found = evaluate_images(make(VAE), batches(images(), 8))
     groups = found.by(lambda row: row.key.split("_slice")[0] if row.sample < 32 else None)
     assert list(groups) == sorted(f"case_{i}" for i in range(8))
     assert all(group["images"] == 4 for group in groups.values())
@@ -169,7 +169,7 @@ def test_groups_are_means_of_their_rows() -> None:
 
 def test_pairs_span_the_range_and_show_what_was_measured() -> None:
     model, pixels = make(VAE), images()
-    found = evaluate(model, batches(pixels, 8))
+    found = evaluate_images(model, batches(pixels, 8))
     rows = pick_evenly(found.rows, 5)
     values = [row.metrics["ssim"] for row in rows]
     everything = sorted(row.metrics["ssim"] for row in found.rows)
@@ -187,7 +187,7 @@ def test_pairs_span_the_range_and_show_what_was_measured() -> None:
 def test_images_without_an_ssim_are_ranked_by_their_error() -> None:
     small = Spec(1, (6, 6))
     model = make({**VAE, "encoder": {"kind": "mlp", "width": 8}}, small)
-    rows = pick_evenly(evaluate(model, batches(images(small), 8)).rows, 33)
+    rows = pick_evenly(evaluate_images(model, batches(images(small), 8)).rows, 33)
     errors = [row.metrics["mse"] for row in rows]
     assert errors == sorted(errors, reverse=True)
 
@@ -203,16 +203,16 @@ def test_a_reconstruction_that_is_not_finite_is_named() -> None:
     for parameter in model.decoder.parameters():
         parameter.fill_(math.nan)
     with pytest.raises(UserError, match="case_0_slice_0 is not finite"):
-        evaluate(model, batches(pixels, 8))
+        evaluate_images(model, batches(pixels, 8))
 
 
 def test_an_empty_split_is_an_error() -> None:
     with pytest.raises(UserError, match="no image"):
-        evaluate(make(VAE), [])
+        evaluate_images(make(VAE), [])
 
 
 def test_lines_are_json_one_per_image() -> None:
-    found = evaluate(make(VAE), batches(images(), 8))
+    found = evaluate_images(make(VAE), batches(images(), 8))
     lines = [json.loads(json.dumps(line, allow_nan=False)) for line in found.lines()]
     assert [line["key"] for line in lines] == [row.key for row in found.rows]
     assert lines[3]["metrics"]["mse"] == found.rows[3].metrics["mse"]
@@ -222,7 +222,7 @@ def test_a_variant_that_does_not_reconstruct_and_has_two_phases(monkeypatch: pyt
     variants = Path(__file__).parents[1] / "models" / "variants"
     monkeypatch.setattr(vaedist.models, "__path__", [*vaedist.models.__path__, str(variants)])
     model = make({"kind": "toy_duel"})
-    found = evaluate(model, batches(images(), 8))
+    found = evaluate_images(model, batches(images(), 8))
     document = found.document()
     assert document["terms"].keys() == {"loss/critic", "loss/maker"}
     assert document["metrics"] == {}

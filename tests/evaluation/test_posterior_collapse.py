@@ -24,15 +24,17 @@ from vaedist.evaluate import main as evaluate
 from vaedist.evaluation.metrics.posterior_collapse import Collapse, Usage, UsageCounter
 from vaedist.models.contract import build
 from vaedist.nets.divergences import DiagonalGaussian
-from vaedist.runs.checkpoint import load, resolve
+from vaedist.runs.checkpoint import load_checkpoint
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions
-from vaedist.runs.open_run import open_run, resolved
+from vaedist.runs.open_run import open_run
+from vaedist.runs.resolved_job import resolved
 from vaedist.runs.run_folder import RunFolder
 from vaedist.sample import main as sample
 from vaedist.training.loop import fit
-from vaedist.training.run_log import Log
-from vaedist.training.validation import Seen
-from vaedist.training.validation_figures import Watch
+from vaedist.training.run_log import RunLog
+from vaedist.training.validation import ValidationSamples
+from vaedist.training.validation_figures import ValidationFigures
 
 ALONE = Group(torch.device("cpu"))
 
@@ -79,7 +81,7 @@ def test_total_and_partial(scales: list[float], extent: str | None, active: int)
     assert (alarm.extent if alarm else None) == extent
     if alarm:
         assert f"collapse ({extent}) at step 300" in str(alarm)
-        assert Collapse.read(json.loads(json.dumps(alarm.plain())), "here") == alarm
+        assert Collapse.from_json(json.loads(json.dumps(alarm.to_json())), "here") == alarm
 
 
 def test_a_mean_that_follows_the_class_alone_says_nothing() -> None:
@@ -109,10 +111,10 @@ def test_an_encoder_without_a_density_is_judged_by_its_mean() -> None:
 
 
 def test_a_strangers_record_is_refused() -> None:
-    assert Collapse.read(None, "x") is None
+    assert Collapse.from_json(None, "x") is None
     for wrong in ("total", {"extent": "total"}, {"extent": "big", "what": "dimensions", "kl": 1}, [1]):
         with pytest.raises(UserError, match=r"^CKPT: its record of posterior collapse"):
-            Collapse.read(wrong, "CKPT")
+            Collapse.from_json(wrong, "CKPT")
 
 
 # In a run -----------------------------------------------------------------------------------------------------
@@ -139,9 +141,9 @@ def test_a_collapsed_run_says_so_in_its_folder_and_its_checkpoints(
 ) -> None:
     record = json.loads((collapsed / "collapse.json").read_text())
     assert (record["extent"], record["active"], record["units"], record["step"]) == ("total", 0, 4, 60)
-    assert load(resolve(collapsed)).state["collapse"] == record
+    assert load_checkpoint(resolve_checkpoint(collapsed)).state["collapse"] == record
     run = open_run(collapsed)
-    assert run.collapse is not None and run.collapse.plain() == record
+    assert run.collapse is not None and run.collapse.to_json() == record
     rows = [json.loads(line) for line in (collapsed / "latents.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [30, 60]
     assert len(rows[-1]["kl"]) == len(rows[-1]["variance"]) == 4 and max(rows[-1]["variance"]) < 0.01
@@ -173,15 +175,15 @@ def test_a_run_that_uses_its_latent_raises_no_alarm(phantom: Path, tmp_path: Pat
 def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_path: Path) -> None:
     settings = resolved(job(phantom, beta=1.0))
     run = RunFolder.make(tmp_path / "run")
-    run.begin(settings, step=None)
+    run.record_start(settings, step=None)
     console = io.StringIO()
-    log = Log(run, settings, total_steps=100, console=console)
+    log = RunLog(run, settings, total_steps=100, console=console)
     index = Index.open(phantom)
     model = build(model_config(settings.model), index.spec, 0)
-    watch = Watch(run, log, settings, index.classes, None)
+    watch = ValidationFigures(run, log, settings, index.classes, None)
     for step, variance in enumerate([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]):
         usage = Usage(variance, [one / 2 for one in variance], "dimensions")
-        watch.validated(step, model, Seen({}, {}, usage))
+        watch.update(step, model, ValidationSamples({}, {}, usage))
         assert run.collapse.exists() == (min(variance) == 0)
     told = console.getvalue().splitlines()
     assert [line.partition(":")[0] for line in told] == ["ALARM", "ALARM", "step 3"]

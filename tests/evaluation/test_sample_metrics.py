@@ -14,19 +14,19 @@ from vaedist.core.errors import UserError
 from vaedist.evaluation.metrics import sample_metrics as distribution
 from vaedist.evaluation.metrics.features import Extractor
 from vaedist.evaluation.metrics.sample_metrics import (
-    BETTER,
     PIXELS,
+    SAMPLE_METRICS,
     Reference,
     frechet,
     frechet_extrapolated,
     inception_score,
     is_sample_metric,
     kid,
+    monitored_value,
     neighbourhoods,
-    pick,
     sample_metrics,
     sliced_wasserstein,
-    undefined,
+    undefined_metrics,
 )
 
 
@@ -246,7 +246,7 @@ def images(seed: int, count: int) -> np.ndarray:
 
 def test_every_name_carries_the_extractor() -> None:
     found = sample_metrics(images(1, 40), images(2, 50), extractor(), seed=0)
-    plain = [*BETTER, "kid_error"]
+    plain = [*SAMPLE_METRICS, "kid_error"]
     assert set(found) == {f"{name}[means-01234567]" for name in plain} | {PIXELS}
     assert all(math.isfinite(value) for value in found.values())
     features = [extractor()(one).values.astype(float) for one in (images(1, 40), images(2, 50))]
@@ -264,21 +264,27 @@ def test_a_reference_changes_nothing_and_only_makes_less() -> None:
 
 def test_a_monitor_may_say_the_plain_name() -> None:
     found = sample_metrics(images(1, 40), images(2, 50), extractor(), seed=0)
-    for name in BETTER:
+    for name in SAMPLE_METRICS:
         assert is_sample_metric(name) and is_sample_metric(f"{name}[means-01234567]")
-        assert pick(found, name) == pick(found, f"{name}[means-01234567]") == found[f"{name}[means-01234567]"]
-    assert pick(found, PIXELS) == found[PIXELS]
+        assert (
+            monitored_value(found, name)
+            == monitored_value(found, f"{name}[means-01234567]")
+            == found[f"{name}[means-01234567]"]
+        )
+    assert monitored_value(found, PIXELS) == found[PIXELS]
     assert not is_sample_metric("loss") and not is_sample_metric("kid_error")
     with pytest.raises(UserError, match="no sample metric 'kid\\[other-00000000\\]'"):
-        pick(found, "kid[other-00000000]")
+        monitored_value(found, "kid[other-00000000]")
     with pytest.raises(UserError, match="did you mean 'kid'"):
         sample_metrics(images(1, 9), images(2, 9), extractor(), seed=0, only=["kidd"])
 
 
 def test_what_is_not_defined_is_left_out_and_told() -> None:
     found = sample_metrics(images(1, 5), images(2, 31), extractor(Means()), seed=0)
-    told = undefined(5, 31, 4, classes=False)
-    assert {distribution.plain(name) for name in found} - {"kid_error"} == BETTER.keys() - told.keys()
+    told = undefined_metrics(5, 31, 4, classes=False)
+    assert {distribution.base_name(name) for name in found} - {
+        "kid_error"
+    } == SAMPLE_METRICS.keys() - told.keys()
     neighbours = {"precision", "recall", "density", "coverage"}
     assert told.keys() == neighbours | {"frechet_extrapolated", "inception_score"}
     assert all(f"{name} is not defined, because " in why for name, why in told.items())

@@ -17,13 +17,13 @@ from vaedist.data.format.image_files import Limits
 from vaedist.data.sources import Item
 from vaedist.data.sources.mnist import read_idx
 from vaedist.data.sources.phantom import SLICES, PhantomSource
-from vaedist.evaluation.metrics.features import Extractor, default
-from vaedist.evaluation.metrics.sample_metrics import Reference, pick, sample_metrics
+from vaedist.evaluation.metrics.features import Extractor, default_extractor
+from vaedist.evaluation.metrics.sample_metrics import Reference, monitored_value, sample_metrics
 
 
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
-    return default()
+    return default_extractor()
 
 
 def phantom(size: int, count: int, split: str, kept: int = SLICES) -> np.ndarray:
@@ -52,7 +52,7 @@ def noisy(images: np.ndarray, sigma: float) -> np.ndarray:
 def assert_rising(reference: Reference, sets: list[np.ndarray]) -> list[float]:
     """KID of each set, the first of which is as good as real."""
     found = [sample_metrics(reference, one, reference.extractor, seed=0, only=["kid"]) for one in sets]
-    values = [pick(one, "kid") for one in found]
+    values = [monitored_value(one, "kid") for one in found]
     errors = [next(value for name, value in one.items() if name.startswith("kid_error[")) for one in found]
     print([f"{value:.4f} ±{error:.4f}" for value, error in zip(values, errors, strict=True)])
     assert abs(values[0]) < 4 * errors[0]
@@ -107,9 +107,11 @@ def test_every_metric_tells_equal_laws_from_a_worse_one(extractor: Extractor) ->
         "sliced_wasserstein",
         "sliced_wasserstein[pixels]",
     ):
-        assert pick(good, name) < pick(bad, name), name
+        assert monitored_value(good, name) < monitored_value(bad, name), name
     for name in ("precision", "recall", "density", "coverage"):
-        assert pick(good, name) > pick(bad, name), name
-    assert abs(pick(good, "frechet_extrapolated")) < 0.5 * pick(good, "frechet")
-    assert pick(good, "coverage") > 0.8 and pick(good, "density") == pytest.approx(1, abs=0.25)
-    assert math.isfinite(pick(good, "inception_score"))
+        assert monitored_value(good, name) > monitored_value(bad, name), name
+    assert abs(monitored_value(good, "frechet_extrapolated")) < 0.5 * monitored_value(good, "frechet")
+    assert monitored_value(good, "coverage") > 0.8 and monitored_value(good, "density") == pytest.approx(
+        1, abs=0.25
+    )
+    assert math.isfinite(monitored_value(good, "inception_score"))

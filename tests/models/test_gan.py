@@ -16,9 +16,9 @@ from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build
 from vaedist.models.gan import OUTPUTS, reading
-from vaedist.nets.likelihoods import Observation
+from vaedist.nets.likelihoods import ObservationModel
 from vaedist.training.ema import WeightAverage
-from vaedist.training.step import Stepper
+from vaedist.training.step import TrainStep
 
 SPEC = Spec(1, (8, 8))
 BODY = {"kind": "conv", "width": 8, "depth": 1, "downsample": 2}
@@ -152,7 +152,7 @@ def test_a_logistic_with_one_output_is_read_as_its_mean_nearly() -> None:
 @pytest.mark.parametrize(("likelihood", "fitting"), EXACT[:2], ids=str)
 def test_another_reading_is_refused(likelihood: dict[str, Any], fitting: str, output: str) -> None:
     source = vae(likelihood)
-    assert reading(Observation(source.config.likelihood, SPEC)) == fitting
+    assert reading(ObservationModel(source.config.likelihood, SPEC)) == fitting
     if output == fitting:
         return
     with pytest.raises(UserError, match=rf"^init_from=vae: .* set model\.output={fitting}$"):
@@ -209,7 +209,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
     }
     job = parse(Job, content, "test")
     net = build(job.model, Spec(1, (1, 1)), 0)
-    one = Stepper(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
+    one = TrainStep(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
     average = WeightAverage(net, half_life=2000)
 
     def law() -> tuple[float, float]:
@@ -221,7 +221,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
     for step in range(steps):
         noise = torch.randn((rows, 1, 1, 1), generator=generator("toy", step))
         image = (80 + 25 * noise).clamp(0, 255).to(torch.uint8)
-        assert one.take({"image": image}, step, steps, stop_requested=False).accepted
+        assert one({"image": image}, step, steps, stop_requested=False).accepted
         average.update((step + 1) * rows, rows)
     mean, std = law()
     assert mean == pytest.approx(80, abs=12)

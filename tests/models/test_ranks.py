@@ -41,7 +41,7 @@ import json, sys
 import torch
 from tests.models.test_ranks import B, LANES, MASK, SECTIONS, batch, model_of, numbers
 from vaedist.data.loading.stream import slice_bounds
-from vaedist.distributed.contexts import GroupLaneContext, GroupSampleContext
+from vaedist.distributed.contexts import DistributedLaneContext, DistributedSampleContext
 from vaedist.distributed.process_group import Group
 
 group = Group.join("cpu", 60)
@@ -49,7 +49,7 @@ start, stop = slice_bounds(B, group.rank, group.world)
 seen = {}
 for name in SECTIONS:
     model = model_of(name)
-    ctx = GroupLaneContext(group, seed=1, step=2, batch_size=B, lanes=LANES, rows=(start, stop))
+    ctx = DistributedLaneContext(group, seed=1, step=2, batch_size=B, lanes=LANES, rows=(start, stop))
     parallel = group.parallel(model, 1)
     terms = parallel(batch(start, stop), ctx)
     (terms["loss"].sum() * group.world / B).backward()
@@ -60,7 +60,7 @@ for name in SECTIONS:
     seen[name] = numbers(model, means)
     # Evaluation: the last rows only pad, so one rank may have none of its own.
     model.eval()
-    shown = GroupSampleContext(group, seed=1, samples=range(start, stop), batch_size=B)
+    shown = DistributedSampleContext(group, seed=1, samples=range(start, stop), batch_size=B)
     with torch.no_grad():
         for term, value in model({**batch(start, stop), "mask": MASK[start:stop]}, shown).items():
             total = torch.where(MASK[start:stop], value, 0.0).sum()

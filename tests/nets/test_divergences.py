@@ -243,14 +243,14 @@ def test_kernels_of_a_job_file() -> None:
 RANK = """
 import json, torch
 from tests.nets.test_divergences import gathered_mmd
-from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 
 group = Group.join(device="cpu")
 start, stop = [(0, 4), (4, 10)][group.rank]
 out = {}
 for block in (None, 3):
-    ctx = GroupLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, rows=(start, stop))
+    ctx = DistributedLaneContext(group, seed=1, step=2, batch_size=10, lanes=5, rows=(start, stop))
     value, gradient = gathered_mmd(ctx, stop - start, block)
     out[str(block)] = [value, (group.total(gradient) / group.world).tolist()]
 print(json.dumps(out))

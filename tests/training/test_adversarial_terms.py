@@ -1,4 +1,4 @@
-"""What the loop owes a model whose phases are rivals: own parameters, turns, late starts, ranks, an honest monitor."""
+"""What the loop owes a model with adversarial phases: own parameters, turns, late starts, ranks, an honest monitor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vaedist.models.contract import Variant, build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 from vaedist.training.progress import Progress
-from vaedist.training.step import Phase, Stepper
+from vaedist.training.step import Phase, TrainStep
 from vaedist.training.validation import check_monitor
 
 SPEC = Spec(1, (8, 8))
@@ -51,9 +51,9 @@ def batch(step: int) -> Batch:
     return {"image": image, "label": torch.zeros(BATCH, dtype=torch.int64), "key": [""] * BATCH}
 
 
-def stepper(job: Job) -> tuple[Stepper, Variant]:
+def train_step(job: Job) -> tuple[TrainStep, Variant]:
     model = build(job.model, SPEC, job.seed).double()
-    return Stepper(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
+    return TrainStep(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
 
 
 def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -64,11 +64,11 @@ def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_the_generator_rests_while_the_discriminator_warms_up() -> None:
-    one, model = stepper(job(generator={"start": 3, "schedule": {"kind": "cosine", "warmup": 1}}))
+    one, model = train_step(job(generator={"start": 3, "schedule": {"kind": "cosine", "warmup": 1}}))
     rates = []
     for step in range(6):
         before = copied(model.generator), copied(model.discriminator)
-        result = one.take(batch(step), step, 40, stop_requested=False)
+        result = one(batch(step), step, 40, stop_requested=False)
         rates.append(one.phases[1].learning_rate)
         moved = [
             any(not torch.equal(value, old[name]) for name, value in net.state_dict().items())
@@ -81,7 +81,7 @@ def test_the_generator_rests_while_the_discriminator_warms_up() -> None:
 
 
 def test_a_phase_computes_no_gradient_for_its_rival() -> None:
-    one, model = stepper(job())
+    one, model = train_step(job())
     seen: dict[str, list[bool]] = {}
 
     def look(module: torch.nn.Module, *_: Any) -> None:
@@ -91,7 +91,7 @@ def test_a_phase_computes_no_gradient_for_its_rival() -> None:
     model.generator.register_forward_hook(look)
     model.discriminator.body.turn_of = "discriminator"
     model.discriminator.body.register_forward_hook(look)
-    one.take(batch(0), 0, 40, stop_requested=False)
+    one(batch(0), 0, 40, stop_requested=False)
     assert seen == {"generator": [False, True], "discriminator": [True, True, False]}
     assert all(p.requires_grad for p in model.parameters()), "afterwards all are as they were"
 
@@ -113,10 +113,10 @@ def test_turns_count_the_steps_that_trained_the_phase(start: int, every: int) ->
 
 def test_a_lazy_penalty_counts_turns_not_steps() -> None:
     """Trained at every third step with R1 at every second turn: at steps 0, 6, 12, not at the multiples of both."""
-    one, _ = stepper(job({**GAN, "r1_every": 2}, discriminator={"every": 3}))
+    one, _ = train_step(job({**GAN, "r1_every": 2}, discriminator={"every": 3}))
     due = []
     for step in range(13):
-        result = one.take(batch(step), step, 40, stop_requested=False)
+        result = one(batch(step), step, 40, stop_requested=False)
         if result.terms.get("r1/discriminator", torch.zeros(())) > 0:
             due.append(step)
     assert due == [0, 6, 12]
@@ -166,11 +166,11 @@ def run(group: Group, name: str, micro: int | None) -> dict[str, torch.Tensor]:
     )
     model = build(model_config(content.model), SPEC, 0).double()
     bounds = slice_bounds(BATCH, group.rank, group.world)
-    one = Stepper(content, group, model, lanes=8, bounds=bounds)
+    one = TrainStep(content, group, model, lanes=8, bounds=bounds)
     for step in range(STEPS):
         rows = batch(step)
         cut: Batch = {"image": rows["image"][slice(*bounds)], "label": rows["label"][slice(*bounds)]}
-        result = one.take(cut, step, 40, stop_requested=False)
+        result = one(cut, step, 40, stop_requested=False)
         assert result.accepted
     return {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -277,10 +277,10 @@ def test_a_loss_is_no_monitor_of_a_game(metric: str) -> None:
     with pytest.raises(
         UserError, match=r"which of this model's networks is ahead.*train\.monitor\.metric=kid"
     ):
-        check_monitor(job(monitor=metric), stepper(job())[1])
+        check_monitor(job(monitor=metric), train_step(job())[1])
 
 
 def test_measures_of_samples_and_pixels_may_be_monitors() -> None:
-    check_monitor(job(monitor="kid"), stepper(job())[1])
-    check_monitor(job(VAEGAN, monitor="mse/encoder"), stepper(job(VAEGAN))[1])
+    check_monitor(job(monitor="kid"), train_step(job())[1])
+    check_monitor(job(VAEGAN, monitor="mse/encoder"), train_step(job(VAEGAN))[1])
     assert math.isfinite(job().train.monitor.images)

@@ -10,7 +10,7 @@ import torch
 
 from tests.run_commands import curve, small_job
 from vaedist.data.loading.cache import Cache, on_device
-from vaedist.training.loader_settings import LARGEST, Reading, chosen_cache, chosen_readers
+from vaedist.training.loader_settings import LARGEST, LoaderSettings, choose_cache, choose_readers
 from vaedist.training.loop import fit
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ MIB = 1 << 20
 def test_the_cache_is_for_what_is_read_again_and_small(
     count: int, sample_bytes: int, to_read: int, free: int, cache: str, why: str
 ) -> None:
-    assert chosen_cache(count, sample_bytes, to_read, free) == (cache, why)
+    assert choose_cache(count, sample_bytes, to_read, free) == (cache, why)
     assert LARGEST == 2048 * MIB
 
 
@@ -48,7 +48,7 @@ def test_the_cache_is_for_what_is_read_again_and_small(
 def test_readers_have_the_cores_that_a_gpu_leaves(
     cache: Cache, device: str, threads: int, readers: int
 ) -> None:
-    assert chosen_readers(cache, torch.device(device), threads) == readers
+    assert choose_readers(cache, torch.device(device), threads) == readers
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,6 @@ def test_a_gpu_without_room_leaves_them_in_the_nodes_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * MIB, 9 * MIB))
     assert on_device(np.zeros((2, 1, 1024, 1024), np.uint8), torch.device("cuda")) is None
     assert "cache: device needs 2.0 MiB and 1.5 MiB of the GPU may be used for it" in caplog.text
-    asked = Reading("device", "", {"none": 1, "memory": 0, "device": 0})
-    assert asked.told("memory") == "cache memory (no room on the device), read by the loop itself"
-    assert asked.told("none") == "cache none (no room in memory), 1 reader"
+    asked = LoaderSettings("device", "", {"none": 1, "memory": 0, "device": 0})
+    assert asked.describe("memory") == "cache memory (no room on the device), read by the loop itself"
+    assert asked.describe("none") == "cache none (no room in memory), 1 reader"

@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vaedist.config.job import Job
 from vaedist.config.settings import parse
-from vaedist.runs.open_run import RunFolder, resolved
-from vaedist.training.run_log import Log, Silent, draw_curves, read_metrics
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.run_folder import RunFolder
+from vaedist.training.run_log import RunLog, SilentLog, draw_curves, read_metrics
 
 
 def a_job() -> Job:
@@ -36,7 +37,7 @@ def a_job() -> Job:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(a_job(), step=None)
+    run.record_start(a_job(), step=None)
     return run
 
 
@@ -45,7 +46,7 @@ def board(run: RunFolder) -> EventAccumulator:
 
 
 def test_rows_and_tensorboard_hold_the_same_numbers(run: RunFolder) -> None:
-    log = Log(run, a_job(), total_steps=100, console=io.StringIO())
+    log = RunLog(run, a_job(), total_steps=100, console=io.StringIO())
     log.train(20, {"loss": 0.1, "gradient_norm": 3.0}, images=640, epoch=0.5, wait_seconds=0.0)
     log.validate(20, {"loss": 0.2}, best=True)
     log.images(20, "samples", np.zeros((4, 6, 1), np.uint8))
@@ -84,7 +85,7 @@ def test_speed_counts_training_time_alone(run: RunFolder, monkeypatch: pytest.Mo
     now = [100.0]
     monkeypatch.setattr("vaedist.training.run_log.time.monotonic", lambda: now[0])
     console = io.StringIO()
-    log = Log(run, a_job(), total_steps=3600 + 20, start_step=10, console=console)
+    log = RunLog(run, a_job(), total_steps=3600 + 20, start_step=10, console=console)
     now[0] += 10
     log.train(20, {"loss": 1.0}, images=640, epoch=0.5, wait_seconds=2.5)
     with log.pause():
@@ -105,7 +106,7 @@ def test_speed_counts_training_time_alone(run: RunFolder, monkeypatch: pytest.Mo
 
 def test_plain_lines_for_a_batch_log(run: RunFolder) -> None:
     console = io.StringIO()
-    log = Log(run, a_job(), total_steps=100, console=console)
+    log = RunLog(run, a_job(), total_steps=100, console=console)
     log.summary({"data": "here", "parameters": 12})
     log.message("something to know")
     log.validate(20, {"loss": 0.25, "mse": 0.125}, best=True)
@@ -118,7 +119,7 @@ def test_plain_lines_for_a_batch_log(run: RunFolder) -> None:
 def test_quiet_says_nothing_and_writes_all_the_same(
     run: RunFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    log = Log(run, a_job(), total_steps=100, quiet=True)
+    log = RunLog(run, a_job(), total_steps=100, quiet=True)
     log.summary({"a": 1})
     log.train(20, {"loss": 0.1}, images=640, epoch=0.5, wait_seconds=0.0)
     log.close()
@@ -127,7 +128,7 @@ def test_quiet_says_nothing_and_writes_all_the_same(
 
 
 def test_every_other_rank_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    silent = Silent()
+    silent = SilentLog()
     silent.summary({"a": 1})
     silent.message("x")
     silent.train(1, {"loss": 1.0}, images=1, epoch=0.0, wait_seconds=0.0)
@@ -137,13 +138,15 @@ def test_every_other_rank_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture
         pass
     silent.close()
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
-    assert {name for name in vars(Silent) if name[0] != "_"} <= set(vars(Log)), "Log leaves something silent"
+    assert {name for name in vars(SilentLog) if name[0] != "_"} <= set(vars(RunLog)), (
+        "RunLog leaves something silent"
+    )
 
 
 def test_the_job_is_shown_as_hparams_once(run: RunFolder) -> None:
-    Log(run, a_job(), total_steps=100, quiet=True).close()
-    run.begin(a_job(), step=50)
-    Log(run, a_job(), total_steps=100, start_step=50, quiet=True).close()
+    RunLog(run, a_job(), total_steps=100, quiet=True).close()
+    run.record_start(a_job(), step=50)
+    RunLog(run, a_job(), total_steps=100, start_step=50, quiet=True).close()
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     content = board(run).summary_metadata["_hparams_/session_start_info"].plugin_data.content
@@ -158,10 +161,10 @@ ATTEMPT = """
 import sys, time
 from pathlib import Path
 from tests.training.test_run_log import a_job
-from vaedist.training.run_log import Log
-from vaedist.runs.open_run import RunFolder
+from vaedist.training.run_log import RunLog
+from vaedist.runs.run_folder import RunFolder
 run = RunFolder.make(Path(sys.argv[1]))
-log = Log(run, a_job(), total_steps=100)
+log = RunLog(run, a_job(), total_steps=100)
 for step in range(10, 60, 10):
     log.train(step, {"loss": 100.0 / step}, images=32 * step, epoch=0.1 * step, wait_seconds=0.0)
 if sys.argv[2] == "dies":
@@ -208,9 +211,9 @@ import sys
 from pathlib import Path
 from tests.training.test_run_log import a_job
 from vaedist.core.errors import UserError
-from vaedist.training.run_log import Log
-from vaedist.runs.open_run import RunFolder
-log = Log(RunFolder.make(Path(sys.argv[1])), a_job(), total_steps=10**6, quiet=True)
+from vaedist.training.run_log import RunLog
+from vaedist.runs.run_folder import RunFolder
+log = RunLog(RunFolder.make(Path(sys.argv[1])), a_job(), total_steps=10**6, quiet=True)
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
@@ -254,7 +257,7 @@ def test_curves_show_what_there_is(run: RunFolder) -> None:
 
 
 def test_closing_draws_the_curves(run: RunFolder) -> None:
-    log = Log(run, a_job(), total_steps=100, quiet=True)
+    log = RunLog(run, a_job(), total_steps=100, quiet=True)
     log.train(20, {"loss": 0.5}, images=640, epoch=0.5, wait_seconds=0.0)
     log.close()
     assert (run.figures / "curves.png").exists()

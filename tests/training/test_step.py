@@ -16,7 +16,7 @@ from vaedist.core.context import Batch
 from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build
-from vaedist.training.step import Stepper, micro_batches
+from vaedist.training.step import TrainStep, micro_batches
 
 SPEC = Spec(1, (8, 8))
 BATCH = 8
@@ -43,9 +43,9 @@ def batch(number: int = 0) -> Batch:
     }
 
 
-def stepper(job: Job) -> tuple[Stepper, Variant]:
+def train_step(job: Job) -> tuple[TrainStep, Variant]:
     model = build(job.model, SPEC, job.seed).double()
-    return Stepper(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
+    return TrainStep(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
 
 
 def weights(model: Variant) -> dict[str, torch.Tensor]:
@@ -59,11 +59,11 @@ DUEL = {
 
 
 def test_each_phase_trains_its_own_parameters_when_it_is_due(toys: None) -> None:
-    one, model = stepper(job({"kind": "toy_duel"}, optim=DUEL))
+    one, model = train_step(job({"kind": "toy_duel"}, optim=DUEL))
     moved = []
     for step in range(5):
         before = weights(model)
-        result = one.take(batch(step), step, 10, stop_requested=False)
+        result = one(batch(step), step, 10, stop_requested=False)
         assert result.accepted and not result.stop
         after = weights(model)
         moved.append({name.split(".")[0] for name in after if not torch.equal(before[name], after[name])})
@@ -91,9 +91,9 @@ def test_accumulated_micro_batches_make_the_same_step(kind: str) -> None:
     # Adam divides by the gradient's size: with its usual eps, rounding noise in gradients that are zero would show.
     optim = {"main": {"eps": 1e-3}}
     for micro in (None, 4, 3):
-        one, net = stepper(job(model, micro_batch_size=micro, optim=optim))
+        one, net = train_step(job(model, micro_batch_size=micro, optim=optim))
         for step in range(3):
-            one.take(batch(step), step, 10, stop_requested=False)
+            one(batch(step), step, 10, stop_requested=False)
         results.append(weights(net))
     for other in results[1:]:
         for name, value in results[0].items():
@@ -102,14 +102,14 @@ def test_accumulated_micro_batches_make_the_same_step(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["vae", "vqvae"])
 def test_a_non_finite_step_changes_nothing_and_names_the_term(kind: str) -> None:
-    one, model = stepper(job({"kind": kind, "encoder": {"kind": "conv", "width": 4, "downsample": 2}}))
-    one.take(batch(0), 0, 10, stop_requested=False)
+    one, model = train_step(job({"kind": kind, "encoder": {"kind": "conv", "width": 4, "downsample": 2}}))
+    one(batch(0), 0, 10, stop_requested=False)
     poison = next(model.parameters())
     kept = poison.detach().clone()
     with torch.no_grad():
         poison[0] = float("nan")
     before, optimizer = weights(model), str(one.phases[0].optimizer.state_dict())
-    result = one.take(batch(1), 1, 10, stop_requested=True)
+    result = one(batch(1), 1, 10, stop_requested=True)
     assert not result.accepted and "loss" in result.refused_because and "gradient" in result.refused_because
     assert result.stop, "a stop request is heard in a refused step too"
     for name, value in weights(model).items():
@@ -117,19 +117,19 @@ def test_a_non_finite_step_changes_nothing_and_names_the_term(kind: str) -> None
     assert str(one.phases[0].optimizer.state_dict()) == optimizer
     with torch.no_grad():
         poison.copy_(kept)
-    assert one.take(batch(1), 1, 10, stop_requested=False).accepted
+    assert one(batch(1), 1, 10, stop_requested=False).accepted
 
 
 def test_clipping_bounds_the_gradient_norm(toys: None) -> None:
     settings = {"critic": {"learning_rate": 1.0, "clip": 1e-3}, "maker": {}}
-    one, model = stepper(job({"kind": "toy_duel"}, optim=settings))
+    one, model = train_step(job({"kind": "toy_duel"}, optim=settings))
     seen = []
 
     def look(*_: Any) -> None:
         seen.append(torch.nn.utils.get_total_norm([p.grad for p in model.critic.parameters()]))
 
     one.phases[0].optimizer.register_step_pre_hook(look)
-    result = one.take(batch(), 0, 1, stop_requested=False)  # the last step is logged
+    result = one(batch(), 0, 1, stop_requested=False)  # the last step is logged
     assert result.scalars["gradient_norm/critic"] > 1e-3, "what is logged is the norm before clipping"
     assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -145,10 +145,10 @@ def test_a_loss_over_the_whole_batch_refuses_accumulation() -> None:
 
 
 def test_settings_overridden_on_resume_win_over_the_checkpoint() -> None:
-    first, _ = stepper(job({"kind": "vae", "latent": 2}))
-    first.take(batch(), 0, 10, stop_requested=False)
+    first, _ = train_step(job({"kind": "vae", "latent": 2}))
+    first(batch(), 0, 10, stop_requested=False)
     optimizer, plateau = first.phases[0].state()
-    second, _ = stepper(
+    second, _ = train_step(
         job({"kind": "vae", "latent": 2}, optim={"main": {"weight_decay": 0.5, "betas": [0.5, 0.9]}})
     )
     second.phases[0].load(optimizer, plateau)

@@ -30,13 +30,15 @@ from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_code
 from vaedist.distributed.process_group import Group
 from vaedist.models.bases.code_prior_config import Tokenizer
 from vaedist.models.contract import build
-from vaedist.runs.checkpoint import Best, Checkpoints, load, resolve, weights_digest
+from vaedist.runs.checkpoint import Best, Checkpoints, load_checkpoint
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.open_run import open_run
+from vaedist.runs.weights import weights_digest
 from vaedist.training.ema import WeightAverage
 from vaedist.training.layer_table import layer_table
 from vaedist.training.loop import fit
-from vaedist.training.tokenizer_codes import settled
+from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("variants")]
 
@@ -107,7 +109,7 @@ def test_a_prior_learns_from_the_codes_that_its_tokenizer_gives(
             assert torch.equal(held["label"], shown["label"]) and torch.equal(held["mask"], shown["mask"])
 
     # The tokenizer came along as it was, and stayed so; the optimizer never had it.
-    state = load(resolve(tmp_path / "prior")).state
+    state = load_checkpoint(resolve_checkpoint(tmp_path / "prior")).state
     for weights in (state["model"], state["ema"]):
         frozen = {
             name.removeprefix("tokenizer."): value for name, value in weights.items() if name != "logits"
@@ -157,7 +159,7 @@ def test_a_prior_goes_on_bit_for_bit(tokenizer: Path, phantom: Path, tmp_path: P
     train(prior_job(phantom, tokenizer, steps=5), tmp_path / "cut")
     train(prior_job(phantom, tokenizer, steps=10), tmp_path / "cut")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    one, other = (load(resolve(tmp_path / name)).state for name in ("cut", "whole"))
+    one, other = (load_checkpoint(resolve_checkpoint(tmp_path / name)).state for name in ("cut", "whole"))
     for which in ("model", "ema"):
         assert all(torch.equal(one[which][name], other[which][name]) for name in one[which])
 
@@ -250,7 +252,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     """Nothing but the missing ones is made: a shard that is there is taken as it is, which another code shows."""
     job = prior_job(phantom, tokenizer, steps=1)
     images = Index.open(phantom)
-    described = settled(job, images, Group.join("cpu")).model.tokenizer.model_dump(mode="json")
+    described = resolve_tokenizer(job, images, Group.join("cpu")).model.tokenizer.model_dump(mode="json")
     stamp = {
         "made_by": "vaedist-train",
         "tokenizer": {name: value for name, value in described.items() if name != "run"},
@@ -276,7 +278,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
 def retrain(run: Path) -> None:
     """What more training does to a run: another best checkpoint."""
     store = Checkpoints(run)
-    state = load(resolve(run)).state
+    state = load_checkpoint(resolve_checkpoint(run)).state
     state["ema"] = {
         name: value + 1e-3 if value.is_floating_point() else value for name, value in state["ema"].items()
     }
@@ -306,9 +308,11 @@ def test_a_moved_tokenizer_is_refused_until_its_new_place_is_given(
 
 def test_a_changed_tokenizer_is_refused(tokenizer: Path, phantom: Path, tmp_path: Path) -> None:
     run = tmp_path / "prior"
-    before = resolve(tokenizer)
+    before = resolve_checkpoint(tokenizer)
     train(prior_job(phantom, tokenizer, steps=5), run)
-    saved = json.loads(json.dumps(load(resolve(run)).state["job"]))["model"]["tokenizer"]
+    saved = json.loads(json.dumps(load_checkpoint(resolve_checkpoint(run)).state["job"]))["model"][
+        "tokenizer"
+    ]
     retrain(tokenizer)
     told = refusal(prior_job(phantom, tokenizer, steps=10), run)
     assert f"model.tokenizer.sha256 was {saved['sha256']}" in told and "--new-run" in told

@@ -27,8 +27,9 @@ from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.features import WEIGHTS
 from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
-from vaedist.runs.metrics_csv import Table
-from vaedist.runs.open_run import open_run, resolved
+from vaedist.runs.metrics_csv import MetricsCsv
+from vaedist.runs.open_run import open_run
+from vaedist.runs.resolved_job import resolved
 from vaedist.training.loop import fit
 from vaedist.training.validation import EMBEDDED, validate
 
@@ -207,7 +208,7 @@ def test_metrics_csv_holds_the_rows_of_metrics_jsonl(run: Path) -> None:
 
 def test_a_new_column_and_a_comma(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "kind": "train", "loss": 0.5}]
-    kept = Table(tmp_path / "metrics.csv", lambda: rows)
+    kept = MetricsCsv(tmp_path / "metrics.csv", lambda: rows)
     rows.append({"step": 2, "kind": "train", "loss": None})
     kept.add(rows[-1])
     rows.append({"step": 3, "kind": "train", "loss": 0.25, "a,b": 1.0})

@@ -10,7 +10,7 @@ import pytest
 from tests.spaces import DIMENSIONS, MODEL, TRAIN, small_space
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.tuning.feasibility import plan, schedules_end, try_out
+from vaedist.tuning.feasibility import check_settings, plan_search, schedules_end
 
 MLP = MODEL["encoder"]
 GAN = {"kind": "gan", "generator": MLP, "latent": 4}
@@ -55,17 +55,17 @@ LACKING: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_an_objective_that_the_model_has_not_is_told_before_anything_starts(name: str, index: Index) -> None:
     changes, metric, told = LACKING[name]
     with pytest.raises(UserError) as error:
-        plan(small_space(objectives=[{"metric": metric}], **changes), index)
+        plan_search(small_space(objectives=[{"metric": metric}], **changes), index)
     assert f"the objective {metric} does not fit its base job" in str(error.value)
     assert told in str(error.value)
 
 
 def test_a_proper_likelihood_has_a_bound(index: Index) -> None:
     logistic = MODEL | {"likelihood": {"kind": "logistic"}}
-    plan(small_space(objectives=[{"metric": "iwae"}], **base(logistic)), index)
+    plan_search(small_space(objectives=[{"metric": "iwae"}], **base(logistic)), index)
     black_and_white = base(MODEL)
     black_and_white["base"]["data"] = {"binarise": "static"}
-    plan(small_space(objectives=[{"metric": "iwae"}], **black_and_white), index)
+    plan_search(small_space(objectives=[{"metric": "iwae"}], **black_and_white), index)
 
 
 def test_the_longest_schedule_of_any_trial_counts(index: Index) -> None:
@@ -80,25 +80,26 @@ def test_the_longest_schedule_of_any_trial_counts(index: Index) -> None:
 def test_asha_has_no_rung_before_the_schedules_have_ended(index: Index) -> None:
     asha = {"kind": "asha", "metric": "mse", "reduction": 2, "first": 2}
     space = small_space(scheduler=asha, train={"validate_every": 2})
-    assert plan(space, index).rungs == (4, 8), "step 2 lies within the ramp of 4 steps"
+    assert plan_search(space, index).rungs == (4, 8), "step 2 lies within the ramp of 4 steps"
     late = {"model.beta.steps": {"kind": "integer", "low": 1, "high": 12}}
     with pytest.raises(UserError, match="asha has no rung: the schedules end by step 12"):
-        plan(small_space(scheduler=asha, dimensions=DIMENSIONS | late), index)
+        plan_search(small_space(scheduler=asha, dimensions=DIMENSIONS | late), index)
 
 
 def test_trials_that_end_before_their_schedules_are_doubted(index: Index) -> None:
-    assert plan(small_space(), index).doubt == ""
-    assert plan(small_space(train={"steps": 4}), index).doubt == "", "the ramp ends with the trial"
-    assert plan(small_space(train={"steps": 3}), index).doubt == (
+    assert plan_search(small_space(), index).warning == ""
+    assert plan_search(small_space(train={"steps": 4}), index).warning == "", "the ramp ends with the trial"
+    assert plan_search(small_space(train={"steps": 3}), index).warning == (
         "a trial of space 'small' has 3 steps, but weights of the loss move, or a phase begins, until step 4: its "
         "numbers will not be those of its settings; for more than a try set train.steps to well above 4, or shorten "
         "the schedules"
     )
     searched = {"model.beta.steps": {"kind": "integer", "low": 1, "high": 40}}
-    assert "until step 40:" in plan(small_space(dimensions=DIMENSIONS | searched), index).doubt
+    assert "until step 40:" in plan_search(small_space(dimensions=DIMENSIONS | searched), index).warning
     warm = {"optim": {"main": {"schedule": {"kind": "cosine", "warmup": 12}}}}
     assert (
-        "but the learning rate of 'main' warms up for 12 steps:" in plan(small_space(train=warm), index).doubt
+        "but the learning rate of 'main' warms up for 12 steps:"
+        in plan_search(small_space(train=warm), index).warning
     )
 
 
@@ -106,6 +107,6 @@ def test_settings_that_make_no_model_are_found_without_training(index: Index) ->
     conv = MODEL | {"encoder": {"kind": "conv", "width": 8, "downsample": 4}}
     sizes = {"model.encoder.downsample": {"kind": "choice", "values": [4, 5]}}
     space = small_space(dimensions=sizes, base={"model": conv, "train": TRAIN})
-    try_out(space, {"model.encoder.downsample": 4}, index)
+    check_settings(space, {"model.encoder.downsample": 4}, index)
     with pytest.raises(UserError, match="downsample"):
-        try_out(space, {"model.encoder.downsample": 5}, index)
+        check_settings(space, {"model.encoder.downsample": 5}, index)

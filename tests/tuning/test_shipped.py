@@ -13,11 +13,12 @@ from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
-from vaedist.tuning.feasibility import plan, schedules_end, steps, try_out
+from vaedist.tuning.dimensions import Categorical
+from vaedist.tuning.feasibility import check_settings, plan_search, schedules_end, steps
 from vaedist.tuning.measure import measure
 from vaedist.tuning.objectives import value_of
 from vaedist.tuning.samplers import propose
-from vaedist.tuning.space import SHIPPED, Choice, Space, load_space, shipped
+from vaedist.tuning.space import SHIPPED, Space, load_space, shipped
 
 SHORT = """
     train.steps=2 train.batch_size=4 train.log_every=1 train.validate_every=2 train.save_every=2 data.cache=none
@@ -33,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 def corners(space: Space) -> list[dict[str, object]]:
     """A trial for each option of the first choice, or the middle of everything where there is none."""
-    key = next((key for key, one in space.dimensions.items() if isinstance(one, Choice)), None)
+    key = next((key for key, one in space.dimensions.items() if isinstance(one, Categorical)), None)
     parts = [0.5] if key is None else [0.01, 0.99]
     return [
         dict(space.settings_of({name: part if name == key else 0.5 for name in space.dimensions}))
@@ -46,7 +47,7 @@ def corners(space: Space) -> list[dict[str, object]]:
 def test_its_trials_train_and_have_the_objectives(name: str, tiny: Index, tmp_path: Path) -> None:
     space = load_space(name, SHORT)
     space = space.model_copy(update={"measure": space.measure.model_copy(update={"samples": 8})})
-    plan(space, tiny)
+    plan_search(space, tiny)
     threads = torch.get_num_threads()
     try:
         for number, settings in enumerate(corners(space)):
@@ -72,7 +73,7 @@ def test_every_trial_that_it_can_propose_is_one(name: str, tiny: Index) -> None:
     for number in range(8):
         settings = propose(random, number, [])
         assert settings is not None
-        try_out(space, settings, tiny)
+        check_settings(space, settings, tiny)
     assert space.trials >= 12
 
 

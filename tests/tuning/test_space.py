@@ -14,7 +14,8 @@ from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.nets.quantizers_config import EmaCodebook, Fsq
-from vaedist.tuning.space import Integer, LogUniform, Space, differences, load_space, shipped
+from vaedist.tuning.dimensions import Integer, LogUniform
+from vaedist.tuning.space import Space, differences, load_space, shipped
 
 CODES = {
     "model.codebook": {"kind": "choice", "values": {"ema": {"kind": "ema"}, "fsq": {"kind": "fsq"}}},

@@ -16,7 +16,7 @@ SETTINGS = {"model.beta.end": 0.123456789012345, "model.latent": 4}
 
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
-    made = Record.begin(tmp_path, small_space(), "identity")
+    made = Record.create(tmp_path, small_space(), "identity")
     made.propose(SETTINGS)
     made.propose({"model.beta.end": 2.0, "model.latent": 2})
     made.propose({"model.beta.end": 3.0, "model.latent": 2})
@@ -56,7 +56,7 @@ def test_killed_at_any_byte_the_record_is_what_was_whole(record: Record) -> None
         assert found.trials == record.trials[: len(found.trials)] or any(
             not trial.ended for trial in found.trials
         )
-        found.mend()
+        found.truncate_torn_line()
         found.propose(SETTINGS)
         again = read(record.folder)
         assert again.trials[-1] == Trial(len(found.trials) - 1, SETTINGS)

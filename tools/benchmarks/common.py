@@ -191,7 +191,7 @@ class Machine:
 def machine() -> Machine:
     import torch
 
-    from vaedist.runs.run_folder import git_commit, libraries
+    from vaedist.runs.provenance import git_commit, library_versions
 
     model = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -204,6 +204,6 @@ def machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         load_before=os.getloadavg()[0],
         torch=torch.__version__,
-        libraries=libraries(),
+        libraries=library_versions(),
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )

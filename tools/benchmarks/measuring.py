@@ -32,7 +32,7 @@ def likelihoods() -> dict[str, Rate]:
     import torch
 
     from vaedist.core.context import Batch
-    from vaedist.evaluation.metrics.likelihood import measure
+    from vaedist.evaluation.metrics.likelihood import measure_likelihood
     from vaedist.runs.open_run import open_run
 
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def likelihoods() -> dict[str, Rate]:
     }
 
     def estimated() -> None:
-        measure(run.model, [batch], draws=DRAWS)
+        measure_likelihood(run.model, [batch], draws=DRAWS)
 
     def forward() -> None:
         with torch.no_grad():

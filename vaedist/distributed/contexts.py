@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vaedist.core.context import LaneContext, SampleContext
 from vaedist.data.loading.order import slice_bounds
-from vaedist.distributed.process_group import Group, Later
+from vaedist.distributed.process_group import Group, Pending
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, group: Group, rows: Sequence[int]) -> Tensor:
         context.group, context.start, context.rows = group, sum(rows[: group.rank]), len(x)
-        return group.begin_rows(x, rows)()
+        return group.begin_gather(x, rows)()
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -58,7 +58,7 @@ class _Collectives:
     def _shares(self, rows: int) -> Sequence[int]:
         """How many rows each rank has, where this one has `rows`."""
         group = self.group
-        counts: list[int] = group.begin_rows(
+        counts: list[int] = group.begin_gather(
             torch.tensor([rows], device=group.device), [1] * group.world
         )().tolist()
         return counts
@@ -67,7 +67,7 @@ class _Collectives:
         return x if self.group.world == 1 else _SumOverRanks.apply(x, self.group)  # type: ignore[no-untyped-call]
 
 
-class GroupLaneContext(_Collectives, LaneContext):
+class DistributedLaneContext(_Collectives, LaneContext):
     """Training context of one rank of a group.
 
     A step's statistics are complete after its last forward pass, and wanted after its backward pass: begun between the
@@ -78,7 +78,7 @@ class GroupLaneContext(_Collectives, LaneContext):
     def __init__(self, group: Group, **options: Any) -> None:
         super().__init__(device=group.device, **options)
         self.group = group
-        self._begun: tuple[dict[str, Later], dict[str, Later]] | None = None
+        self._begun: tuple[dict[str, Pending], dict[str, Pending]] | None = None
         self._finished = group.world == 1
 
     def begin(self) -> None:
@@ -87,7 +87,8 @@ class GroupLaneContext(_Collectives, LaneContext):
             return
         sums = {name: self.group.begin_sum(value) for name, value in self._sums.items()}
         rows = {
-            name: self.group.begin_rows(value, self._shares(len(value))) for name, value in self._rows.items()
+            name: self.group.begin_gather(value, self._shares(len(value)))
+            for name, value in self._rows.items()
         }
         self._begun = sums, rows
 
@@ -116,7 +117,7 @@ class GroupLaneContext(_Collectives, LaneContext):
         return super()._shares(rows)
 
 
-class GroupSampleContext(_Collectives, SampleContext):
+class DistributedSampleContext(_Collectives, SampleContext):
     """Evaluation context of one rank of a group."""
 
     def __init__(self, group: Group, **options: Any) -> None:

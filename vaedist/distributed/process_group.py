@@ -7,7 +7,7 @@ variables, as an interactive allocation leaves behind, never count.
 Every decision of a run is made once: on rank 0 (`from_leader`) or from small vectors that all ranks combine to
 identical bits (`total`, `largest`). Nothing here pickles an object.
 
-Who has something to do while others answer asks in two parts (`begin_sum`, `begin_rows`, `begin_largest`). All ranks
+Who has something to do while others answer asks in two parts (`begin_sum`, `begin_gather`, `begin_largest`). All ranks
 begin the same collectives in the same order; what DDP begins during a backward pass comes after them.
 """
 
@@ -32,13 +32,13 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from vaedist.core import errors
 from vaedist.core.errors import UserError
-from vaedist.distributed.pulse import Pulse, Tell
+from vaedist.distributed.liveness.stalls import StallMonitor, StallReport
 
 _PART = 256 << 20
 _STORE_SECONDS = 10.0
 _COLLECTIVE_SECONDS = 1800.0
 """Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
-Later = Callable[[], Tensor]
+Pending = Callable[[], Tensor]
 """A collective that has begun: waits for it, and gives what it made."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -50,7 +50,7 @@ class Group:
         rank, world: This process's number and how many there are.
         local_rank, local_world: The same on this node.
         device: Where this process computes.
-        pulse: How far its training thread has come.
+        stall_monitor: How far its training thread has come.
     """
 
     def __init__(
@@ -61,24 +61,27 @@ class Group:
         local_rank: int = 0,
         local_world: int = 1,
         ours: bool = False,
-        pulse: Pulse | None = None,
+        stall_monitor: StallMonitor | None = None,
     ) -> None:
         self.device = device
-        self.pulse = pulse or Pulse()
+        self.stall_monitor = stall_monitor or StallMonitor()
         self.rank, self.world = rank, world
         self.local_rank, self.local_world = local_rank, local_world
         self._ours = ours
 
     @classmethod
     def join(
-        cls, device: str | torch.device = "auto", timeout_s: float = 120.0, pulse: Pulse | None = None
+        cls,
+        device: str | torch.device = "auto",
+        timeout_s: float = 120.0,
+        stall_monitor: StallMonitor | None = None,
     ) -> Group:
         """The group that a launcher made for this process, or one process alone.
 
         Args:
             device: `auto` takes CUDA where there is one, else the CPU; a `torch.device` is used as it is.
             timeout_s: How long to wait for the other ranks to appear.
-            pulse: Of a process that is watched already.
+            stall_monitor: Of a process that is watched already.
 
         Raises:
             UserError: the device is not there, the environment is half set, or ranks did not appear in time.
@@ -87,17 +90,19 @@ class Group:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
-            return cls(_device(device, local_rank), rank, world, local_rank, local_world, pulse=pulse)
+            return cls(
+                _device(device, local_rank), rank, world, local_rank, local_world, stall_monitor=stall_monitor
+            )
         given = [name for name in _ENVIRONMENT if name in os.environ]
         if len(given) < len(_ENVIRONMENT):
             if "RANK" in given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
                 missing = ", ".join(name for name in _ENVIRONMENT if name not in given)
                 raise UserError(f"RANK and WORLD_SIZE are set but {missing} is not: set it, or unset RANK")
-            return cls(_device(device, 0), pulse=pulse)
+            return cls(_device(device, 0), stall_monitor=stall_monitor)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         chosen = _device(device, local_rank)
         if world == 1:
-            return cls(chosen, pulse=pulse)
+            return cls(chosen, stall_monitor=stall_monitor)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         store = _rendezvous(rank, world, timeout_s)
@@ -108,23 +113,23 @@ class Group:
             world_size=world,
             timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
         )
-        return cls(chosen, rank, world, local_rank, local_world, ours=True, pulse=pulse)
+        return cls(chosen, rank, world, local_rank, local_world, ours=True, stall_monitor=stall_monitor)
 
     def watched(
-        self, hang_seconds: float, folder: Path, tell: Tell
+        self, hang_seconds: float, folder: Path, report: StallReport
     ) -> contextlib.AbstractContextManager[None]:
-        """Watch over the calling thread: see `vaedist.distributed.pulse`.
+        """Watch over the calling thread: see `vaedist.distributed.liveness.stalls`.
 
         Args:
             hang_seconds: How long it may stand still; 0: for ever, and so where the ranks met elsewhere.
             folder: Of the run.
-            tell: Takes one sentence.
+            report: Takes one sentence.
         """
         if self.world > 1 and not self._ours:
             return contextlib.nullcontext()
         who = f"rank {self.rank} of {self.world}" if self.world > 1 else "the one process"
-        peers = _Counts(self.rank, self.world) if self.world > 1 else None
-        return self.pulse.watched(hang_seconds, folder, tell, who=who, peers=peers)
+        peers = _CollectiveCounts(self.rank, self.world) if self.world > 1 else None
+        return self.stall_monitor.watched(hang_seconds, folder, report, who=who, peers=peers)
 
     @property
     def leads(self) -> bool:
@@ -143,19 +148,19 @@ class Group:
         """Elementwise maximum over ranks; no gradient."""
         return self.begin_largest(values)()
 
-    def begin_sum(self, values: Tensor) -> Later:
+    def begin_sum(self, values: Tensor) -> Pending:
         """Begin to sum over ranks, to the same bits on each; no gradient."""
         result = values.detach().clone(memory_format=torch.contiguous_format)
         return self._later(dist.all_reduce(result, async_op=True), lambda: result)
 
-    def begin_largest(self, values: Tensor) -> Later:
+    def begin_largest(self, values: Tensor) -> Pending:
         """Begin to find the elementwise maximum over ranks; no gradient."""
         if self.world == 1:
             return lambda: values
         blocks = self._begin_blocks(values)
         return lambda: blocks().amax(0)
 
-    def begin_rows(self, values: Tensor, rows: Sequence[int]) -> Later:
+    def begin_gather(self, values: Tensor, rows: Sequence[int]) -> Pending:
         """Begin to concatenate the rows of all ranks, `rows[r]` of rank r; no gradient."""
         # Collectives want blocks of one size.
         padded = values.new_zeros((max(rows), *values.shape[1:]))
@@ -166,9 +171,9 @@ class Group:
             work, lambda: torch.cat([block[:n] for block, n in zip(blocks, rows, strict=True)])
         )
 
-    def _later(self, work: Any, result: Callable[[], Tensor]) -> Later:
+    def _later(self, work: Any, result: Callable[[], Tensor]) -> Pending:
         def wait() -> Tensor:
-            with self.pulse.meeting():
+            with self.stall_monitor.collective():
                 work.wait()
             return result()
 
@@ -203,22 +208,22 @@ class Group:
     def _broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes on every rank, in tensors of at most 256 MiB."""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        with self.pulse.meeting():
+        with self.stall_monitor.collective():
             dist.broadcast(size, 0)
             held = bytearray(data) if self.leads else bytearray(int(size))
         for start in range(0, len(held), _PART):
             part = memoryview(held)[start : start + _PART]
             tensor = torch.frombuffer(part, dtype=torch.uint8).to(self.device)
-            with self.pulse.meeting():
+            with self.stall_monitor.collective():
                 dist.broadcast(tensor, 0)
             if not self.leads:
                 part[:] = tensor.cpu().numpy().data
         return bytes(held)
 
-    def synchronise(self, module: nn.Module) -> None:
+    def synchronize(self, module: nn.Module) -> None:
         """Give every rank rank 0's parameters and buffers."""
         if self.world > 1:
-            with torch.no_grad(), self.pulse.meeting():
+            with torch.no_grad(), self.stall_monitor.collective():
                 for tensor in (*module.parameters(), *module.buffers()):
                     dist.broadcast(tensor.data, 0)
 
@@ -246,12 +251,12 @@ class Group:
 
     def _forward_done(self, parallel: Any, given: Any, made: Tensor | dict[str, Tensor]) -> None:
         """Leave a mark, and another one when this rank's own part of the backward pass is done: there it waits."""
-        self.pulse.mark()
+        self.stall_monitor.tick()
         loss = made if isinstance(made, Tensor) else made["loss"]
         if parallel.require_backward_grad_sync and loss.requires_grad:
             # Callbacks run in the order in which they are queued, and DDP queues its own at the end of the pass.
             engine = torch.autograd.Variable._execution_engine
-            loss.register_hook(lambda _: engine.queue_callback(self.pulse.meet))
+            loss.register_hook(lambda _: engine.queue_callback(self.stall_monitor.enter_collective))
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -263,9 +268,9 @@ class Group:
             self._ours = False
             dist.destroy_process_group()
 
-    def _begin_blocks(self, values: Tensor) -> Later:
+    def _begin_blocks(self, values: Tensor) -> Pending:
         """(world, ...) stack of every rank's values, where the values are."""
-        blocks = self.begin_rows(values.detach().to(self.device)[None], [1] * self.world)
+        blocks = self.begin_gather(values.detach().to(self.device)[None], [1] * self.world)
         return lambda: blocks().to(values.device)
 
 
@@ -360,20 +365,20 @@ def _prove(store: Store, rank: int, world: int) -> None:
             )
 
 
-class _Counts:
+class _CollectiveCounts:
     """The ranks' numbers of collectives, in the store where they met; over a connection of its own.
 
     The main thread may wait in the store for long, and holds its connection then.
     """
 
     def __init__(self, rank: int, world: int) -> None:
-        self._mine, self._all = f"met/{rank}", [f"met/{other}" for other in range(world)]
+        self._mine, self._all = f"collectives/{rank}", [f"collectives/{other}" for other in range(world)]
         self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store: Store | None = None
 
-    def publish(self, met: int) -> None:
-        self._ask(lambda store: store.set(self._mine, str(met)))
+    def publish(self, collectives: int) -> None:
+        self._ask(lambda store: store.set(self._mine, str(collectives)))
 
     def counts(self) -> Sequence[int]:
         def read(store: Store) -> list[int]:
@@ -387,7 +392,7 @@ class _Counts:
             if self._store is None:
                 deadline = timedelta(seconds=_STORE_SECONDS)
                 store = TCPStore(*self._place, is_master=False, timeout=deadline, wait_for_workers=False)
-                self._store = PrefixStore(f"vaedist/{self._restart}/pulse", store)
+                self._store = PrefixStore(f"vaedist/{self._restart}/liveness", store)
             return question(self._store)
         except (RuntimeError, ValueError, dist.DistError):
             self._store = None  # its process is gone or stopped, which is for others to notice

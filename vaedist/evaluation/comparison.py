@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vaedist.evaluation.metrics.sample_metrics import BETTER, plain
+from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS, base_name
 from vaedist.evaluation.metrics.tables import HEADS, columns, digits, metrics_table
 from vaedist.evaluation.sample_quality import PRIOR
 from vaedist.evaluation.text_report import NATS
@@ -32,7 +32,7 @@ Direction = Literal["min", "max"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunEvaluation:
     """One run's evaluation."""
 
     name: str
@@ -44,7 +44,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Number:
+class ComparedNumber:
     """What is compared: a line of the table."""
 
     title: str
@@ -52,41 +52,41 @@ class Number:
     better: Direction | None = None
 
 
-def numbers(document: Mapping[str, Any]) -> dict[Number, float]:
+def compared_numbers(document: Mapping[str, Any]) -> dict[ComparedNumber, float]:
     """What of an evaluation goes into the table; values that are not defined are left out."""
-    found: dict[Number, float | None] = {}
+    found: dict[ComparedNumber, float | None] = {}
     for name, title in HEADS.items():
         if name in document["metrics"]:
             better: Direction = "min" if name in ("mse", "mae") else "max"
-            found[Number(title, digits(name), better)] = document["metrics"][name]["mean"]
+            found[ComparedNumber(title, digits(name), better)] = document["metrics"][name]["mean"]
     likelihood = document.get("likelihood")
     if likelihood:
         title = NATS[likelihood["name"]]
         if likelihood["name"] == "surrogate":
             title += f" ({likelihood['likelihood']})"
-        found[Number(title, 2, "min")] = likelihood["nll"]["mean"]
+        found[ComparedNumber(title, 2, "min")] = likelihood["nll"]["mean"]
         _bits(found, likelihood)
     latents = document.get("latents")
     if latents:
-        found[Number("active units", 1)] = latents["active_units"]
-        found[Number("MMD", 5)] = latents.get("mmd")
+        found[ComparedNumber("active units", 1)] = latents["active_units"]
+        found[ComparedNumber("MMD", 5)] = latents.get("mmd")
         split = latents.get("split", {})
-        found[Number("rate", 2)] = split.get("rate")
-        found[Number("mutual inf.", 2)] = split.get("mutual_information")
-        found[Number("KL(q(z)||p)", 2)] = split.get("marginal_kl")
+        found[ComparedNumber("rate", 2)] = split.get("rate")
+        found[ComparedNumber("mutual inf.", 2)] = split.get("mutual_information")
+        found[ComparedNumber("KL(q(z)||p)", 2)] = split.get("marginal_kl")
     if document["codes"]:
-        found[Number("codes used %", 1, "max")] = 100 * document["codes"]["used_share"]
-        found[Number("perplexity", 1)] = document["codes"]["perplexity"]
+        found[ComparedNumber("codes used %", 1, "max")] = 100 * document["codes"]["used_share"]
+        found[ComparedNumber("perplexity", 1)] = document["codes"]["perplexity"]
     prior = document.get("prior")
     if prior:
         title = f"nats/token [{document['tokenizer'][:6]}]"
-        found[Number(title, 4, "min")] = prior["nats_per_token"]["prior"]["mean"]
+        found[ComparedNumber(title, 4, "min")] = prior["nats_per_token"]["prior"]["mean"]
         _bits(found, prior)
     samples = document.get("samples")
     if samples:
         how = "" if samples["latents_from"] == PRIOR else ", gmm"
         for name, value in samples["metrics"]["this run"].items():
-            found[Number(f"{name}{how}", 4, BETTER.get(plain(name)))] = value
+            found[ComparedNumber(f"{name}{how}", 4, SAMPLE_METRICS.get(base_name(name)))] = value
     return {number: value for number, value in found.items() if value is not None and math.isfinite(value)}
 
 
@@ -95,9 +95,9 @@ def beats(one: Sequence[float], other: Sequence[float], better: Direction) -> bo
     return min(one) > max(other) if better == "max" else max(one) < min(other)
 
 
-def _bits(found: dict[Number, float | None], part: Mapping[str, Any]) -> None:
+def _bits(found: dict[ComparedNumber, float | None], part: Mapping[str, Any]) -> None:
     if part["bits_per_dim"] is not None:
-        found[Number(f"bits/dim, {part['name']}", 4, "min")] = part["bits_per_dim"]["mean"]
+        found[ComparedNumber(f"bits/dim, {part['name']}", 4, "min")] = part["bits_per_dim"]["mean"]
 
 
 class Comparison:
@@ -107,8 +107,8 @@ class Comparison:
         entries: At least one.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self._tables: dict[str, list[Entry]] = {}
+    def __init__(self, entries: Sequence[RunEvaluation]) -> None:
+        self._tables: dict[str, list[RunEvaluation]] = {}
         for entry in entries:
             self._tables.setdefault(_measured_on(entry.document), []).append(entry)
 
@@ -142,7 +142,7 @@ class Comparison:
         """The tables and verdicts, as printed."""
         return "\n\n".join("\n".join(self._table(entries)) for entries in self._tables.values())
 
-    def _table(self, entries: Sequence[Entry]) -> Iterator[str]:
+    def _table(self, entries: Sequence[RunEvaluation]) -> Iterator[str]:
         experiments = _experiments(entries)
         data = entries[0].document["data"]
         yield (
@@ -171,21 +171,21 @@ class Comparison:
 
 
 class _Experiment:
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[RunEvaluation]) -> None:
         self.entries = entries
         names = dict.fromkeys(entry.name for entry in entries)
         self.title = next(iter(names)) if len(names) == 1 else _common(list(names))
         self.seeds = len({entry.seed for entry in entries})
         if len(entries) > 1:
             self.title += f" ({len(entries)} {'seeds' if self.seeds == len(entries) else 'runs'})"
-        self.values: dict[Number, list[float]] = {}
+        self.values: dict[ComparedNumber, list[float]] = {}
         for entry in entries:
-            for number, value in numbers(entry.document).items():
+            for number, value in compared_numbers(entry.document).items():
                 self.values.setdefault(number, []).append(value)
 
 
-def _experiments(entries: Sequence[Entry]) -> list[_Experiment]:
-    members: dict[int, list[Entry]] = {}
+def _experiments(entries: Sequence[RunEvaluation]) -> list[_Experiment]:
+    members: dict[int, list[RunEvaluation]] = {}
     for entry in entries:
         members.setdefault(entry.experiment, []).append(entry)
     found = [_Experiment(part) for part in members.values()]
@@ -227,7 +227,7 @@ def _rows(experiments: Sequence[_Experiment]) -> list[list[str]]:
     return rows
 
 
-def _cell(values: Sequence[float], number: Number) -> str:
+def _cell(values: Sequence[float], number: ComparedNumber) -> str:
     if not values:
         return "-"
     found = _spread(values)

@@ -19,7 +19,7 @@ from typing import Any
 
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Split
-from vaedist.evaluation.metrics.per_image import Evaluation
+from vaedist.evaluation.metrics.per_image import SplitMetrics
 
 _CUT = re.compile(r"[_\-.]")
 _HEADS = {"case", "key", "subject"}
@@ -73,8 +73,8 @@ def group_of(groups: Mapping[str, str], key: str, subject: str) -> str | None:
     return None
 
 
-def grouped(
-    found: Evaluation,
+def metrics_by_group(
+    found: SplitMetrics,
     split: Split,
     classes: tuple[str, ...],
     files: Mapping[str, Mapping[str, str]],

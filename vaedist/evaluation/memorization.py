@@ -102,7 +102,7 @@ class WholePatients:
 
 
 @dataclass(frozen=True)
-class Space:
+class SpaceAudit:
     """One space's findings."""
 
     name: str
@@ -145,7 +145,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ClosestPair:
     """A sample and its nearest training image."""
 
     sample: int
@@ -162,8 +162,8 @@ class Pair:
 class Audit:
     """What `audit` found."""
 
-    spaces: dict[str, Space]
-    pairs: tuple[Pair, ...]
+    spaces: dict[str, SpaceAudit]
+    pairs: tuple[ClosestPair, ...]
     """The closest ones, half of them by pixels, half by features; every training image once in each half."""
     counts: dict[str, int]
     """Of samples, training images, held-out images and (0: not given) training patients."""
@@ -235,7 +235,7 @@ def audit(
     assert samples.shape[1:] == train.shape[1:] == held_out.shape[1:]
     assert all(names is None or len(names) == len(train) for names in (groups, keys))
     patients = np.arange(len(train)) if groups is None else np.unique(list(groups), return_inverse=True)[1]
-    parts = cut(patients, len(held_out), seed)
+    parts = partition_patients(patients, len(held_out), seed)
     vectors: dict[str, Callable[[Pixels], NDArray[Any]]] = {
         "pixels": lambda images: images.reshape(len(images), -1),
         features.label: lambda images: features(images).values,
@@ -259,7 +259,7 @@ def audit(
     )
 
 
-def cut(patients: Numbers, size: int, seed: int) -> Numbers:
+def partition_patients(patients: Numbers, size: int, seed: int) -> Numbers:
     """Part of each training image: whole patients, in random order, until a part has `size` images.
 
     At most 10 parts; what remains joins the last, -1, which plays no held-out set but is always measured against.
@@ -293,12 +293,12 @@ def _space(
     patients: Numbers,
     parts: Numbers,
     seed: int,
-) -> Space:
+) -> SpaceAudit:
     rng = np.random.Generator(np.random.PCG64(seed))
     (near, nearest), (other, _) = nearest_two(samples, train, patients)
     (natural, _), (natural_other, _) = nearest_two(held_out, train, patients)
     single = not np.isfinite(other).all()
-    return Space(
+    return SpaceAudit(
         name=name,
         samples=near,
         held_out=natural,
@@ -348,7 +348,7 @@ def share_below(samples: Distances, natural: Distances, rng: np.random.Generator
     level = float(np.quantile(natural, PERCENTILE, method="weibull"))
     below = int((samples < level).sum())
     limit = float(np.quantile(_chance(count, others, rng), 0.99))
-    return Share(below / count, wilson(below, count), level, limit)
+    return Share(below / count, wilson_interval(below, count), level, limit)
 
 
 def _chance(count: int, others: int, rng: np.random.Generator) -> Distances:
@@ -357,7 +357,7 @@ def _chance(count: int, others: int, rng: np.random.Generator) -> Distances:
     return rng.binomial(count, rng.beta(order, others + 1 - order, _DRAWS)) / count
 
 
-def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a share, 95 % by default."""
     share, z2 = successes / count, z * z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
@@ -369,7 +369,7 @@ def _percent(share: Share) -> str:
     return f"{share.share:.1%} ({share.interval[0]:.1%} to {share.interval[1]:.1%})"
 
 
-def _pairs(spaces: dict[str, Space], keys: Sequence[str] | None) -> tuple[Pair, ...]:
+def _pairs(spaces: dict[str, SpaceAudit], keys: Sequence[str] | None) -> tuple[ClosestPair, ...]:
     """The closest of each space, every training image once, so that one plain image does not fill the picture."""
     found = []
     for name, space in spaces.items():
@@ -380,14 +380,18 @@ def _pairs(spaces: dict[str, Space], keys: Sequence[str] | None) -> tuple[Pair, 
                 seen.add(train)
                 ratio = float(_ratio(space.samples[i : i + 1], space.other[i : i + 1])[0])
                 key = "" if keys is None else keys[train]
-                found.append(Pair(i, train, key, name, float(space.samples[i]), ratio))
+                found.append(ClosestPair(i, train, key, name, float(space.samples[i]), ratio))
             if len(seen) == SHOWN_PAIRS // 2:
                 break
     return tuple(found)
 
 
 def _picture(
-    spaces: dict[str, Space], pairs: tuple[Pair, ...], samples: Pixels, train: Pixels, heading: str
+    spaces: dict[str, SpaceAudit],
+    pairs: tuple[ClosestPair, ...],
+    samples: Pixels,
+    train: Pixels,
+    heading: str,
 ) -> bytes:
     """A PNG: above, both spaces' distances; below, the closest pairs with their differences."""
     sheet = figure(figsize=(1.5 * len(pairs) + 0.8, 7.4), dpi=100, layout="constrained")

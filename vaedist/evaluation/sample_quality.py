@@ -18,9 +18,9 @@ import torch
 from vaedist.core.imaging import Pixels, to_uint8
 from vaedist.evaluation.metrics.code_priors import TokenBaselines
 from vaedist.evaluation.metrics.features import Extractor
-from vaedist.evaluation.metrics.sample_metrics import Reference, sample_metrics, undefined
+from vaedist.evaluation.metrics.sample_metrics import Reference, sample_metrics, undefined_metrics
 from vaedist.inference.mixture import Mixture
-from vaedist.inference.sampling import TOGETHER, Sampler
+from vaedist.inference.sampling import SAMPLE_BATCH, Sampler
 from vaedist.models.contract import Variant
 
 PRIOR = "the prior"
@@ -28,7 +28,7 @@ TRAINING = "training images"
 POSITIONS = "per-position draws"
 
 
-def draw(
+def draw_samples(
     model: Variant,
     count: int,
     *,
@@ -53,8 +53,8 @@ def draw(
     """
     sampler = Sampler(model, seed=seed, mixture=mixture)
     parts: list[Pixels] = []
-    for first in range(0, count, TOGETHER):
-        last = min(first + TOGETHER, count)
+    for first in range(0, count, SAMPLE_BATCH):
+        last = min(first + SAMPLE_BATCH, count)
         parts.append(sampler.draw(last - first, first, None if labels is None else labels[first:last]).images)
         if progress is not None:
             progress(last)
@@ -62,18 +62,20 @@ def draw(
 
 
 @torch.no_grad()
-def draw_positions(model: Variant, baselines: TokenBaselines, count: int, *, seed: int = 0) -> Pixels:
+def draw_per_position(model: Variant, baselines: TokenBaselines, count: int, *, seed: int = 0) -> Pixels:
     """uint8 (count, C, H, W) decoded from codes drawn by position; of a model with `decode_codes`."""
     device = next(model.parameters()).device
     parts = []
-    for first in range(0, count, TOGETHER):
-        codes = baselines.draw(min(TOGETHER, count - first), seed=seed, first=first)
+    for first in range(0, count, SAMPLE_BATCH):
+        codes = baselines.draw(min(SAMPLE_BATCH, count - first), seed=seed, first=first)
         decoded = model.decode_codes(torch.from_numpy(codes).to(device))
         parts.append(to_uint8(decoded.mean))
     return np.concatenate(parts)
 
 
-def compare(real: Pixels, sets: dict[str, Pixels], features: Extractor, *, seed: int = 0) -> dict[str, Any]:
+def compare_samples(
+    real: Pixels, sets: dict[str, Pixels], features: Extractor, *, seed: int = 0
+) -> dict[str, Any]:
     """Every metric of each set of images against the real ones, as JSON values.
 
     Args:
@@ -90,5 +92,5 @@ def compare(real: Pixels, sets: dict[str, Pixels], features: Extractor, *, seed:
         "metrics": {
             name: sample_metrics(reference, made, features, seed=seed) for name, made in sets.items()
         },
-        "not_defined": undefined(len(real), len(first), size, classes=classes),
+        "not_defined": undefined_metrics(len(real), len(first), size, classes=classes),
     }

@@ -21,7 +21,7 @@ NATS = {
 }
 
 
-def report(document: Mapping[str, Any]) -> str:
+def format_report(document: Mapping[str, Any]) -> str:
     """The whole text, without a line end."""
     parts = (
         _head,

@@ -14,7 +14,7 @@ A rank that lives but does not run (SIGSTOP, a frozen cgroup, a machine that swa
 pipe, and the others would wait for it in a collective for half an hour. So a thread of each rank says a byte every
 second, and one that has said nothing for `hang_seconds` is killed. Silence is counted in this process's own looks
 at the pipes: a launcher that was itself stopped (Ctrl-Z, a closed laptop) blames nobody for the time it slept. A rank
-that still says its bytes while its main thread stands still finds that out itself (`vaedist.distributed.pulse`),
+that still says its bytes while its main thread stands still finds that out itself (`vaedist.distributed.liveness`),
 says so, and ends.
 
 A lost rank costs what was trained since the last checkpoint: all ranks start again from there, at most
@@ -51,14 +51,14 @@ import vaedist
 from vaedist.config.job import Job
 from vaedist.core import errors
 from vaedist.core.errors import UserError, WorkerLost
-from vaedist.distributed.watchdog import BEAT_SECONDS, LOADING_SECONDS
+from vaedist.distributed.liveness.silence import BEAT_SECONDS, LOADING_SECONDS
 from vaedist.launchers.allocation import allocation
 from vaedist.launchers.recovery import Recovery
-from vaedist.runs import stop_request as stop
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import process_began
+from vaedist.runs.startup_timings import process_start_time
+from vaedist.runs.stop_request import StopRequest, write_stop_file
 
 _GRACE_SECONDS = 5.0
 """How long the other ranks may tell what they saw after one has failed, and how long a rank may take to leave."""
@@ -107,10 +107,10 @@ def run(
     if workers is None or workers == 1:
         return fit_here(job, run_folder, device, options)
     RunFolder.make(run_folder)
-    with stop.StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
+    with StopRequest(None, "") as asked, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token, hang_seconds=hang_seconds)
-        if options.phases is not None:
-            options = replace(options, phases=(*options.phases, ("launcher", process_began())))
+        if options.startup is not None:
+            options = replace(options, startup=(*options.startup, ("launcher", process_start_time())))
         failures = 0
         recovery = Recovery()
         while True:
@@ -120,7 +120,7 @@ def run(
                 failures += 1
                 if failures > max_failures or asked.requested:
                     raise
-                options = replace(options, phases=None)
+                options = replace(options, startup=None)
                 told = f"{lost}; starting again from there ({failures} of at most {max_failures} times)"
                 print(f"vaedist: {told}", file=sys.stderr, flush=True)
 
@@ -134,19 +134,19 @@ def fit_here(
     stuck: Callable[[str], None] | None = None,
 ) -> Outcome:
     """The loop in this process, as the rank that the environment says it is; alone where it says nothing."""
+    from vaedist.distributed.liveness.stalls import print_to_stderr
     from vaedist.distributed.process_group import Group
-    from vaedist.distributed.pulse import on_stderr
     from vaedist.training.loop import fit
 
     reached("imported")
-    if options.phases is not None:
-        here = (("imports", process_began()), ("rendezvous", time.time()))
-        options = replace(options, phases=(*options.phases, *here))
+    if options.startup is not None:
+        here = (("imports", process_start_time()), ("rendezvous", time.time()))
+        options = replace(options, startup=(*options.startup, *here))
     group = Group.join(device)
     reached("joined")
     try:
         options = replace(options, threads=max(1, allocation().cpus // group.local_world))
-        told = stuck or on_stderr
+        told = stuck or print_to_stderr
         return fit(job, run_folder, group=group, options=options, reached=reached, stuck=told)
     finally:
         group.close()
@@ -213,7 +213,7 @@ def _run_group(
     workers: int,
     device: str,
     options: FitOptions,
-    asked: stop.StopRequest,
+    asked: StopRequest,
     hang_seconds: float,
     recovery: Recovery,
 ) -> Outcome:
@@ -298,7 +298,7 @@ def _watch(
     ranks: list[_Rank],
     run_folder: Path,
     options: FitOptions,
-    asked: stop.StopRequest,
+    asked: StopRequest,
     hang_seconds: float,
     recovery: Recovery,
 ) -> list[_Rank]:
@@ -348,7 +348,7 @@ def _watch(
                     failed(rank)  # now: one that is frozen dies when it thaws, and its pipe ends no earlier
             if asked.requested and not told:
                 told = True
-                stop.ask(run_folder, options.attempt)
+                write_stop_file(run_folder, options.attempt)
             if deadline and time.monotonic() > deadline:
                 break
     _end(ranks)
@@ -419,7 +419,7 @@ def _death(code: int) -> str:
 def early_signals(run_folder: Path, attempt: str) -> Iterator[None]:
     """Until the loop listens, a signal to this rank becomes the stop file, which outlives its start."""
     heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: stop.ask(run_folder, attempt)) for number in heard]
+    before = [signal.signal(number, lambda *_: write_stop_file(run_folder, attempt)) for number in heard]
     try:
         yield
     finally:

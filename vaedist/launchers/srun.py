@@ -3,7 +3,7 @@
     srun --ntasks=4 vaedist-train jobs/vqvae_oasis.yaml --engine srun
 
 Slurm starts the processes, numbers them and kills all when one dies (`--kill-on-bad-exit`); this module only makes
-them meet, and sees to it that one that is stopped dies (`vaedist.distributed.watchdog`). Rank 0 listens on a port
+them meet, and sees to it that one that is stopped dies (`vaedist.distributed.liveness`). Rank 0 listens on a port
 that the kernel chose, on its node's address and no other, and writes the place into a file in the run folder (0600
 in a 0700 folder, which every node sees) together with a secret. Whoever cannot read that file can reach the port,
 but cannot prove the secret, which every rank asks of every other before the first collective
@@ -29,7 +29,7 @@ from typing import Any
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.core.files import replace_private, wait_for_file
-from vaedist.distributed.watchdog import watchdog
+from vaedist.distributed.liveness.silence import watchdog
 from vaedist.launchers import local
 from vaedist.launchers.network import gloo_interface, node_address
 from vaedist.runs.fit_options import FitOptions, Outcome

@@ -32,7 +32,7 @@ DROPPED = -1
 """The label of a sample whose class is not told."""
 
 
-class LabelCode(nn.Module):
+class LabelEmbedding(nn.Module):
     """Labels (B,) int64 to codes (B, size).
 
     Args:
@@ -207,6 +207,6 @@ class ClassPrior(nn.Module):
         return DiagonalGaussian(self.mean[held] * known, self.log_variance[held] * known)
 
 
-def drop(label: Tensor, uniform: Tensor, share: float) -> Tensor:
+def drop_labels(label: Tensor, uniform: Tensor, share: float) -> Tensor:
     """Labels with each one dropped where its uniform number in [0, 1) is below `share`."""
     return torch.where(uniform.to(label.device) < share, DROPPED, label)

@@ -32,11 +32,12 @@ from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant
-from vaedist.runs.checkpoint import Loaded, Source, load_source, source_from
+from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
+from vaedist.runs.init_from import SourceRun, source_from_bytes, source_to_bytes
 from vaedist.training.step import Phase
 
 
-class Row(NamedTuple):
+class TensorTransfer(NamedTuple):
     """What became of one tensor."""
 
     what: Literal["copied", "own start", "not used", "other shape", "borrowed"]
@@ -50,12 +51,12 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Beginning:
-    """What `begin` did.
+class Initialization:
+    """What `init_weights` did.
 
     Attributes:
         how: `start`, `import` or `resume`.
-        told: The same in words, with the source.
+        description: The same in words, with the source.
         record: For provenance.json.
         report: Lines about every tensor; only of an import.
         optim, sched: States to go on with, by phase.
@@ -63,7 +64,7 @@ class Beginning:
     """
 
     how: Literal["start", "import", "resume"]
-    told: str
+    description: str
     record: dict[str, Any]
     report: Sequence[str] = ()
     optim: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +72,11 @@ class Beginning:
     prepares: bool = True
     copied: dict[str, Tensor] = field(default_factory=dict)
 
-    def again(self, model: Variant) -> None:
+    def restore_imported(self, model: Variant) -> None:
         """Put what was imported back, after `prepare` has seen it and may have written over it."""
         model.load_state_dict(self.copied, strict=False)
 
-    def hand_over(self, phases: Iterable[Phase]) -> None:
+    def load_optimizers(self, phases: Iterable[Phase]) -> None:
         """Give the optimizers and schedules what they had learnt.
 
         Raises:
@@ -91,12 +92,12 @@ class Beginning:
             phase.load(state, self.sched.get(phase.name))
 
 
-def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Beginning:
+def init_weights(model: Variant, job: Job, found: LoadedCheckpoint | None, group: Group) -> Initialization:
     """Give a freshly built model its first weights. Collective.
 
     Args:
         model: On its device.
-        job: Resolved and settled.
+        job: Resolved and with its tokenizer described.
         found: The run's own newest checkpoint.
 
     Raises:
@@ -112,12 +113,12 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
         beside = "".join(f"; {name} frozen, from {_told(source)}" for name, source in borrowed.items())
     wanted = job.init_from
     if wanted is None:
-        return Beginning("start", f"from nothing, seed {job.seed}{beside}", record)
+        return Initialization("start", f"from nothing, seed {job.seed}{beside}", record)
 
     # Another run's weights, tensor by tensor.
     path, optimizer = expand(wanted.run, "init_from"), job.imports_optimizer
-    found_there = group.from_leader(lambda: load_source(path, wanted.weights, optimizer=optimizer))
-    source = source_from(found_there, wanted.run)
+    found_there = group.from_leader(lambda: source_to_bytes(path, wanted.weights, optimizer=optimizer))
+    source = source_from_bytes(found_there, wanted.run)
     model.check_source(model_config(source.model, source.run), wanted.map, f"init_from={source.run}")
     own = model.state_dict()
     rows = transfer(source.weights, own, wanted, tuple(borrowed))
@@ -127,7 +128,7 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
         f"imported from {_told(source)}: {len(copied)} of {len(own)} tensors; "
         f"optimizer {'as there' if source.optim else 'new'}{beside}"
     )
-    return Beginning(
+    return Initialization(
         "import",
         told,
         {
@@ -143,14 +144,14 @@ def begin(model: Variant, job: Job, found: Loaded | None, group: Group) -> Begin
     )
 
 
-def _resume(model: Variant, job: Job, found: Loaded) -> Beginning:
+def _resume(model: Variant, job: Job, found: LoadedCheckpoint) -> Initialization:
     try:
         model.load_state_dict(found.state["model"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{found.path}: its weights do not fit this job's model: {reason}") from None
     forgets = job.train.reset_optimizer == "always"
-    return Beginning(
+    return Initialization(
         "resume",
         f"resumed after step {found.step} from {found.path.name}"
         + ("; optimizer new (train.reset_optimizer: always)" if forgets else ""),
@@ -161,9 +162,9 @@ def _resume(model: Variant, job: Job, found: Loaded) -> Beginning:
     )
 
 
-def _borrow(model: Variant, name: str, run: str, group: Group) -> Source:
+def _borrow(model: Variant, name: str, run: str, group: Group) -> SourceRun:
     path = expand(run, f"model.{name}")
-    source = source_from(group.from_leader(lambda: load_source(path)), run)
+    source = source_from_bytes(group.from_leader(lambda: source_to_bytes(path)), run)
     try:
         model.get_submodule(name).load_state_dict(source.weights)
     except RuntimeError as error:
@@ -172,12 +173,12 @@ def _borrow(model: Variant, name: str, run: str, group: Group) -> Source:
     return source
 
 
-def _told(source: Source) -> str:
+def _told(source: SourceRun) -> str:
     which = f"{Path(source.path).name}, {source.which} weights, sha256 {source.sha256[:12]}"
     return f"{source.run} ({which})"
 
 
-def _record(source: Source) -> dict[str, Any]:
+def _record(source: SourceRun) -> dict[str, Any]:
     return {
         "checkpoint": source.path,
         "step": source.step,
@@ -206,7 +207,7 @@ def transfer(
     target: Mapping[str, Tensor],
     settings: InitFrom,
     borrowed: Sequence[str] = (),
-) -> list[Row]:
+) -> list[TensorTransfer]:
     """What goes where: one row for every tensor of both sides, copied ones first.
 
     Args:
@@ -247,21 +248,21 @@ def transfer(
     for name, tensor in target.items():
         shape = _shape(tensor)
         if any(_inside(name, module) for module in borrowed):
-            left.append(Row("borrowed", "", name, shape))
+            left.append(TensorTransfer("borrowed", "", name, shape))
         elif name not in pairs:
-            left.append(Row("own start", "", name, shape))
+            left.append(TensorTransfer("own start", "", name, shape))
             if any(_inside(name, new) for new in mapping.values()):
                 problems.append(f"{name} is not there")
         elif source[pairs[name]].shape != tensor.shape:
             there = _shape(source[pairs[name]])
-            left.append(Row("other shape", pairs[name], name, f"{there} there, {shape} here"))
+            left.append(TensorTransfer("other shape", pairs[name], name, f"{there} there, {shape} here"))
             problems.append(f"{pairs[name]} is {there} there and {name} is {shape} here")
         else:
-            copied.append(Row("copied", pairs[name], name, shape))
+            copied.append(TensorTransfer("copied", pairs[name], name, shape))
     used = {row.source for row in copied + left}
     for name, tensor in source.items():
         if name not in used:
-            left.append(Row("not used", name, "", _shape(tensor)))
+            left.append(TensorTransfer("not used", name, "", _shape(tensor)))
             if any(_inside(name, old) for old in mapping) and not any(_inside(name, one) for one in borrowed):
                 problems.append(f"{name} has no place here")
     if settings.strict and problems:

@@ -13,7 +13,7 @@ from vaedist.core.context import Batch, LaneContext
 from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import build
-from vaedist.training.tokenizer_codes import settled
+from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 
 def layer_table(job: Job) -> str:
@@ -25,7 +25,7 @@ def layer_table(job: Job) -> str:
         UserError: the job's data or model section is wrong.
     """
     index = Index.open(expand(job.data.path, "data.path"))
-    spec, job = index.spec, settled(job, index, Group(torch.device("cpu")))
+    spec, job = index.spec, resolve_tokenizer(job, index, Group(torch.device("cpu")))
     model = build(job.model, spec, job.seed).eval()
     rows: dict[str, tuple[str, str, str]] = {}
 

@@ -33,7 +33,7 @@ SHARE = 1 / 4
 MOST_READERS = 8
 
 
-class Reading(NamedTuple):
+class LoaderSettings(NamedTuple):
     """What was chosen."""
 
     cache: Cache
@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     readers: Mapping[Cache, int]
     """Reader threads of what is read from there: the cache may come to less than it is to be."""
 
-    def told(self, cache: Cache) -> str:
+    def describe(self, cache: Cache) -> str:
         """The line of the start-up summary.
 
         Args:
@@ -54,7 +54,9 @@ class Reading(NamedTuple):
         return f"cache {cache}{why}, {readers}"
 
 
-def reading(data: Data, index: Index, to_read: int, group: Group, threads: int) -> Reading:
+def choose_loader_settings(
+    data: Data, index: Index, to_read: int, group: Group, threads: int
+) -> LoaderSettings:
     """What the job says, and by rule what it leaves open; the same on every rank. Collective.
 
     Args:
@@ -68,19 +70,19 @@ def reading(data: Data, index: Index, to_read: int, group: Group, threads: int) 
     if cache == "auto":
         free = int(group.from_leader(lambda: str(available_memory()).encode()))
         split = index.split(data.train_split)
-        cache, why = chosen_cache(split.count, index.sample_bytes, to_read, free)
+        cache, why = choose_cache(split.count, index.sample_bytes, to_read, free)
     kinds: tuple[Cache, ...] = get_args(Cache)
     readers = {
-        kind: chosen_readers(kind, group.device, threads) if data.workers is None else data.workers
+        kind: choose_readers(kind, group.device, threads) if data.workers is None else data.workers
         for kind in kinds
     }
-    return Reading(cache, why, readers)
+    return LoaderSettings(cache, why, readers)
 
 
-def chosen_cache(
+def choose_cache(
     count: int, sample_bytes: int, to_read: int, free: int
 ) -> tuple[Literal["none", "memory"], str]:
-    """`auto` settled, and the reason in brackets.
+    """What `auto` means, and the reason in brackets.
 
     Args:
         count: Samples of the split.
@@ -99,7 +101,7 @@ def chosen_cache(
     return "memory", f" ({told})"
 
 
-def chosen_readers(cache: Cache, device: torch.device, threads: int) -> int:
+def choose_readers(cache: Cache, device: torch.device, threads: int) -> int:
     """Reader threads of a process that has `threads` cores; one of these launches the GPU's work."""
     if cache == "device":
         return 0

@@ -28,27 +28,30 @@ from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.staging import staged
 from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
-from vaedist.distributed.contexts import GroupLaneContext
+from vaedist.distributed.contexts import DistributedLaneContext
+from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
-from vaedist.distributed.pulse import Tell, on_stderr
 from vaedist.models.contract import Variant, build
-from vaedist.runs.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
+from vaedist.runs.checkpoint import Best, Checkpoints, Committer
+from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
-from vaedist.runs.open_run import data_section, resolved, resume
-from vaedist.runs.run_folder import Change, RunFolder, libraries
+from vaedist.runs.provenance import Change, library_versions
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.resume_rules import check_resume, data_section
+from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import told as told_of_start
+from vaedist.runs.startup_timings import startup_summary
 from vaedist.runs.stop_request import StopRequest
 from vaedist.training.ema import WeightAverage
-from vaedist.training.initialization import Beginning, begin
-from vaedist.training.loader_settings import Reading, reading
+from vaedist.training.initialization import Initialization, init_weights
+from vaedist.training.loader_settings import LoaderSettings, choose_loader_settings
 from vaedist.training.progress import Progress
-from vaedist.training.run_log import Log, Silent
-from vaedist.training.step import Stepper
-from vaedist.training.tokenizer_codes import code_shards, settled
+from vaedist.training.run_log import RunLog, SilentLog
+from vaedist.training.step import TrainStep
+from vaedist.training.tokenizer_codes import code_shards, resolve_tokenizer
 from vaedist.training.validation import check_monitor, check_monitored_term, validate
-from vaedist.training.validation_figures import Watch
+from vaedist.training.validation_figures import ValidationFigures
 
 Report = Callable[[dict[str, float]], None]
 Reached = Callable[[str], None]
@@ -62,7 +65,7 @@ def fit(
     report: Report | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 - frozen
     reached: Reached = lambda _: None,
-    stuck: Tell = on_stderr,
+    stuck: StallReport = print_to_stderr,
 ) -> Outcome:
     """Train `job` in `run_folder`, from its newest checkpoint or from the start.
 
@@ -111,7 +114,7 @@ def _fit(
     # The data, what they look like to a model, and what the job says of other runs.
     job = resolved(job)
     index = Index.open(expand(job.data.path, "data.path"))
-    job = settled(job, index, group)
+    job = resolve_tokenizer(job, index, group)
     lanes = job.data.lanes
     assert lanes is not None
     batch_size = job.train.batch_size
@@ -132,12 +135,12 @@ def _fit(
         )
         store = Checkpoints(folder, keep=job.train.keep)
         newest = store.newest()
-        changed = resume(run, newest, job, index, override=options.override)
+        changed = check_resume(run.path, newest, job, index, override=options.override)
         committer = Committer(store, lock.check)
         exits.callback(committer.close)
-        return to_bytes(newest)
+        return checkpoint_to_bytes(newest)
 
-    found = from_bytes(group.from_leader(open_folder))
+    found = checkpoint_from_bytes(group.from_leader(open_folder))
     start = found.step if found else 0
     progress = Progress(group, found.state["progress"] if found else None)
     steps_per_epoch = index.split(job.data.train_split).count // batch_size
@@ -151,7 +154,7 @@ def _fit(
     model.to(group.device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     _check_phases(job, model)
     check_monitor(job, model)
-    beginning = begin(model, job, found, group)
+    initialization = init_weights(model, job, found, group)
 
     # What it reads: images, or the codes that its tokenizer gives to each of them.
     source = index if model.reads == "images" else code_shards(model, job, index, group, stop, tell)
@@ -159,7 +162,9 @@ def _fit(
         return _stopped_early(run, start, progress, tell)
     read = (job.data.train_split, job.data.validation_split)
     source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
-    how = reading(job.data, source, (total - start) * batch_size, group, torch.get_num_threads())
+    how = choose_loader_settings(
+        job.data, source, (total - start) * batch_size, group, torch.get_num_threads()
+    )
     mine: dict[str, Any] = {"device": group.device, "rank": group.rank, "world": group.world}
     stream = TrainingStream(
         source,
@@ -183,15 +188,15 @@ def _fit(
     check_monitored_term(job, model, held_out)
 
     # What a model measures on the data before its first step.
-    if beginning.prepares:
-        ctx = GroupLaneContext(
+    if initialization.prepares:
+        ctx = DistributedLaneContext(
             group, seed=job.seed, step=0, phase="prepare", batch_size=batch_size, lanes=lanes, rows=bounds
         )
         first = stream.batches(0)
         with torch.no_grad():
             model.prepare([inputs(next(first), ctx) for _ in range(model.prepare_batches)], ctx)
-        beginning.again(model)
-    group.synchronise(model)
+        initialization.restore_imported(model)
+    group.synchronize(model)
     if job.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = WeightAverage(model, job.train.ema_half_life) if job.train.ema_half_life else None
@@ -202,33 +207,33 @@ def _fit(
             body.forward = torch.compile(body.forward)
 
     # Optimizers, and what they and the average had learnt.
-    stepper = Stepper(job, group, model, lanes, bounds, inputs)
-    beginning.hand_over(stepper.phases)
+    train_step = TrainStep(job, group, model, lanes, bounds, inputs)
+    initialization.load_optimizers(train_step.phases)
     if found and average and found.state["ema"]:
         average.model.load_state_dict(found.state["ema"])
     chosen = average.model if average and job.train.chosen_weights == "ema" else model
 
     # Watching: rank 0 writes TensorBoard, metrics.jsonl and the console; rows beyond the resume step are cut.
-    log: Log | Silent = Silent()
+    log: RunLog | SilentLog = SilentLog()
     if run is not None:
-        run.begin(
+        run.record_start(
             job,
             step=start if found else None,
-            beginning=beginning.record,
+            initialization=initialization.record,
             changed=changed,
             engine=options.engine,
             world=group.world,
             attempt=options.attempt,
             command=options.command or None,
         )
-        log = Log(run, job, total_steps=total, start_step=start, quiet=options.quiet)
-        log.summary(_summary(job, index, stream, how, model, group, options, beginning, start, total))
+        log = RunLog(run, job, total_steps=total, start_step=start, quiet=options.quiet)
+        log.summary(_summary(job, index, stream, how, model, group, options, initialization, start, total))
         if options.verbose:
-            log.message(libraries())
-        if beginning.report:
-            log.message("\n".join(beginning.report))
+            log.message(library_versions())
+        if initialization.report:
+            log.message("\n".join(initialization.report))
     exits.enter_context(_closed(log))
-    watch = Watch(run, log, job, index.classes, found.state if found else None)
+    figures = ValidationFigures(run, log, job, index.classes, found.state if found else None)
 
     def save(step: int, best: Best | None) -> None:
         # Progress talks to all ranks; the rest of a snapshot is the same on each, so rank 0 takes it alone.
@@ -236,7 +241,7 @@ def _fit(
         if committer is None:
             return
         optim, sched = {}, {}
-        for phase in stepper.phases:
+        for phase in train_step.phases:
             optim[phase.name], sched[phase.name] = phase.state()
         state = {
             "step": step,
@@ -245,7 +250,7 @@ def _fit(
             "optim": optim,
             "sched": sched,
             "progress": state_of_progress,
-            "collapse": watch.state(),
+            "collapse": figures.state(),
             "job": job.model_dump(mode="json"),
             "data": data_section(index),
         }
@@ -262,16 +267,16 @@ def _fit(
     while not finished:
         batch = next(batches)
         if done == start:
-            stepper.warm_up(batch, done)
+            train_step.warm_up(batch, done)
         # A compiled body may be compiled anew at any step, which takes minutes.
-        with group.pulse.strict(done > start and not job.train.compile):
-            result = stepper.take(batch, done, total, stop.requested)
+        with group.stall_monitor.strict(done > start and not job.train.compile):
+            result = train_step(batch, done, total, stop.requested)
         done += 1
         if done == start + 1:
             reached("stepped")
-            if options.phases:
-                phases = (*options.phases, ("data and model", began), ("first step", ready))
-                log.message(told_of_start(phases, time.time()))
+            if options.startup:
+                phases = (*options.startup, ("data and model", began), ("first step", ready))
+                log.message(startup_summary(phases, time.time()))
         if committer is not None:
             committer.join(wait=False)  # a full disk is told now, not when the next checkpoint is due
         images = done * batch_size
@@ -294,7 +299,7 @@ def _fit(
         finished = done >= total
         if done % job.train.log_every == 0 or finished:
             row = progress.row() | result.scalars
-            row |= {_rate_name(phase.name, model): phase.learning_rate for phase in stepper.phases}
+            row |= {_rate_name(phase.name, model): phase.learning_rate for phase in train_step.phases}
             log.train(
                 done,
                 row,
@@ -309,24 +314,24 @@ def _fit(
         best: Best | None = None
         if done % job.train.validate_every == 0 or finished:
             with log.pause():
-                numbers, seen = validate(chosen, held_out, job, group, done)
+                numbers, samples = validate(chosen, held_out, job, group, done)
             metric = job.train.monitor.metric
             if metric not in numbers:
                 raise UserError(
                     f"train.monitor.metric: unknown metric {metric!r}{did_you_mean(metric, numbers)}"
                 )
-            improved = progress.validated(numbers, job, settled=done >= model.schedule_end)
+            improved = progress.validated(numbers, job, schedules_ended=done >= model.schedule_end)
             if improved:
                 best = Best(metric, numbers[metric])
             if done >= model.schedule_end:
-                for phase in stepper.phases:
+                for phase in train_step.phases:
                     if phase.plateau and phase.plateau.step(numbers[metric]):
                         log.message(
                             f"step {done}: no better for a while, learning rate of {phase.name!r} cut"
                         )
             log.validate(done, numbers, best=improved)
             with log.pause():
-                watch.validated(done, chosen, seen)
+                figures.update(done, chosen, samples)
             model.train()
             if report:
                 report(
@@ -358,7 +363,7 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _closed(log: Log | Silent) -> Iterator[None]:
+def _closed(log: RunLog | SilentLog) -> Iterator[None]:
     """Close the log at the end; where that fails after something else has, the first error is the one to tell."""
     try:
         yield
@@ -423,11 +428,11 @@ def _summary(
     job: Job,
     index: Index,
     stream: TrainingStream,
-    how: Reading,
+    how: LoaderSettings,
     model: Variant,
     group: Group,
     options: FitOptions,
-    beginning: Beginning,
+    initialization: Initialization,
     start: int,
     total: int,
 ) -> dict[str, str]:
@@ -442,12 +447,12 @@ def _summary(
     return {
         "data": f"{index.folder}: {split.count} training images {'x'.join(map(str, spec.image_shape))}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
-        "reads": how.told(stream.cache),
+        "reads": how.describe(stream.cache),
         "model": f"{job.kind}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
         "engine": options.engine,
         "batch": f"{train.batch_size} ({stream.steps_per_epoch} steps per epoch)",
         **({"compile": _compiled(model)} if train.compile else {}),
-        "start": beginning.told,
+        "start": initialization.description,
         "steps": f"{start} to {total}",
     }

@@ -50,10 +50,10 @@ class Progress:
         self.skipped += 1
         self.bad_in_a_row += 1
 
-    def validated(self, numbers: dict[str, float], job: Job, settled: bool) -> bool:
+    def validated(self, numbers: dict[str, float], job: Job, schedules_ended: bool) -> bool:
         """Take in a validation; True if it is the best so far. Nothing is best before the schedules have ended."""
         self.validation = numbers
-        if not settled:
+        if not schedules_ended:
             return False
         monitor = job.train.monitor
         if better(numbers[monitor.metric], self.best, monitor):

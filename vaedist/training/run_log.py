@@ -27,15 +27,15 @@ from vaedist.config.job import Job
 from vaedist.core.files import disk_errors, temporary
 from vaedist.core.imaging import figure
 from vaedist.core.terminal import colored, progress_bar
-from vaedist.runs.metrics_csv import Table
+from vaedist.runs.metrics_csv import MetricsCsv
 from vaedist.runs.run_folder import RunFolder
 
 SPEED = frozenset({"images_per_second", "data_wait"})
 """Names that measure the machine: images per second, and the share of time spent waiting for data."""
 
 
-class Silent:
-    """The log of every process but rank 0: writes nothing, says nothing. `Log` is the one that does."""
+class SilentLog:
+    """The log of every process but rank 0: writes nothing, says nothing. `RunLog` is the one that does."""
 
     def summary(self, lines: Mapping[str, object]) -> None:
         """Show what is about to run: name and value per line."""
@@ -77,7 +77,7 @@ class Silent:
         """Draw curves.png and close the files."""
 
 
-class Log(Silent):
+class RunLog(SilentLog):
     """Rank 0's log.
 
     Args:
@@ -106,7 +106,7 @@ class Log(Silent):
         self.quiet, self.console = quiet, console or sys.stdout
         self._rows = run.metrics.open("a", buffering=1, encoding="utf-8")
         with disk_errors("the log", run.path):
-            self._table = Table(run.table, lambda: read_metrics(run.metrics))
+            self._table = MetricsCsv(run.table, lambda: read_metrics(run.metrics))
         # The purge mark is for a TensorBoard that is running and holds in memory what `cut` took from the files.
         self._board: Any = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self._bar: Any = None

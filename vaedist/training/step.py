@@ -27,8 +27,8 @@ from vaedist.config.schedules import PlateauState, factor
 from vaedist.core.context import Batch
 from vaedist.core.errors import UserError
 from vaedist.data.loading.inputs import Inputs
-from vaedist.distributed.contexts import GroupLaneContext
-from vaedist.distributed.process_group import Group, Later
+from vaedist.distributed.contexts import DistributedLaneContext
+from vaedist.distributed.process_group import Group, Pending
 from vaedist.models.contract import Variant
 from vaedist.training import optimizers
 
@@ -120,7 +120,7 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     return {name: value[start:stop] for name, value in batch.items()}  # type: ignore[return-value, index]
 
 
-class Stepper:
+class TrainStep:
     """Takes optimizer steps of one model in one group."""
 
     def __init__(
@@ -139,20 +139,20 @@ class Stepper:
         ]
         self._parameters = list(model.parameters())
         trained = {id(parameter): parameter for phase in self.phases for parameter in phase.parameters}
-        self._rivals = {
+        self._of_other_phases = {
             phase.name: [trained[key] for key in trained.keys() - {id(one) for one in phase.parameters}]
             for phase in self.phases
         }
         self.inputs = inputs or Inputs(job)
         self._passes = micro_batches(job, model, bounds[1] - bounds[0])
 
-    def _forget(self) -> None:
+    def _zero_grad(self) -> None:
         """Let go of all gradients; `Module.zero_grad` would look for them in every submodule first."""
         for parameter in self._parameters:
             parameter.grad = None
 
-    def context(self, step: int, phase: str, turn: int | None = None) -> GroupLaneContext:
-        return GroupLaneContext(
+    def context(self, step: int, phase: str, turn: int | None = None) -> DistributedLaneContext:
+        return DistributedLaneContext(
             self.group,
             seed=self.job.seed,
             step=step,
@@ -175,9 +175,9 @@ class Stepper:
             _, told = self._backward(batch, self.context(step, self.phases[0].name), False)
             told()
             self._passes = passes
-            self._forget()
+            self._zero_grad()
 
-    def take(self, batch: Batch, step: int, total: int, stop_requested: bool) -> StepResult:
+    def __call__(self, batch: Batch, step: int, total: int, stop_requested: bool) -> StepResult:
         """One pass over the phases on this process's rows of global batch `step`."""
         sums: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
@@ -193,7 +193,7 @@ class Stepper:
 
             # Forward and backward, micro-batch by micro-batch; the loss of every row counts 1/B.
             ctx = self.context(step, phase.name, phase.turn(step))
-            with self._alone(phase):
+            with self._freeze_other_phases(phase):
                 terms, told = self._backward(batch, ctx, stop_requested)
             norm = torch.nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
             if shown:
@@ -207,14 +207,14 @@ class Stepper:
             culprits = [name for name, flag in zip(names, heard, strict=True) if flag]
             if culprits:
                 accepted, reason = False, f"{', '.join(culprits)} of phase {phase.name!r}"
-                self._forget()
+                self._zero_grad()
                 continue
 
             # Clip by the global norm, move, and let the model apply the step's statistics.
             if phase.optim.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(phase.parameters, phase.optim.clip, norm)
             phase.optimizer.step()
-            self._forget()
+            self._zero_grad()
             with torch.no_grad():
                 shows = self.model.after_step(ctx)
             sums |= {f"{name}{suffix}": value for name, value in terms.items()}
@@ -227,9 +227,9 @@ class Stepper:
         return StepResult(accepted, reason, stop, sums, scalars)
 
     @contextlib.contextmanager
-    def _alone(self, phase: Phase) -> Iterator[None]:
-        """Gradients go to this phase's parameters only: those of its rivals are neither computed nor sent."""
-        others = self._rivals[phase.name]
+    def _freeze_other_phases(self, phase: Phase) -> Iterator[None]:
+        """Gradients go to this phase's parameters only: those of the other phases are neither computed nor sent."""
+        others = self._of_other_phases[phase.name]
         for parameter in others:
             parameter.requires_grad_(False)
         try:
@@ -248,8 +248,8 @@ class Stepper:
         return modules
 
     def _backward(
-        self, batch: Batch, ctx: GroupLaneContext, stop_requested: bool
-    ) -> tuple[dict[str, Tensor], Later]:
+        self, batch: Batch, ctx: DistributedLaneContext, stop_requested: bool
+    ) -> tuple[dict[str, Tensor], Pending]:
         """Gradients of the mean loss over the global batch.
 
         Returns:

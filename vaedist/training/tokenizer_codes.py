@@ -1,7 +1,7 @@
 """What training a prior needs of its tokenizer: what that run is, and the codes of all images.
 
 A prior's job says `tokenizer: RUN`. Rank 0 reads that run once and puts what it is in the place of its name
-(`settled`); from there on a tokenizer with other weights is another job, and a run is never resumed with it.
+(`resolve_tokenizer`); from there on a tokenizer with other weights is another job, and a run is never resumed with it.
 
 Codes are made once for all priors on the same tokenizer and images, at RUN/codes/<hash of the two>. All ranks encode:
 each batch is cut among them, the codes come together, and rank 0 writes, shard by shard, under a lock, so that two
@@ -32,14 +32,15 @@ from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.stream import EvaluationStream
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
 from vaedist.data.packing.pack import writing
-from vaedist.distributed.contexts import GroupSampleContext
+from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.models.bases.code_prior_config import Tokenizer, TokenizerConfig
 from vaedist.models.contract import Variant
-from vaedist.runs.checkpoint import resolve, run_folder_of, weights_digest
+from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
 from vaedist.runs.open_run import open_run
-from vaedist.runs.run_lock import Held, RunLock
+from vaedist.runs.run_lock import RunLock, RunLocked
 from vaedist.runs.stop_request import StopRequest
+from vaedist.runs.weights import weights_digest
 
 _PATIENCE_S = 20.0
 """How long rank 0 waits for another job's codes before it tells the other ranks, which wait for it, that it lives."""
@@ -52,7 +53,7 @@ _PIXELS = 1 << 20
 # What the tokenizer is --------------------------------------------------------------------------------------
 
 
-def settled(job: Job, index: Index, group: Group) -> Job:
+def resolve_tokenizer(job: Job, index: Index, group: Group) -> Job:
     """The job with its tokenizer, if it has one, described: read by rank 0, told to all. Collective.
 
     Args:
@@ -195,7 +196,7 @@ class _Making:
                 f"the tokenizer {self.tokenizer.run} has changed: its weights have the sha256 {digest[:12]}, and "
                 f"this job was begun with {self.tokenizer.sha256[:12]}: begin anew with --new-run"
             )
-        checkpoint = resolve(expand(self.tokenizer.run, "model.tokenizer.run"))
+        checkpoint = resolve_checkpoint(expand(self.tokenizer.run, "model.tokenizer.run"))
         folder = codes_folder((run_folder_of(checkpoint) or checkpoint).absolute(), self.stamp)
         orders: dict[str, Any] = {"folder": str(folder), "wait": False, "finished": True, "missing": []}
         if (folder / INDEX_NAME).exists():
@@ -217,7 +218,7 @@ class _Making:
         while self.lock is None:
             try:
                 self.lock = self.exits.enter_context(RunLock.acquire(folder))
-            except Held as held:
+            except RunLocked as held:
                 if not self.waits:
                     self.tell(f"codes: {held.owner} is making them; waiting for it")
                 self.waits = True
@@ -271,7 +272,7 @@ def _encode(
     with contextlib.closing(stream):
         for batch in stream:
             codes = tokenizer.codes(inputs.binarised(batch["image"], batch["key"]))
-            parts.append(GroupSampleContext(group, seed=0, samples=batch["sample"]).gather(codes).cpu())
+            parts.append(DistributedSampleContext(group, seed=0, samples=batch["sample"]).gather(codes).cpu())
             if _asked(stop, group):
                 return None
     return torch.cat(parts)[:count].numpy()

@@ -25,10 +25,15 @@ from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.core.imaging import as_numpy, to_uint8
 from vaedist.data.loading.inputs import Inputs
 from vaedist.data.loading.stream import EvaluationStream, slice_bounds
-from vaedist.distributed.contexts import GroupSampleContext
+from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.posterior_collapse import Usage, UsageCounter
-from vaedist.evaluation.metrics.sample_metrics import is_sample_metric, pick, plain, sample_metrics
+from vaedist.evaluation.metrics.sample_metrics import (
+    base_name,
+    is_sample_metric,
+    monitored_value,
+    sample_metrics,
+)
 from vaedist.models.contract import Posterior, Variant
 from vaedist.training.step import precision
 
@@ -41,7 +46,7 @@ _WIDEST = 512
 _AT_ONCE = 64
 
 
-class Seen(NamedTuple):
+class ValidationSamples(NamedTuple):
     """What validation kept to be looked at; the same on every rank."""
 
     pictures: dict[str, Tensor]
@@ -52,7 +57,7 @@ class Seen(NamedTuple):
     """Where the latent is a vector or a map."""
 
 
-class _Kept:
+class SampleCollector:
     """Rows of chosen samples, gathered over ranks at the end."""
 
     def __init__(self, batches: EvaluationStream, most: int) -> None:
@@ -76,7 +81,7 @@ class _Kept:
         if not self._rows:
             return {}
         held = {name: torch.cat(rows) for name, rows in self._rows.items()}
-        ctx = GroupSampleContext(group, seed=0, samples=held["sample"].tolist())
+        ctx = DistributedSampleContext(group, seed=0, samples=held["sample"].tolist())
         held = {name: ctx.gather(value) for name, value in held.items()}
         order = held["sample"].argsort()
         return {name: value[order] for name, value in held.items()}
@@ -85,22 +90,25 @@ class _Kept:
 @torch.no_grad()
 def validate(
     model: Variant, batches: EvaluationStream, job: Job, group: Group, step: int
-) -> tuple[dict[str, float], Seen]:
+) -> tuple[dict[str, float], ValidationSamples]:
     """Mean of every term over the split, and what there is to look at.
 
     With several phases each is evaluated, and a term is named `term/phase`. `active_units` is there where the latent is
     a vector or a map; measures of sample quality only where one of them is the monitor.
     """
     inputs, counter = Inputs(job), UsageCounter()
-    pictures, latents = _Kept(batches, SHOWN), _Kept(batches, EMBEDDED)
-    held_out, judged = _Kept(batches, job.train.monitor.images), is_sample_metric(job.train.monitor.metric)
+    pictures, latents = SampleCollector(batches, SHOWN), SampleCollector(batches, EMBEDDED)
+    held_out, judged = (
+        SampleCollector(batches, job.train.monitor.images),
+        is_sample_metric(job.train.monitor.metric),
+    )
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), dtype=torch.float64)
     model.eval()
     for batch in batches:
         mask, samples = batch["mask"], batch["sample"]
         count += float(mask.sum())
-        ctx = GroupSampleContext(
+        ctx = DistributedSampleContext(
             group, seed=job.seed, samples=samples, step=step, batch_size=len(samples) * group.world
         )
         batch = inputs(batch, ctx)
@@ -142,7 +150,7 @@ def validate(
         means["active_units"] = float(usage.active)
     if judged:
         means |= _sample_quality(model, held_out.gathered(group)["image"], job, group)
-    return means, Seen(pictures.gathered(group), latents.gathered(group), usage)
+    return means, ValidationSamples(pictures.gathered(group), latents.gathered(group), usage)
 
 
 def _posterior(model: Variant, image: Tensor, label: Tensor, job: Job, group: Group) -> Posterior | None:
@@ -225,22 +233,26 @@ def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) ->
 
 def _sample_quality(model: Variant, real: Tensor, job: Job, group: Group) -> dict[str, float]:
     """The monitored measure of as many generated images as real ones: every rank draws its share. Collective."""
-    from vaedist.evaluation.metrics.features import default
+    from vaedist.evaluation.metrics.features import default_extractor
 
     start, stop = slice_bounds(len(real), group.rank, group.world)
     drawn = [real[:0]]
     for first in range(start, stop, _AT_ONCE):
         images = model.sample(min(_AT_ONCE, stop - first), seed=job.seed, first=first)
         drawn.append(torch.from_numpy(to_uint8(images)).to(real.device))
-    ctx = GroupSampleContext(group, seed=job.seed, samples=range(start, stop))
+    ctx = DistributedSampleContext(group, seed=job.seed, samples=range(start, stop))
     generated = ctx.gather(torch.cat(drawn))
     metric = job.train.monitor.metric
 
     def measure() -> bytes:
         found = sample_metrics(
-            as_numpy(real), as_numpy(generated), default(group.device), seed=job.seed, only=[plain(metric)]
+            as_numpy(real),
+            as_numpy(generated),
+            default_extractor(group.device),
+            seed=job.seed,
+            only=[base_name(metric)],
         )
-        return json.dumps({**found, metric: pick(found, metric)}).encode()
+        return json.dumps({**found, metric: monitored_value(found, metric)}).encode()
 
     told: dict[str, float] = json.loads(group.from_leader(measure))
     return told

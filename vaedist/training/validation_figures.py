@@ -27,14 +27,14 @@ from vaedist.core.imaging import GRAY, Pixels, as_numpy, channels_last, framed, 
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
 from vaedist.models.contract import Variant
 from vaedist.runs.run_folder import RunFolder
-from vaedist.training.run_log import Silent
-from vaedist.training.validation import SHOWN, Seen
+from vaedist.training.run_log import SilentLog
+from vaedist.training.validation import SHOWN, ValidationSamples
 
 SAMPLES = 2 * SHOWN
 PROJECTOR = "projector"
 
 
-class Watch:
+class ValidationFigures:
     """Keeps the alarm, and on rank 0 writes what a validation has shown.
 
     Args:
@@ -48,34 +48,34 @@ class Watch:
     def __init__(
         self,
         run: RunFolder | None,
-        log: Silent,
+        log: SilentLog,
         job: Job,
         classes: Sequence[str],
         saved: Mapping[str, Any] | None,
     ) -> None:
         self.run, self.log, self.job, self.classes = run, log, job, tuple(classes)
-        self.collapse = Collapse.read((saved or {}).get("collapse"), "the checkpoint")
+        self.collapse = Collapse.from_json((saved or {}).get("collapse"), "the checkpoint")
         if run is not None:
             self._write_alarm(run)
 
     def state(self) -> dict[str, Any] | None:
         """For the checkpoint."""
-        return self.collapse.plain() if self.collapse else None
+        return self.collapse.to_json() if self.collapse else None
 
     @torch.no_grad()
-    def validated(self, step: int, model: Variant, seen: Seen) -> None:
-        """Take in a validation of `model` after `step` steps; called on every rank with the same `seen`."""
+    def update(self, step: int, model: Variant, samples: ValidationSamples) -> None:
+        """Take in a validation of `model` after `step` steps; called on every rank with the same `samples`."""
         before = self.collapse
-        if seen.usage is not None:
-            self.collapse = seen.usage.collapse(step)
+        if samples.usage is not None:
+            self.collapse = samples.usage.collapse(step)
         if self.run is None:
             return
         with disk_errors("what validation shows", self.run.path):
-            self._show(step, pictures(model, seen, self.job.seed))
-            if seen.latents:
-                self._embed(seen)
-            if seen.usage is not None:
-                usage = seen.usage
+            self._show(step, pictures(model, samples, self.job.seed))
+            if samples.latents:
+                self._embed(samples)
+            if samples.usage is not None:
+                usage = samples.usage
                 row = {"step": step, "kl": usage.kl, "variance": usage.variance}
                 with self.run.latents.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
@@ -96,7 +96,7 @@ class Watch:
         if self.collapse is None:
             run.collapse.unlink(missing_ok=True)
         else:
-            replace_file(run.collapse, as_json(self.collapse.plain()))
+            replace_file(run.collapse, as_json(self.collapse.to_json()))
 
     def _show(self, step: int, rows: dict[str, Pixels]) -> None:
         """Rows of pictures, as one numbered file and for TensorBoard."""
@@ -111,16 +111,16 @@ class Watch:
         sheet = grid(np.concatenate(list(rows.values())), SHOWN)
         replace_file(self.run.figures / f"validation-{step:09d}.png", png_bytes(sheet))
 
-    def _embed(self, seen: Seen) -> None:
+    def _embed(self, samples: ValidationSamples) -> None:
         """TensorBoard's projector reads plain files; those of the validation before are replaced."""
         assert self.run is not None
         folder = self.run.tensorboard / PROJECTOR
         folder.mkdir(mode=0o700, exist_ok=True)
-        means, thumbnails = as_numpy(seen.latents["mean"]), channels_last(seen.latents["thumbnail"])
-        labels, samples = seen.latents["label"].tolist(), seen.latents["sample"].tolist()
+        means, thumbnails = as_numpy(samples.latents["mean"]), channels_last(samples.latents["thumbnail"])
+        labels, numbers = samples.latents["label"].tolist(), samples.latents["sample"].tolist()
         names = [self.classes[label] if label < len(self.classes) else "" for label in labels]
         tensors = "".join("\t".join(f"{value:.6g}" for value in row) + "\n" for row in means)
-        lines = [f"{_one_line(name)}\t{sample}\n" for name, sample in zip(names, samples, strict=True)]
+        lines = [f"{_one_line(name)}\t{sample}\n" for name, sample in zip(names, numbers, strict=True)]
         # A square sheet: the projector derives the number of thumbnails in a row from their count.
         side = math.ceil(math.sqrt(len(thumbnails)))
         blank = np.zeros((side * side - len(thumbnails), *thumbnails.shape[1:]), np.uint8)
@@ -136,17 +136,17 @@ class Watch:
         replace_file(self.run.tensorboard / "projector_config.pbtxt", config.encode())
 
 
-def pictures(model: Variant, seen: Seen, seed: int) -> dict[str, Pixels]:
+def pictures(model: Variant, samples: ValidationSamples, seed: int) -> dict[str, Pixels]:
     """Rows of 8 pictures (8 n, H, W, 3) by what they show, all of one size; only originals have a red frame.
 
     `originals`, `inputs` (of a denoiser) and `reconstructions` where the model reconstructs, `samples` from always the
     same noise where it samples.
     """
     rows: dict[str, Pixels] = {}
-    if model.reconstructs and seen.pictures:
-        image, label = seen.pictures["image"], seen.pictures["label"]
-        rows["originals"] = _row(framed(channels_last(seen.pictures.get("target", image))))
-        if "target" in seen.pictures:
+    if model.reconstructs and samples.pictures:
+        image, label = samples.pictures["image"], samples.pictures["label"]
+        rows["originals"] = _row(framed(channels_last(samples.pictures.get("target", image))))
+        if "target" in samples.pictures:
             rows["inputs"] = _row(framed(channels_last(image), GRAY))
         made = model.reconstruct(image, label if model.conditional else None)
         rows["reconstructions"] = _row(framed(channels_last(made), GRAY))

@@ -39,7 +39,7 @@ def rungs(asha: Asha, length: int, every: int, schedules_end: int) -> tuple[int,
     return tuple(found)
 
 
-def goes_on(asha: Asha, step: int, value: float, others: Sequence[Trial]) -> bool:
+def should_continue(asha: Asha, step: int, value: float, others: Sequence[Trial]) -> bool:
     """Whether a trial with that value at a rung is trained on.
 
     Args:

@@ -13,54 +13,55 @@ from vaedist.config.model_section import kind_module
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
-from vaedist.evaluation.metrics.per_image import evaluate
+from vaedist.evaluation.metrics.per_image import evaluate_images
 from vaedist.models.contract import Variant, build
-from vaedist.tuning import asha as halving
-from vaedist.tuning.objectives import METRICS, check
-from vaedist.tuning.space import Asha, Choice, Setting, Space
+from vaedist.tuning import asha
+from vaedist.tuning.dimensions import Categorical, Setting
+from vaedist.tuning.objectives import METRICS, check_objectives
+from vaedist.tuning.space import Asha, Space
 
-_LOOKED_AT = 2
+_TRIED_IMAGES = 2
 """Images that the untrained base model is tried on."""
 
 
-class Plan(NamedTuple):
+class SearchPlan(NamedTuple):
     """What a search knows beforehand."""
 
     rungs: tuple[int, ...]
     """Steps at which trials are compared; none without ASHA."""
     length: int
     """Steps of a trial."""
-    doubt: str = ""
+    warning: str = ""
     """One sentence where trials end before their schedules do; the search may go on."""
 
 
-def plan(space: Space, index: Index) -> Plan:
+def plan_search(space: Space, index: Index) -> SearchPlan:
     """Check a space against the data that it searches on.
 
     Raises:
         UserError: the base is no job, its model lacks an objective, or the scheduler has no rung.
     """
-    check(space)
+    check_objectives(space)
     data = str(index.folder)
     base = space.job({}, data, space.name)
     _objectives_exist(space, base, index)
     _models_exist(space, index)
     length = steps(base, index)
     ends = schedules_end(space, index)
-    doubt = _too_short(space, base, length, ends)
+    warning = _schedule_warning(space, base, length, ends)
     if not isinstance(space.scheduler, Asha):
-        return Plan((), length, doubt)
-    rungs = halving.rungs(space.scheduler, length, base.train.validate_every, ends)
+        return SearchPlan((), length, warning)
+    rungs = asha.rungs(space.scheduler, length, base.train.validate_every, ends)
     if not rungs:
         raise UserError(
             f"space {space.name!r}: asha has no rung: the schedules end by step {ends}, a trial has {length} steps and "
             f"is validated every {base.train.validate_every}: shorten the schedules, validate more often, or set "
             "scheduler.kind: none"
         )
-    return Plan(rungs, length, doubt)
+    return SearchPlan(rungs, length, warning)
 
 
-def _too_short(space: Space, base: Job, length: int, ends: int) -> str:
+def _schedule_warning(space: Space, base: Job, length: int, ends: int) -> str:
     """What is cut off where trials are shorter than their schedules: as a rule `train.steps` of a quick try."""
     late = {
         f"the learning rate of {name!r} warms up for {phase.schedule.warmup} steps": phase.schedule.warmup
@@ -84,16 +85,16 @@ def steps(job: Job, index: Index) -> int:
     return job.train.steps or math.ceil((job.train.epochs or 0) * per_epoch)
 
 
-def try_out(space: Space, settings: Mapping[str, Setting], index: Index) -> None:
+def check_settings(space: Space, settings: Mapping[str, Setting], index: Index) -> None:
     """Refuse settings that make no job or no model; nothing is computed.
 
     Raises:
         UserError: what is wrong with them.
     """
-    _on_paper(space.job(settings, str(index.folder), space.name), index)
+    _meta_model(space.job(settings, str(index.folder), space.name), index)
 
 
-def _on_paper(job: Job, index: Index) -> Variant:
+def _meta_model(job: Job, index: Index) -> Variant:
     """The job's model without its numbers."""
     with torch.device("meta"):
         model: Variant = kind_module(job.kind).Model(job.model, index.spec)
@@ -109,7 +110,7 @@ def schedules_end(space: Space, index: Index) -> int:
     for settings in _corners(space):
         try:
             job = space.job(settings, str(index.folder), space.name)
-            latest = max(latest, _on_paper(job, index).schedule_end)
+            latest = max(latest, _meta_model(job, index).schedule_end)
         except UserError:
             continue  # such settings make no model; a trial that draws them is told so
         latest = max([latest, *(phase.start for phase in job.train.optim.values())])
@@ -123,7 +124,7 @@ def _corners(space: Space) -> Iterator[dict[str, Setting]]:
         yield space.settings_of(ends)
         for key, dimension in space.dimensions.items():
             parts = [0.0, last]
-            if isinstance(dimension, Choice):
+            if isinstance(dimension, Categorical):
                 count = len(dimension.options)
                 parts = [(place + 0.5) / count for place in range(count)]
             for part in parts:
@@ -135,7 +136,7 @@ def _models_exist(space: Space, index: Index) -> None:
     first: UserError | None = None
     for settings in _corners(space):
         try:
-            return try_out(space, settings, index)
+            return check_settings(space, settings, index)
         except UserError as error:
             first = first or error
     raise UserError(f"space {space.name!r}: none of its settings makes a model: {first}")
@@ -148,8 +149,8 @@ def _objectives_exist(space: Space, base: Job, index: Index) -> None:
     parts = {METRICS[objective.metric].part for objective in space.objectives}
     known: set[str] = set()
     if "terms" in parts:
-        images = whole_split(index, base.data.validation_split, base, limit=_LOOKED_AT)
-        known = {name for row in evaluate(model, images, seed=base.seed).rows for name in row.terms}
+        images = whole_split(index, base.data.validation_split, base, limit=_TRIED_IMAGES)
+        known = {name for row in evaluate_images(model, images, seed=base.seed).rows for name in row.terms}
     for objective in space.objectives:
         name = objective.metric
         part = METRICS[name].part

@@ -16,10 +16,10 @@ from vaedist.core.errors import NotDefined, UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics import likelihood
-from vaedist.evaluation.metrics.features import default
-from vaedist.evaluation.metrics.per_image import evaluate, summarise, training_images
+from vaedist.evaluation.metrics.features import default_extractor
+from vaedist.evaluation.metrics.per_image import evaluate_images, summarize_images, training_images
 from vaedist.evaluation.metrics.sample_metrics import Reference, sample_metrics
-from vaedist.evaluation.sample_quality import draw
+from vaedist.evaluation.sample_quality import draw_samples
 from vaedist.runs.open_run import open_run
 from vaedist.tuning.objectives import METRICS, value_of
 from vaedist.tuning.space import Space
@@ -44,8 +44,8 @@ def measure(run_folder: Path, space: Space, *, device: torch.device | str = "cpu
     batches = whole_split(
         index, run.job.data.validation_split, run.job, device=device, limit=space.measure.images
     )
-    found = evaluate(run.model, batches, seed=run.job.seed, step=run.step)
-    summary = summarise(found.rows)
+    found = evaluate_images(run.model, batches, seed=run.job.seed, step=run.step)
+    summary = summarize_images(found.rows)
     numbers = {
         name: section["mean"] for part in ("terms", "metrics") for name, section in summary[part].items()
     }
@@ -57,13 +57,13 @@ def measure(run_folder: Path, space: Space, *, device: torch.device | str = "cpu
     asked = [objective.metric for objective in space.objectives]
     of_samples = [name for name in asked if METRICS[name].part == "samples"]
     if of_samples and run.model.samples:
-        features = default(device)
+        features = default_extractor(device)
         real = Reference(training_images(batches), features)
-        made = draw(run.model, space.measure.samples)
+        made = draw_samples(run.model, space.measure.samples)
         numbers |= sample_metrics(real, made, features, seed=0, only=of_samples)
     if "iwae" in asked:
         try:
-            evidence = likelihood.measure(
+            evidence = likelihood.measure_likelihood(
                 run.model, batches, draws=space.measure.importance, seed=run.job.seed
             )
         except NotDefined as error:
@@ -82,13 +82,13 @@ def measure(run_folder: Path, space: Space, *, device: torch.device | str = "cpu
     return finite
 
 
-def _why(name: str, model: object, told: dict[str, str]) -> str:
+def _why(name: str, model: object, reasons: dict[str, str]) -> str:
     part = METRICS[name].part
     operation = {"samples": "sample", "reconstructions": "reconstruct", "codes": "codes"}.get(part, name)
-    if name in told:
-        return told[name]
-    if operation in told:
-        return told[operation]
+    if name in reasons:
+        return reasons[name]
+    if operation in reasons:
+        return reasons[operation]
     if part == "samples":
         return str(model.not_defined("sample"))  # type: ignore[attr-defined]
     return "this model has no such term, or it is not finite"

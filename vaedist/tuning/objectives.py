@@ -71,7 +71,7 @@ METRICS: Mapping[str, Metric] = {
     "perplexity": Metric("max", "codes"),
 }
 
-HALVING: Mapping[str, tuple[str, ...]] = {
+ASHA_METRICS: Mapping[str, tuple[str, ...]] = {
     "mse": _SHOWN,
     "rate": (),
     "distortion": _LIKELIHOOD,
@@ -81,7 +81,7 @@ HALVING: Mapping[str, tuple[str, ...]] = {
 _LENGTHS = ("train.steps", "train.epochs", "train.batch_size", "train.validate_every", "train.early_stop")
 
 
-def check(space: Space) -> None:
+def check_objectives(space: Space) -> None:
     """Refuse objectives that a searched setting would change the meaning of.
 
     Raises:
@@ -104,15 +104,15 @@ def check(space: Space) -> None:
                 f"space {space.name!r}: of {name} the {metric.mode}imum is best: set mode: {metric.mode}, or leave it "
                 "out"
             )
-        _refuse(space, name, metric.fixed)
+        _refuse_dimensions(space, name, metric.fixed)
     if isinstance(space.scheduler, Asha):
         name = space.scheduler.metric
-        if name not in HALVING:
+        if name not in ASHA_METRICS:
             raise UserError(
                 f"space {space.name!r}: scheduler.metric {name!r} is no number of validation that means the same in "
-                f"all trials{did_you_mean(name, HALVING)}"
+                f"all trials{did_you_mean(name, ASHA_METRICS)}"
             )
-        _refuse(space, name, HALVING[name])
+        _refuse_dimensions(space, name, ASHA_METRICS[name])
         for key in space.dimensions:
             if key in _LENGTHS:
                 raise UserError(
@@ -121,7 +121,7 @@ def check(space: Space) -> None:
                 )
 
 
-def _refuse(space: Space, name: str, fixed: Sequence[str]) -> None:
+def _refuse_dimensions(space: Space, name: str, fixed: Sequence[str]) -> None:
     for key in space.dimensions:
         for part in fixed:
             if key == part or key.startswith(f"{part}.") or part.startswith(f"{key}."):
@@ -162,7 +162,7 @@ def _costs(space: Space, trial: Trial) -> list[float]:
     return [value if mode == "min" else -value for value, mode in zip(values, modes(space), strict=True)]
 
 
-def front(space: Space, trials: Sequence[Trial]) -> list[Trial]:
+def pareto_front(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     """The finished trials that no other one beats: as good in everything and better in something.
 
     Trials that were stopped early do not count: they were trained less than others. In the order of the first
@@ -171,7 +171,7 @@ def front(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     held = [trial for trial in trials if trial.status == "finished" and values_of(space, trial) is not None]
     costs = {trial.number: _costs(space, trial) for trial in held}
 
-    def beaten(one: Trial) -> bool:
+    def dominated(one: Trial) -> bool:
         mine = costs[one.number]
         return any(
             all(a <= b for a, b in zip(theirs, mine, strict=True)) and theirs != mine
@@ -179,17 +179,17 @@ def front(space: Space, trials: Sequence[Trial]) -> list[Trial]:
         )
 
     return sorted(
-        (trial for trial in held if not beaten(trial)), key=lambda one: (costs[one.number], one.number)
+        (trial for trial in held if not dominated(trial)), key=lambda one: (costs[one.number], one.number)
     )
 
 
-def best(space: Space, trials: Sequence[Trial]) -> Trial | None:
+def best_trial(space: Space, trials: Sequence[Trial]) -> Trial | None:
     """The trial of the front that `pick` names; None before one has finished.
 
     The knee: each objective is scaled to go from 0, its best on the front, to 1, its worst there, and the trial with
     the smallest distance to 0 in all of them is taken; of equals the one that is better in the first objective.
     """
-    ahead = front(space, trials)
+    ahead = pareto_front(space, trials)
     if not ahead:
         return None
     costs = [_costs(space, trial) for trial in ahead]

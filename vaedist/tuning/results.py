@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vaedist.core.files import disk_errors, replace_file, temporary
-from vaedist.tuning.objectives import best, front, modes, value_of, values_of
+from vaedist.tuning.objectives import best_trial, modes, pareto_front, value_of, values_of
 from vaedist.tuning.space import Space
 from vaedist.tuning.trial_log import Record, Trial, run_folder
 
@@ -27,21 +27,21 @@ BEST = "best"
 TABLE = "results.csv"
 
 
-def told(space: Space, trials: Sequence[Trial], trial: Trial) -> str:
+def trial_line(space: Space, trials: Sequence[Trial], trial: Trial) -> str:
     """A trial's line on the console, with the best so far."""
     ended = sum(one.ended for one in trials)
-    ahead = best(space, trials)
-    line = f"trial {trial.number} {trial.status} ({ended} of {space.trials}): {numbers(space, trial)}"
+    ahead = best_trial(space, trials)
+    line = f"trial {trial.number} {trial.status} ({ended} of {space.trials}): {objectives_line(space, trial)}"
     line += f", {trial.seconds:.0f} s"
     if ahead is None:
         return line
     if len(space.objectives) == 1:
-        return f"{line}; best so far: trial {ahead.number}, {numbers(space, ahead)}"
-    shown = ", ".join(str(one.number) for one in front(space, trials))
-    return f"{line}; front so far: {shown}; picked: trial {ahead.number}, {numbers(space, ahead)}"
+        return f"{line}; best so far: trial {ahead.number}, {objectives_line(space, ahead)}"
+    shown = ", ".join(str(one.number) for one in pareto_front(space, trials))
+    return f"{line}; front so far: {shown}; picked: trial {ahead.number}, {objectives_line(space, ahead)}"
 
 
-def numbers(space: Space, trial: Trial) -> str:
+def objectives_line(space: Space, trial: Trial) -> str:
     """A trial's objectives on one line."""
     values = values_of(space, trial)
     if values is None:
@@ -51,19 +51,19 @@ def numbers(space: Space, trial: Trial) -> str:
     )
 
 
-def write(record: Record) -> None:
+def write_table(record: Record) -> None:
     """results.csv and `best`."""
     with disk_errors("the results", record.folder):
-        replace_file(record.folder / TABLE, table(record).encode())
-        ahead = best(record.space, record.trials)
+        replace_file(record.folder / TABLE, csv_table(record).encode())
+        ahead = best_trial(record.space, record.trials)
         if ahead is not None:
-            link(record.folder / BEST, run_folder(record.folder, ahead.number))
+            replace_link(record.folder / BEST, run_folder(record.folder, ahead.number))
 
 
-def table(record: Record) -> str:
+def csv_table(record: Record) -> str:
     """results.csv: settings as `key`, objectives by name, then all else that was measured."""
     space = record.space
-    ahead, chosen = front(space, record.trials), best(space, record.trials)
+    ahead, chosen = pareto_front(space, record.trials), best_trial(space, record.trials)
     objectives = [objective.metric for objective in space.objectives]
     measures = sorted({name for trial in record.trials for name in trial.measures} - set(objectives))
     columns = ["trial", "status", "front", "best", *space.dimensions, *objectives, "step", "seconds", "run"]
@@ -85,24 +85,24 @@ def table(record: Record) -> str:
     return text.getvalue()
 
 
-def link(place: Path, target: Path) -> None:
+def replace_link(place: Path, target: Path) -> None:
     """Make `place` a relative link to `target` beside it, all at once."""
     scratch = temporary(place)
     scratch.symlink_to(os.path.relpath(target, place.parent))
     os.replace(scratch, place)
 
 
-def finish(record: Record) -> list[Path]:
+def write_all(record: Record) -> list[Path]:
     """Everything, figures and TensorBoard too, as far as there are trials; the figures written."""
-    from vaedist.tuning.search_figures import draw
+    from vaedist.tuning.search_figures import draw_figures
 
-    write(record)
+    write_table(record)
     if not any(trial.ended for trial in record.trials):
         return []
     folder = record.folder / "figures"
     with disk_errors("the figures", record.folder):
         folder.mkdir(mode=0o700, exist_ok=True)
-        drawn = draw(record)
+        drawn = draw_figures(record)
         for name, picture in drawn.items():
             replace_file(folder / name, picture)
         _hparams(record)
@@ -121,19 +121,21 @@ def _hparams(record: Record) -> None:
         values = values_of(record.space, trial)
         if values is None:
             continue
-        told = dict(zip(names, values, strict=True))
+        values_by_name = dict(zip(names, values, strict=True))
         board: Any = SummaryWriter(str(folder / f"{trial.number:03d}"))
-        for summary in hparams(dict(trial.settings), {f"tune/{name}": value for name, value in told.items()}):
+        for summary in hparams(
+            dict(trial.settings), {f"tune/{name}": value for name, value in values_by_name.items()}
+        ):
             board.file_writer.add_summary(summary, 0)
-        for name, value in told.items():
+        for name, value in values_by_name.items():
             board.add_scalar(f"tune/{name}", value, trial.step)
         board.close()
 
 
-def summary(record: Record) -> list[str]:
+def summary_lines(record: Record) -> list[str]:
     """The last lines on the console: what was found and where it lies."""
     space, trials = record.space, record.trials
-    ahead, chosen = front(space, trials), best(space, trials)
+    ahead, chosen = pareto_front(space, trials), best_trial(space, trials)
     if chosen is None:
         return ["no trial has finished yet"]
     lines = []
@@ -149,6 +151,6 @@ def summary(record: Record) -> list[str]:
             for key, value in trial.settings.items()
         )
         mark = "*" if trial is chosen else " "
-        lines.append(f"{mark} trial {trial.number}: {numbers(space, trial)}   {settings}")
+        lines.append(f"{mark} trial {trial.number}: {objectives_line(space, trial)}   {settings}")
     lines.append(f"best: {record.folder / BEST} -> trials/{chosen.number:03d}")
     return lines

@@ -21,8 +21,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from vaedist.tuning.dimensions import Categorical, Integer, LogUniform, Setting
 from vaedist.tuning.objectives import modes, values_of
-from vaedist.tuning.space import Choice, Grid, Integer, LogUniform, Random, Setting, Space, Tpe
+from vaedist.tuning.space import Grid, Random, Space, Tpe
 from vaedist.tuning.trial_log import Trial
 
 
@@ -99,7 +100,7 @@ def _distribution(space: Space, key: str) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     dimension = space.dimensions[key]
-    if isinstance(dimension, Choice):
+    if isinstance(dimension, Categorical):
         return CategoricalDistribution(dimension.grid())
     if isinstance(dimension, Integer):
         return IntDistribution(dimension.low, dimension.high, log=dimension.log)

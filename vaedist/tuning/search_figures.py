@@ -16,10 +16,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vaedist.core import imaging as pictures
+from vaedist.core import imaging
 from vaedist.training.run_log import read_metrics
-from vaedist.tuning.objectives import best, front, modes, value_of, values_of
-from vaedist.tuning.space import Asha, Choice, Integer, LogUniform, Space
+from vaedist.tuning.dimensions import Categorical, Integer, LogUniform
+from vaedist.tuning.objectives import best_trial, modes, pareto_front, value_of, values_of
+from vaedist.tuning.space import Asha, Space
 from vaedist.tuning.trial_log import Record, Trial, run_folder
 
 _CURVES = ("kid", "mse", "distortion", "loss")
@@ -27,11 +28,11 @@ _CURVES = ("kid", "mse", "distortion", "loss")
 _AHEAD, _OTHER, _BEST = "#b3202a", "#7a8793", "#123f7a"
 
 
-def draw(record: Record) -> dict[str, bytes]:
+def draw_figures(record: Record) -> dict[str, bytes]:
     """File name to PNG file, of all figures that the trials have something for."""
     space = record.space
     held = [trial for trial in record.trials if values_of(space, trial) is not None]
-    ahead, chosen = front(space, held), best(space, held)
+    ahead, chosen = pareto_front(space, held), best_trial(space, held)
     found: dict[str, bytes] = {}
     if held:
         found["dimensions.png"] = _dimensions(space, held, ahead, chosen)
@@ -55,7 +56,7 @@ def _have(trials: Sequence[Trial], *names: str) -> bool:
 
 
 def _figure(width: float, height: float) -> Any:
-    return pictures.figure(figsize=(width, height), dpi=110, layout="constrained")
+    return imaging.figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _png(figure: Any) -> bytes:
@@ -96,7 +97,7 @@ def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], cho
     for row, (name, mode) in enumerate(zip(objectives, modes(space), strict=True)):
         for axis, key in zip(grid[row], keys, strict=True):
             dimension = space.dimensions[key]
-            options = list(dimension.grid()) if isinstance(dimension, Choice) else None
+            options = list(dimension.grid()) if isinstance(dimension, Categorical) else None
             for trial in held:
                 value = value_of(trial.measures, name)
                 if key in trial.settings and value is not None:
@@ -106,7 +107,7 @@ def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], cho
             if options is not None:
                 label_options(axis, [str(option) for option in options])
             else:
-                assert not isinstance(dimension, Choice)
+                assert not isinstance(dimension, Categorical)
                 if isinstance(dimension, LogUniform) or (isinstance(dimension, Integer) and dimension.log):
                     axis.set_xscale("log")
                     middle = math.sqrt(dimension.low * dimension.high)
@@ -120,9 +121,9 @@ def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], cho
             if row == len(objectives) - 1:
                 axis.set_xlabel(key, fontsize=8)
         grid[row][0].set_ylabel(f"{name} ({'low' if mode == 'min' else 'high'} is better)", fontsize=8)
-    told = "star: best" if len(objectives) == 1 else "star: picked, red: on the front"
+    legend = "star: best" if len(objectives) == 1 else "star: picked, red: on the front"
     stopped = any(trial.status == "stopped early" for trial in held)
-    figure.suptitle(told + ", hollow: stopped early" * stopped, fontsize=8)
+    figure.suptitle(legend + ", hollow: stopped early" * stopped, fontsize=8)
     return _png(figure)
 
 

@@ -1,17 +1,7 @@
 """A search space: one job, the settings of it that are searched, what is asked of each trial, and how it is searched.
 
 A space is a YAML file. `base` is a job (a mapping, or the path of a job file, seen from the space's own folder); each
-key of `dimensions` is a dotted key of that job. A dimension says what values there are:
-
-| kind | values |
-|---|---|
-| `uniform` | numbers from `low` to `high` |
-| `loguniform` | the same, evenly over their logarithm: learning rates, weights of a loss |
-| `integer` | whole numbers from `low` to `high`, both included; evenly over the logarithm with `log: true` |
-| `choice` | those of a list; or of a mapping, whose names stand for values that are sections themselves |
-
-With `when: {OTHER: VALUE}` (or a list of values) a dimension is there only where another one, listed before it, has
-that value: the size of a codebook where the codebook is learnt, the levels where it is a grid.
+key of `dimensions` is a dotted key of that job, and its values are described in `vaedist.tuning.dimensions`.
 
 What a trial is asked for (`objectives`) must mean the same at every setting, so no number that a searched weight enters
 can be an objective: see `vaedist.tuning.objectives`. One objective has a best trial; of several there is a front, and
@@ -24,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,143 +24,12 @@ import vaedist
 from vaedist.config.job import Job, one_length
 from vaedist.config.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
 from vaedist.core.errors import UserError, did_you_mean
-from vaedist.runs.run_folder import Change
+from vaedist.runs.provenance import Change
+from vaedist.tuning.dimensions import Categorical, Dimension, LogUniform, Setting, Uniform
 
-Setting = bool | int | float | str
-"""A value of a dimension as the record holds it; a choice among sections is held by name."""
 SHIPPED = Path(vaedist.__file__).parent / "spaces"
 PHANTOM = "phantom"
 KNEE = "knee"
-
-
-# Dimensions -------------------------------------------------------------------------------------------------
-
-
-class _Dimension(Strict):
-    when: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Another dimension to the value, or list of values, with which this one exists.",
-    )
-
-    def exists(self, settings: Mapping[str, Setting]) -> bool:
-        """Whether the dimension is there beside those settings."""
-        return all(
-            name in settings and settings[name] in (wanted if isinstance(wanted, list) else [wanted])
-            for name, wanted in self.when.items()
-        )
-
-
-class _Range(_Dimension):
-    low: float
-    high: float
-    points: int | None = Field(None, ge=2, description="How many of them a grid takes; no other search does.")
-
-    @model_validator(mode="after")
-    def _rises(self) -> _Range:
-        if not self.low < self.high:
-            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
-        return self
-
-    def grid(self) -> tuple[float, ...]:
-        """`points` values, evenly spread.
-
-        Raises:
-            UserError: there is no `points`.
-        """
-        if self.points is None:
-            raise UserError("a grid needs the number of values: give it `points`, or make it a choice")
-        share = [step / (self.points - 1) for step in range(self.points)]
-        return tuple(self.at(part) for part in share)
-
-    def at(self, part: float) -> float:
-        """The value at a share of the way from low (0) to high (1)."""
-        return self.low + part * (self.high - self.low)
-
-
-class Uniform(_Range):
-    """Numbers, evenly."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class LogUniform(_Range):
-    """Numbers, evenly over the logarithm."""
-
-    kind: Literal["loguniform"] = "loguniform"
-
-    @model_validator(mode="after")
-    def _positive(self) -> LogUniform:
-        if self.low <= 0:
-            raise ValueError(f"low ({self.low:g}) must be above 0, where a logarithm begins")
-        return self
-
-    def at(self, part: float) -> float:
-        if part in (0.0, 1.0):
-            return self.high if part else self.low
-        return math.exp(math.log(self.low) + part * (math.log(self.high) - math.log(self.low)))
-
-
-class Integer(_Dimension):
-    """Whole numbers."""
-
-    kind: Literal["integer"] = "integer"
-    low: int
-    high: int
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _rises(self) -> Integer:
-        if not self.low < self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.log and self.low < 1:
-            raise ValueError(f"low ({self.low}) must be 1 or more where log is true")
-        return self
-
-    def grid(self) -> tuple[int, ...]:
-        """All of them."""
-        return tuple(range(self.low, self.high + 1))
-
-    def at(self, part: float) -> int:
-        """The value at a share of [0, 1): every one has an equal part (of the logarithm, with `log`)."""
-        if not self.log:
-            return min(self.high, self.low + int(part * (self.high - self.low + 1)))
-        low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
-        return max(self.low, min(self.high, round(math.exp(low + part * (high - low)))))
-
-
-class Choice(_Dimension):
-    """One of several."""
-
-    kind: Literal["choice"] = "choice"
-    values: list[Any] | dict[str, Any] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _differ(self) -> Choice:
-        if isinstance(self.values, list) and len(self.options) < len(self.values):
-            raise ValueError("a value stands there twice")
-        return self
-
-    @property
-    def options(self) -> dict[Setting, Any]:
-        """How the record names a value, to the value."""
-        if isinstance(self.values, dict):
-            return dict(self.values.items())
-        return {
-            value if isinstance(value, bool | int | float | str) else json.dumps(value): value
-            for value in self.values
-        }
-
-    def grid(self) -> tuple[Setting, ...]:
-        """All of them."""
-        return tuple(self.options)
-
-    def at(self, part: float) -> Setting:
-        """The value at a share of [0, 1)."""
-        names = self.grid()
-        return names[min(len(names) - 1, int(part * len(names)))]
-
-
-Dimension = Annotated[Uniform | LogUniform | Integer | Choice, Field(discriminator="kind")]
 
 
 # How it is searched -----------------------------------------------------------------------------------------
@@ -297,7 +155,7 @@ class Space(Strict):
                     )
                 choice = self.dimensions[other]
                 values = wanted if isinstance(wanted, list) else [wanted]
-                if not isinstance(choice, Choice) or not set(values) <= set(choice.options):
+                if not isinstance(choice, Categorical) or not set(values) <= set(choice.options):
                     raise ValueError(
                         f"dimensions.{key}.when.{other}: {wanted!r} is not a value of that choice"
                     )
@@ -352,7 +210,7 @@ class Space(Strict):
         content = json.loads(json.dumps(self.base))
         for key, setting in settings.items():
             dimension = self.dimensions[key]
-            value = dimension.options[setting] if isinstance(dimension, Choice) else setting
+            value = dimension.options[setting] if isinstance(dimension, Categorical) else setting
             _put(content, key, value)
         content.setdefault("data", {})["path"] = data
         content["name"] = name

@@ -27,7 +27,8 @@ from typing import Any, Literal
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.core.files import disk_errors, sync_folder
-from vaedist.tuning.space import Setting, Space
+from vaedist.tuning.dimensions import Setting
+from vaedist.tuning.space import Space
 
 NAME = "trials.jsonl"
 Status = Literal["finished", "stopped early", "failed"]
@@ -96,7 +97,7 @@ class Record:
                     space = parse(Space, event["space"], where=f"{path}, line 1")
                     record = cls(folder, space, str(event["data"]), [])
                 else:
-                    record._take(event)
+                    record._apply(event)
             except (ValueError, KeyError, TypeError, IndexError):
                 raise UserError(
                     f"{path} is damaged in line {number}: mend that line or remove it and what follows, or search "
@@ -105,7 +106,7 @@ class Record:
         return record
 
     @classmethod
-    def begin(cls, folder: Path, space: Space, data: str) -> Record:
+    def create(cls, folder: Path, space: Space, data: str) -> Record:
         """A new record, with its first line."""
         record = cls(folder, space, data, [])
         record._write(
@@ -119,7 +120,7 @@ class Record:
         if not self.trials:
             (self.folder / NAME).unlink(missing_ok=True)
 
-    def mend(self) -> None:
+    def truncate_torn_line(self) -> None:
         """Cut off a line that a kill has torn, so that the next one does not continue it."""
         path = self.folder / NAME
         content = path.read_bytes()
@@ -131,12 +132,12 @@ class Record:
 
     def propose(self, settings: Mapping[str, Setting]) -> Trial:
         """Write down the next trial."""
-        self._add({"event": "trial", "trial": len(self.trials), "settings": dict(settings)})
+        self._append({"event": "trial", "trial": len(self.trials), "settings": dict(settings)})
         return self.trials[-1]
 
     def rung(self, trial: Trial, step: int, value: float, halt: bool) -> None:
         """Write down a trial's value at a rung, and the verdict."""
-        self._add({"event": "rung", "trial": trial.number, "step": step, "value": value, "halt": halt})
+        self._append({"event": "rung", "trial": trial.number, "step": step, "value": value, "halt": halt})
 
     def end(
         self,
@@ -149,7 +150,7 @@ class Record:
         reason: str | None = None,
     ) -> None:
         """Write down how a trial ended."""
-        self._add(
+        self._append(
             {
                 "event": "end",
                 "trial": trial.number,
@@ -161,9 +162,9 @@ class Record:
             }
         )
 
-    def _add(self, event: dict[str, Any]) -> None:
+    def _append(self, event: dict[str, Any]) -> None:
         self._write([{**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}])
-        self._take(event)
+        self._apply(event)
 
     def _write(self, events: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
@@ -172,7 +173,7 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
 
-    def _take(self, event: Mapping[str, Any]) -> None:
+    def _apply(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
         if kind == "trial":
             if event["trial"] != len(self.trials):

@@ -13,16 +13,16 @@ from typing import Any
 
 from vaedist.config.job import Job
 from vaedist.core.errors import Diverged, OutOfMemory, UserError, WorkerLost
-from vaedist.runs import stop_request as stop
+from vaedist.runs import stop_request
 from vaedist.runs.fit_options import Outcome
-from vaedist.runs.run_lock import Held
+from vaedist.runs.run_lock import RunLocked
 from vaedist.tuning.trial_log import Record, run_folder
 
-_PATIENCE_SECONDS = 60.0
+_LOCK_WAIT_SECONDS = 60.0
 """How long a trial waits for its own earlier process, which a killed search may leave behind for some seconds."""
 
 
-def run(
+def run_trial(
     folder: Path, number: int, data: str, train: Callable[[Job, Path], Outcome], *, device: str = "cpu"
 ) -> dict[str, Any]:
     """Train and measure a trial of the record in `folder`; what became of it, as JSON values.
@@ -49,7 +49,7 @@ def run(
     step, status = trial.halted or 0, "stopped early"
     try:
         if trial.halted is None:
-            (place / stop.NAME).unlink(missing_ok=True)  # asked of an attempt that has ended
+            (place / stop_request.STOP_FILE).unlink(missing_ok=True)  # asked of an attempt that has ended
             outcome = _train(job, place, train)
             step, status = outcome.step, "finished"
             if outcome.status == "stopped":
@@ -67,11 +67,11 @@ def run(
 
 
 def _train(job: Job, place: Path, train: Callable[[Job, Path], Outcome]) -> Outcome:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + _LOCK_WAIT_SECONDS
     while True:
         try:
             return train(job, place)
-        except Held:
+        except RunLocked:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)

@@ -26,8 +26,8 @@ from vaedist.distributed.process_group import Group
 from vaedist.launchers.ray.tuner import at_once, run
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
+from vaedist.tuning.controller import SearchController
 from vaedist.tuning.measure import measure
-from vaedist.tuning.search import Sweep
 from vaedist.tuning.space import Space
 from vaedist.tuning.trial_log import Record, Trial
 
@@ -46,7 +46,7 @@ def index(phantom: Path) -> Index:
     return Index.open(phantom)
 
 
-def search(folder: Path, space: Space, index: Index, **options: Any) -> tuple[Sweep, list[str]]:
+def search(folder: Path, space: Space, index: Index, **options: Any) -> tuple[SearchController, list[str]]:
     """On the Ray of this session, two trials at a time."""
     folder.mkdir(exist_ok=True)
     lines: list[str] = []

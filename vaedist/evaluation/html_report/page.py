@@ -10,15 +10,15 @@ from pathlib import Path
 
 import vaedist
 from vaedist.core.errors import UserError
-from vaedist.evaluation.comparison import SEEDS, Comparison, Entry
-from vaedist.evaluation.html_report.sections import Contents, Table
+from vaedist.evaluation.comparison import SEEDS, Comparison, RunEvaluation
+from vaedist.evaluation.html_report.sections import HtmlTable, RunReport
 from vaedist.runs.open_run import Run
-from vaedist.runs.run_folder import RunFolder
+from vaedist.runs.provenance import read_starts
 
 _HERE = Path(__file__).parent
 
 
-def page(runs: Sequence[Run], entries: Sequence[Entry], shown: Sequence[Contents]) -> bytes:
+def page(runs: Sequence[Run], entries: Sequence[RunEvaluation], shown: Sequence[RunReport]) -> bytes:
     """The whole file.
 
     Args:
@@ -43,24 +43,24 @@ def page(runs: Sequence[Run], entries: Sequence[Entry], shown: Sequence[Contents
     return text.encode()
 
 
-def _comparisons(entries: Sequence[Entry]) -> Iterator[Table]:
+def _comparisons(entries: Sequence[RunEvaluation]) -> Iterator[HtmlTable]:
     comparison = Comparison(entries)
     for table, rows in zip(comparison.document(), comparison.rows(), strict=True):
         data = table["data"]
         verdicts = "; ".join(table["verdicts"]) or f"none beats another: that takes {SEEDS} seeds of each"
-        yield Table(
+        yield HtmlTable(
             rows,
             f"{data['split']}, {data['images']:,} images, mean ± standard deviation over seeds. {verdicts}.",
         )
 
 
-def _made_by(runs: Sequence[Run]) -> Iterator[Table]:
+def _made_by(runs: Sequence[Run]) -> Iterator[HtmlTable]:
     """The exact commands, and what they ran on."""
     rows = [["run", "when", "command", "commit", "engine", "machine"]]
     libraries: dict[str, str] = {}
     for run in runs:
         try:
-            starts = RunFolder(run.folder).starts()
+            starts = read_starts(run.folder)
         except UserError:  # a damaged record of starts takes nothing from what was measured
             starts = []
         for start in starts:
@@ -70,6 +70,6 @@ def _made_by(runs: Sequence[Run]) -> Iterator[Table]:
             told = [start.get(name) or "" for name in ("time", "command")]
             rows.append([run.job.name, *told, commit, engine, start.get("host") or ""])
     rows.append(["this page", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "", "", ""])
-    yield Table(rows, "Each start of each run, oldest first.", words=True)
+    yield HtmlTable(rows, "Each start of each run, oldest first.", words=True)
     if libraries:
-        yield Table([["library", "version"], *([name, version] for name, version in libraries.items())])
+        yield HtmlTable([["library", "version"], *([name, version] for name, version in libraries.items())])

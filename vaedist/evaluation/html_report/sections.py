@@ -18,15 +18,16 @@ import yaml
 from vaedist.core.errors import NotDefined
 from vaedist.core.imaging import Pixels, as_numpy, channels_last, grid, png_bytes, to_uint8
 from vaedist.data.format.index import Index
-from vaedist.evaluation.evaluation import Batches, Findings
+from vaedist.evaluation.evaluate_model import Batches, EvaluationResult
 from vaedist.evaluation.html_report import charts
 from vaedist.evaluation.metrics import latents
-from vaedist.evaluation.metrics.per_image import Row, pairs, pick_evenly, with_codes, without_padding
+from vaedist.evaluation.metrics.per_image import ImageMetrics, pairs, pick_evenly, with_codes, without_padding
 from vaedist.evaluation.metrics.tables import HEADS, digits, metrics_rows
-from vaedist.evaluation.text_report import report
-from vaedist.inference import sampling as drawing
-from vaedist.inference.show import beside
-from vaedist.inference.stored_mixture import stored_density
+from vaedist.evaluation.text_report import format_report
+from vaedist.inference.latent_space import interpolation
+from vaedist.inference.sample_files import with_code_maps
+from vaedist.inference.sampling import Sampler
+from vaedist.inference.stored_mixture import load_mixture
 from vaedist.runs.open_run import Run
 from vaedist.runs.run_folder import RunFolder
 from vaedist.training.run_log import read_metrics
@@ -55,7 +56,7 @@ _PHASES = {"train": "training", "validate": "validation"}
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """One image and what was made of it, as data URIs."""
 
     title: str
@@ -66,7 +67,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """Cells as text; the first row is the head, the first column names the rows."""
 
     rows: list[list[str]]
@@ -85,8 +86,8 @@ class Section:
     """SVG."""
     pictures: list[tuple[str, str]] = field(default_factory=list)
     """Caption and data URI."""
-    tables: list[Table] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
+    tables: list[HtmlTable] = field(default_factory=list)
+    pairs: list[ImagePair] = field(default_factory=list)
     text: str = ""
     """Set as it stands."""
     pixels: bool = True
@@ -97,7 +98,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Contents:
+class RunReport:
     """One run."""
 
     name: str
@@ -107,16 +108,16 @@ class Contents:
     sections: list[Section]
 
 
-def gather(
-    run: Run, index: Index, batches: Batches, found: Findings, document: Mapping[str, Any]
-) -> Contents:
+def run_report(
+    run: Run, index: Index, batches: Batches, found: EvaluationResult, document: Mapping[str, Any]
+) -> RunReport:
     """Everything that the page shows of a run.
 
     Args:
         run: Opened, on the device of the batches.
         index: The data that it was measured on.
         batches: The split, as the model is shown it.
-        found: What `examine` measured.
+        found: What `evaluate` measured.
         document: The JSON document that was written.
     """
     data = document["data"]
@@ -139,12 +140,12 @@ def gather(
         _curves(run),
         _data_card(index),
         _settings(run),
-        Section("Every number", "As `vaedist-evaluate` prints it.", text=report(document)),
+        Section("Every number", "As `vaedist-evaluate` prints it.", text=format_report(document)),
     )
     alarm = document["collapse"]["told"] if document["collapse"] else ""
     if data["other_data"]:
         alarm = f"These are not the data that the run was trained from. {alarm}".strip()
-    return Contents(
+    return RunReport(
         run.job.name, f"{document['kind']} of {size} images", alarm, facts, [part for part in parts if part]
     )
 
@@ -162,7 +163,9 @@ def png_uri(content: bytes) -> str:
 # Sections ----------------------------------------------------------------------------------------------------
 
 
-def _reconstructions(run: Run, batches: Batches, found: Findings, document: Mapping[str, Any]) -> Section:
+def _reconstructions(
+    run: Run, batches: Batches, found: EvaluationResult, document: Mapping[str, Any]
+) -> Section:
     section = Section("Reconstructions")
     if not run.model.reconstructs:
         return section
@@ -179,11 +182,11 @@ def _reconstructions(run: Run, batches: Batches, found: Findings, document: Mapp
     ):
         numbers = _numbers(row)
         heat = _heat(gap / largest)
-        section.pairs.append(Pair(row.key, numbers, picture(original), picture(other), picture(heat)))
+        section.pairs.append(ImagePair(row.key, numbers, picture(original), picture(other), picture(heat)))
     images = document["images"]
     held = {"this run": document["metrics"], **document["baselines"]}
     section.tables.append(
-        Table(
+        HtmlTable(
             metrics_rows({name: (images, metrics) for name, metrics in held.items()}),
             "Mean ± standard deviation over images; foreground: where the original is above 0.",
         )
@@ -192,7 +195,7 @@ def _reconstructions(run: Run, batches: Batches, found: Findings, document: Mapp
         for name, members in document["groups"].items():
             values = {str(group): (part["images"], part["metrics"]) for group, part in members.items()}
             if len(values) > 1:
-                section.tables.append(Table(metrics_rows(values, name)))
+                section.tables.append(HtmlTable(metrics_rows(values, name)))
     return section
 
 
@@ -200,10 +203,10 @@ def _samples(run: Run, document: Mapping[str, Any]) -> Section:
     section = Section("Samples")
     samplers = {}
     if run.model.samples:
-        samplers["from the prior, seed 0, none picked"] = drawing.Sampler(run.model)
-    mixture = stored_density(run) if run.model.latent in ("vector", "map") else None
+        samplers["from the prior, seed 0, none picked"] = Sampler(run.model)
+    mixture = load_mixture(run) if run.model.latent in ("vector", "map") else None
     if mixture is not None and not run.model.conditional:
-        samplers[f"from the {mixture}"] = drawing.Sampler(run.model, mixture=mixture)
+        samplers[f"from the {mixture}"] = Sampler(run.model, mixture=mixture)
     for caption, sampler in samplers.items():
         section.pictures.append((caption, picture(grid(channels_last(_drawn(sampler)), 8))))
     if "samples" in document:
@@ -217,16 +220,16 @@ def _samples(run: Run, document: Mapping[str, Any]) -> Section:
         note = (
             f"{told['generated']:,} samples from {told['latents_from']} against {told['real']:,} real images"
         )
-        section.tables.append(Table(rows, note))
+        section.tables.append(HtmlTable(rows, note))
     return section
 
 
-def _drawn(sampler: drawing.Sampler) -> Pixels:
+def _drawn(sampler: Sampler) -> Pixels:
     return np.concatenate([sampler.draw(16, first).images for first in range(0, SAMPLES, 16)])
 
 
 def _latents(
-    run: Run, index: Index, batches: Batches, found: Findings, document: Mapping[str, Any]
+    run: Run, index: Index, batches: Batches, found: EvaluationResult, document: Mapping[str, Any]
 ) -> Section:
     section = Section("Latents")
     if run.model.latent not in ("vector", "map"):
@@ -234,7 +237,7 @@ def _latents(
     held = found.posteriors
     if held is None:  # not measured: --importance 0
         try:
-            held = latents.collect(run.model, batches, seed=run.job.seed)
+            held = latents.collect_latents(run.model, batches, seed=run.job.seed)
         except NotDefined:
             return section
     held = held.every(max(1, -(-len(held.keys) // MOST_POINTS)))
@@ -292,14 +295,14 @@ def _strips(run: Run, held: latents.Latents) -> Iterator[tuple[str, str]]:
         ends = [held.mean[place].reshape(held.shape).to(weight.device, weight.dtype) for place in (a, b)]
         label = int(held.labels[a]) if run.model.conditional else None
         with torch.no_grad():
-            rows.append(drawing.interpolation(run.model, ends[0], ends[1], FRAMES, label))
+            rows.append(interpolation(run.model, ends[0], ends[1], FRAMES, label))
     yield (
         f"{len(rows)} ways from one image of the split (left) to another (right) through the latents",
         picture(grid(channels_last(np.concatenate(rows)), FRAMES)),
     )
 
 
-def _codes(run: Run, batches: Batches, found: Findings, document: Mapping[str, Any]) -> Section:
+def _codes(run: Run, batches: Batches, found: EvaluationResult, document: Mapping[str, Any]) -> Section:
     section = Section("Codes")
     if run.model.latent != "codes" or not document["codes"]:
         return section
@@ -313,12 +316,12 @@ def _codes(run: Run, batches: Batches, found: Findings, document: Mapping[str, A
     section.charts.append(charts.bars(share, x="codes, the most used first", y="share of all positions"))
     with torch.no_grad():
         batch = with_codes(run.model, without_padding(next(iter(batches))))
-    both = beside(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
+    both = with_code_maps(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
     section.pictures.append(("images and their codes, a colour for each code", picture(grid(both, 8))))
     return section
 
 
-def _audit(found: Findings, document: Mapping[str, Any]) -> Section:
+def _audit(found: EvaluationResult, document: Mapping[str, Any]) -> Section:
     section = Section("Does it repeat its training images?", pixels=False)
     if "audit" not in document:
         return section
@@ -376,7 +379,7 @@ def _data_card(index: Index) -> Section:
         )
     else:
         note = "No subject is in more than one split."
-    section.tables.append(Table(rows, note, words=True))
+    section.tables.append(HtmlTable(rows, note, words=True))
     return section
 
 
@@ -388,7 +391,7 @@ def _settings(run: Run) -> Section:
 # Around them -------------------------------------------------------------------------------------------------
 
 
-def _numbers(row: Row) -> str:
+def _numbers(row: ImageMetrics) -> str:
     told = [
         f"{title} {row.metrics[name]:.{digits(name)}f}"
         for name, title in HEADS.items()

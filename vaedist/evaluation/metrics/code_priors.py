@@ -46,7 +46,7 @@ from vaedist.evaluation.metrics.likelihood import (
     MEANINGS,
     bits_per_dim,
     black_and_white,
-    called,
+    likelihood_name,
     log_likelihood,
 )
 from vaedist.evaluation.metrics.per_image import with_codes, without_padding
@@ -165,7 +165,7 @@ class TokenBaselines:
 
 
 @dataclass
-class PriorNumbers:
+class PriorLikelihood:
     """What a prior says of a split's codes, and of its images."""
 
     tokens: int
@@ -212,7 +212,7 @@ def training_codes(model: Variant, batches: Iterable[Batch]) -> Codes:
 
 
 @torch.no_grad()
-def measure(
+def measure_prior(
     model: Variant,
     batches: Iterable[Batch],
     baselines: TokenBaselines | None = None,
@@ -220,7 +220,7 @@ def measure(
     seed: int = 0,
     step: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> PriorNumbers:
+) -> PriorLikelihood:
     """Nats of every image's codes under the prior and the baselines, and of the image given them.
 
     Args:
@@ -235,7 +235,7 @@ def measure(
     """
     if model.reads != "codes":
         raise model.not_defined("nats per token")
-    found: PriorNumbers | None = None
+    found: PriorLikelihood | None = None
     bilevel = True
     for batch in map(without_padding, batches):
         if not batch["sample"]:
@@ -257,9 +257,9 @@ def measure(
                     "evaluate an earlier checkpoint"
                 )
         bilevel = bilevel and black_and_white(image)
-        name = called(decoded, bilevel)
+        name = likelihood_name(decoded, bilevel)
         if found is None:
-            found = PriorNumbers(codes[0].numel(), model.num_codes, model.spec.pixels, name)
+            found = PriorLikelihood(codes[0].numel(), model.num_codes, model.spec.pixels, name)
         found.evidence = name
         found.rows += [
             dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)

@@ -149,19 +149,19 @@ class Extractor:
         )
 
 
-def default(device: str | torch.device = "cpu") -> Extractor:
+def default_extractor(device: str | torch.device = "cpu") -> Extractor:
     """The committed extractor `vd`: 128 features of an image below 128 pixels a side, else 256; 31 classes."""
     from safetensors.torch import load
 
     content = WEIGHTS.read_bytes()
     with torch.device("meta"):  # no random start that would only be overwritten
-        network = Network()
+        network = FeatureNetwork()
     # Stored in half precision, computed in single.
     network.load_state_dict({name: value.float() for name, value in load(content).items()}, assign=True)
     return Extractor("vd", hashlib.sha256(content).hexdigest(), network, device)
 
 
-class Network(nn.Module):
+class FeatureNetwork(nn.Module):
     """The default extractor's network: seven convolutions on 64x64, then one linear layer to the features.
 
     That layer sees where things are (the last 4x4 map) and, as means over the image, how strongly the finer

@@ -108,7 +108,7 @@ _DETERMINISTIC = "the rate is not defined, because the encoder is deterministic:
 
 
 @torch.no_grad()
-def collect(
+def collect_latents(
     model: Variant,
     batches: Iterable[Batch],
     *,
@@ -203,7 +203,7 @@ def active_units(latents: Latents) -> tuple[int, int]:
     return int(says.sum()), len(says)
 
 
-def describe(latents: Latents, *, seed: int = 0, classes: bool = False) -> dict[str, Any]:
+def latent_statistics(latents: Latents, *, seed: int = 0, classes: bool = False) -> dict[str, Any]:
     """Every number of the module's table, as JSON values.
 
     Args:

@@ -67,7 +67,7 @@ def black_and_white(image: Tensor) -> bool:
     return bool(((image == 0) | (image == 255)).all())
 
 
-def called(decoded: Likelihood, bilevel: bool) -> str:
+def likelihood_name(decoded: Likelihood, bilevel: bool) -> str:
     """The name of what `log_likelihood` returns: see the module's table.
 
     Args:
@@ -89,7 +89,7 @@ def log_likelihood(decoded: Likelihood, image: Tensor, uniform: Callable[[], Ten
         uniform: Gives the dequantisation noise, (B, C, H, W) on [0, 1); only a density asks for it.
     """
     if getattr(decoded, "evidence", "surrogate") == "density":
-        nats: Tensor = decoded.dequantised(image, uniform())  # type: ignore[attr-defined]
+        nats: Tensor = decoded.dequantized_log_prob(image, uniform())  # type: ignore[attr-defined]
         return nats
     return decoded.log_prob(image)
 
@@ -178,7 +178,7 @@ def estimate(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass
-class Evidence:
+class SplitLikelihood:
     """Likelihood of a split."""
 
     name: str
@@ -227,7 +227,7 @@ def bits_per_dim(nats: float, pixels: int) -> float:
 
 
 @torch.no_grad()
-def measure(
+def measure_likelihood(
     model: Variant,
     batches: Iterable[Batch],
     *,
@@ -236,7 +236,7 @@ def measure(
     seed: int = 0,
     chunk: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Evidence:
+) -> SplitLikelihood:
     """The importance-weighted likelihood of every image of `batches`, each once.
 
     Args:
@@ -252,7 +252,7 @@ def measure(
         NotDefined: the model has no such likelihood, with the reason; or there is no image.
         UserError: a likelihood is not finite; the first such key is named.
     """
-    found: Evidence | None = None
+    found: SplitLikelihood | None = None
     totals = [0.0] * rounds
     bilevel = True
     for batch in map(without_padding, batches):
@@ -275,9 +275,9 @@ def measure(
                 )
             columns.append(torch.stack([-bound, elbo, effective], 1))
             totals[number] += float(-bound.sum())
-        name = called(decoded, bilevel)
+        name = likelihood_name(decoded, bilevel)
         if found is None:
-            found = Evidence(name, type(decoded).__name__.lower(), model.spec.pixels, draws)
+            found = SplitLikelihood(name, decoded.name, model.spec.pixels, draws)
         found.name = name
         found.rows += _rows(torch.stack(columns).mean(0))
         if progress is not None:

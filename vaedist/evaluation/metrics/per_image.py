@@ -30,7 +30,7 @@ from vaedist.models.contract import Variant
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageMetrics:
     """One image: its metrics against its reconstruction, the model's terms, and the baselines' metrics."""
 
     sample: int
@@ -42,10 +42,10 @@ class Row:
 
 
 @dataclass
-class Evaluation:
+class SplitMetrics:
     """What one pass found."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ImageMetrics] = field(default_factory=list)
     units: dict[str, str] = field(default_factory=dict)
     """Term to unit, where the model declares one."""
     batch_terms: dict[str, float] = field(default_factory=dict)
@@ -61,19 +61,19 @@ class Evaluation:
         names = list(self.rows[0].baselines) if self.rows else []
         return {name: summaries(row.baselines[name] for row in self.rows) for name in names}
 
-    def by(self, group_of: Callable[[Row], str | None]) -> dict[str, dict[str, Any]]:
-        """`summarise` of each group, in sorted order; rows for which `group_of` says None are in none."""
-        members: dict[str, list[Row]] = {}
+    def by(self, group_of: Callable[[ImageMetrics], str | None]) -> dict[str, dict[str, Any]]:
+        """`summarize_images` of each group, in sorted order; rows for which `group_of` says None are in none."""
+        members: dict[str, list[ImageMetrics]] = {}
         for row in self.rows:
             name = group_of(row)
             if name is not None:
                 members.setdefault(name, []).append(row)
-        return {name: summarise(members[name]) for name in sorted(members)}
+        return {name: summarize_images(members[name]) for name in sorted(members)}
 
     def document(self) -> dict[str, Any]:
         """Everything but the single rows, as JSON values."""
         return {
-            **summarise(self.rows),
+            **summarize_images(self.rows),
             "units": {**self.units, **({"elbo": "nats"} if "elbo" in self.rows[0].terms else {})},
             "batch_terms": self.batch_terms,
             "codes": self.codes,
@@ -97,7 +97,7 @@ class Evaluation:
             }
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_images(rows: Sequence[ImageMetrics]) -> dict[str, Any]:
     """`images`, and `metrics` and `terms` as name to mean, std, count, of some rows."""
     return {
         "images": len(rows),
@@ -107,7 +107,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_images(
     model: Variant,
     batches: Iterable[Batch],
     *,
@@ -115,7 +115,7 @@ def evaluate(
     step: int = 0,
     baselines: Baselines | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Evaluation:
+) -> SplitMetrics:
     """Measure `model` on every image of `batches`, each once.
 
     Args:
@@ -129,7 +129,7 @@ def evaluate(
     Raises:
         UserError: there is no image, or a reconstruction is not finite.
     """
-    found = Evaluation(units=dict(model.units))
+    found = SplitMetrics(units=dict(model.units))
     counter = CodeCounter(model.num_codes) if model.latent == "codes" else None
     if counter is None:
         found.not_defined["codes"] = str(model.not_defined("codes"))
@@ -163,7 +163,7 @@ def evaluate(
             batch_terms.setdefault(name, []).append((value, count))
         labels = batch["label"].tolist()
         found.rows += [
-            Row(batch["sample"][i], batch["key"][i], labels[i], metrics[i], per_row[i], others[i])
+            ImageMetrics(batch["sample"][i], batch["key"][i], labels[i], metrics[i], per_row[i], others[i])
             for i in range(count)
         ]
         if progress is not None:
@@ -251,13 +251,13 @@ def without_padding(batch: Batch) -> Batch:
     return cast(Batch, rows)
 
 
-def pick_evenly(rows: Sequence[Row], count: int) -> list[Row]:
+def pick_evenly(rows: Sequence[ImageMetrics], count: int) -> list[ImageMetrics]:
     """Up to `count` rows spread evenly over the sorted quality, the worst first and the best last.
 
     Quality is the SSIM, or the negative MSE of images too small for one.
     """
 
-    def quality(row: Row) -> float:
+    def quality(row: ImageMetrics) -> float:
         known = (row.metrics["ssim"], row.metrics["ssim_default"], -row.metrics["mse"])
         return next(value for value in known if math.isfinite(value))
 

@@ -52,13 +52,13 @@ class Collapse(NamedTuple):
             "without them"
         )
 
-    def plain(self) -> dict[str, Any]:
-        """For a checkpoint and for JSON; `read` takes it back."""
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint and for JSON; `from_json` takes it back."""
         return {**self._asdict(), "told": str(self)}
 
     @classmethod
-    def read(cls, content: Any, where: object) -> Collapse | None:
-        """What `plain` gave; None for None.
+    def from_json(cls, content: Any, where: object) -> Collapse | None:
+        """What `to_json` gave; None for None.
 
         Raises:
             UserError: it is something else: the file is of another making.

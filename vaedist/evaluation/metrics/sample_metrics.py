@@ -43,7 +43,7 @@ from vaedist.core.errors import UserError, did_you_mean
 from vaedist.core.imaging import Pixels
 from vaedist.evaluation.metrics.features import Extractor
 
-BETTER: Mapping[str, Literal["min", "max"]] = {
+SAMPLE_METRICS: Mapping[str, Literal["min", "max"]] = {
     "kid": "min",
     "frechet": "min",
     "frechet_extrapolated": "min",
@@ -106,11 +106,11 @@ def sample_metrics(
     assert known.images.shape[1:] == generated.shape[1:], f"{known.images.shape} and {generated.shape}"
     made = features(generated)
     count, size = made.values.shape
-    missing = undefined(len(known.images), count, size, classes=made.logits is not None)
-    asked = set(BETTER) if only is None else set(only)
+    missing = undefined_metrics(len(known.images), count, size, classes=made.logits is not None)
+    asked = set(SAMPLE_METRICS) if only is None else set(only)
     for name in sorted(asked):
-        if name not in BETTER:
-            raise UserError(f"there is no sample metric {name!r}{did_you_mean(name, BETTER)}")
+        if name not in SAMPLE_METRICS:
+            raise UserError(f"there is no sample metric {name!r}{did_you_mean(name, SAMPLE_METRICS)}")
         if name in missing and only is not None:
             raise UserError(missing[name])
     asked -= missing.keys()
@@ -138,7 +138,7 @@ def sample_metrics(
     return found
 
 
-def undefined(real: int, generated: int, size: int, *, classes: bool) -> dict[str, str]:
+def undefined_metrics(real: int, generated: int, size: int, *, classes: bool) -> dict[str, str]:
     """Plain name to a sentence with the reason, for the metrics that sets of so many images do not have.
 
     Args:
@@ -169,17 +169,17 @@ def undefined(real: int, generated: int, size: int, *, classes: bool) -> dict[st
     return told
 
 
-def plain(name: str) -> str:
+def base_name(name: str) -> str:
     """`kid` of `kid[vd-1a2b3c4d]`: what a job's `monitor.metric` may say."""
     return name.partition("[")[0]
 
 
 def is_sample_metric(name: str) -> bool:
     """Whether `name`, plain or full, is one that a job may monitor."""
-    return plain(name) in BETTER
+    return base_name(name) in SAMPLE_METRICS
 
 
-def pick(found: Mapping[str, float], name: str) -> float:
+def monitored_value(found: Mapping[str, float], name: str) -> float:
     """The value that a monitor's `name` means: by its full name, else the extractor's one of that plain name.
 
     Raises:
@@ -188,10 +188,10 @@ def pick(found: Mapping[str, float], name: str) -> float:
     if name in found:
         return found[name]
     for full, value in found.items():
-        if full != PIXELS and plain(full) == name:
+        if full != PIXELS and base_name(full) == name:
             return value
     raise UserError(
-        f"there is no sample metric {name!r} here{did_you_mean(name, [*found, *map(plain, found)])}"
+        f"there is no sample metric {name!r} here{did_you_mean(name, [*found, *map(base_name, found)])}"
     )
 
 

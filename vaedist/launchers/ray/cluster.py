@@ -34,7 +34,7 @@ from vaedist.launchers.local import loopback, python_path
 Resources = Mapping[str, float]
 """What a node offers, by Ray's names: CPU, GPU, memory..."""
 
-KNOBS = {
+RAY_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -43,7 +43,7 @@ KNOBS = {
     "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would run it at nice 15
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-WITHOUT = {
+PRIVATE_RAY_ENV = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_memory_monitor_refresh_ms": "0",
@@ -57,7 +57,7 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @dataclass(frozen=True)
-class Want:
+class ResourceRequest:
     """What a run asks of a cluster.
 
     Attributes:
@@ -73,7 +73,7 @@ class Want:
     gpus: int | None = None
     device: str = "auto"
 
-    def place(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
+    def fit(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
         """GPUs per worker, and how many workers have room on these nodes (`most` at most).
 
         Args:
@@ -141,14 +141,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
+def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
     """The Ray cluster of a run.
 
     Where Ray is initialised already, that one; in a Slurm job over several nodes the one that the supervisor started on
     them (VAEDIST_RAY_CLUSTER); else a private one on this machine, ended on exit.
 
     Args:
-        want: What has to fit.
+        request: What has to fit.
         cpus: Logical CPUs of a private cluster; default: the allocation's.
 
     Raises:
@@ -160,7 +160,7 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cl
         import ray
 
         if ray.is_initialized():
-            with environment(KNOBS | {"PYTHONPATH": python_path()}):
+            with environment(RAY_ENV | {"PYTHONPATH": python_path()}):
                 yield Cluster(private=False, told="found")
             return
     if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
@@ -172,11 +172,11 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cl
     ours = allocation()
     size = {
         "CPU": float(cpus or ours.cpus),
-        "GPU": float(_usable_gpus(ours, "auto" if want is None else want.device)),
+        "GPU": float(_usable_gpus(ours, "auto" if request is None else request.device)),
     }
-    if want is not None:
-        want.place([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
-    variables = KNOBS | WITHOUT | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
+    if request is not None:
+        request.fit([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
+    variables = RAY_ENV | PRIVATE_RAY_ENV | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
     with environment(variables), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
         exits.enter_context(_without_anonymous_deaths())
@@ -251,7 +251,7 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def this_node() -> str:
+def current_node() -> str:
     """Ray's name of the node that this process is on."""
     import ray
 
@@ -259,7 +259,7 @@ def this_node() -> str:
     return name
 
 
-def on_node(node: str, work: Callable[..., Any], *given: Any) -> None:
+def run_on_node(node: str, work: Callable[..., Any], *given: Any) -> None:
     """Have `work` done on a node; whether it was is not waited for, because the node may have gone."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,8 +1,8 @@
 """The frozen tokenizer inside a prior over codes: the settings that describe it, and the module made from them.
 
 A prior (`reads == "codes"`) says `tokenizer: RUN` in its settings, where RUN is a run of a variant whose `latent` is
-`codes`. Before a prior is built, `vaedist.training.initialization.settled` has read that run once, on rank 0, and
-put in the place of its name what the run is: its settings, how many codes and on which grid, and the sha256 of its
+`codes`. Before a prior is built, `vaedist.training.tokenizer_codes.resolve_tokenizer` reads that run once, on rank 0,
+and replaces its name by what the run is: its settings, how many codes and on which grid, and the sha256 of its
 weights. That section is kept in the saved job and the weights travel in the prior's own checkpoint, so a trained
 prior opens and samples without the tokenizer's folder; only training reads that folder again, for the codes of the
 images.
