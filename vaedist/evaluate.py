@@ -288,7 +288,7 @@ def _evaluate(
             "split": name,
             "split_images": split.count,
             "shape": list(index.shape),
-            "binarise": batches.inputs.binarise,
+            "binarise": batches.inputs.binarization,
         },
         "collapse": run.collapse.to_json() if run.collapse else None,
         "torch": torch.__version__,

@@ -10,7 +10,7 @@ from vaedist.core.errors import NotDefined, cli_command
 from vaedist.core.terminal import ProgressBars, colored, echo_unless
 
 if TYPE_CHECKING:
-    from vaedist.data.format.image_files import Fit
+    from vaedist.data.format.resize import Fit
     from vaedist.inference.picture_files import PictureResult
     from vaedist.inference.sampling import Sampler
     from vaedist.runs.open_run import Run

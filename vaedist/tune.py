@@ -217,12 +217,15 @@ def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
     from vaedist.data.format.index import INDEX_NAME, Index
 
     if not (place / INDEX_NAME).exists():
-        from vaedist.data.packing.pack import Packing, pack
-        from vaedist.data.sources import Settings
+        from vaedist.data.packing.pack import PackingConfig, pack
+        from vaedist.data.sources import SourceSettings
 
-        settings = Settings(size=size, count=PHANTOM_COUNT)
+        settings = SourceSettings(size=size, count=PHANTOM_COUNT)
         with ProgressBars(quiet=quiet) as bars:
-            pack(Packing(input="phantom", out=place, size=size, settings=settings), bars.callback("packing"))
+            pack(
+                PackingConfig(input="phantom", out=place, size=size, settings=settings),
+                bars.callback("packing"),
+            )
     return Index.open(place)
 
 

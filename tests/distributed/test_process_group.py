@@ -15,7 +15,7 @@ from vaedist.distributed.process_group import Group
 GRADIENTS = """
 import torch
 from torch import nn
-from vaedist.data.loading.stream import slice_bounds
+from vaedist.data.loading.order import slice_bounds
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 torch.set_num_threads(1)

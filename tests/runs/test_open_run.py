@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from vaedist.config.job import Job, Spec, load_job
 from vaedist.config.settings import apply_overrides, parse
 from vaedist.core.errors import UserError
-from vaedist.data.format.index import Index, write_index
+from vaedist.data.format.index import DatasetInfo, Index, write_index
 from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
@@ -52,10 +52,7 @@ def differences(*overrides: str, saved: Job | None = None, data: dict[str, Any] 
 def index(tmp_path: Path) -> Index:
     folder = tmp_path / "shards"
     folder.mkdir()
-    shape = (1, 8, 8)
-    write_index(
-        folder, identity="ab" * 32, shape=shape, codec="png", classes=["ill", "well"], splits={"train": []}
-    )
+    write_index(folder, {"train": []}, DatasetInfo((1, 8, 8), "png", ("ill", "well")), identity="ab" * 32)
     return Index.open(folder)
 
 

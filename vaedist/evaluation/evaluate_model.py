@@ -24,7 +24,7 @@ from vaedist.core.context import Batch
 from vaedist.core.errors import NotDefined
 from vaedist.core.imaging import Pixels
 from vaedist.core.terminal import StartBar
-from vaedist.data.format.index import Split
+from vaedist.data.format.split import Split
 from vaedist.evaluation import sample_quality as quality
 from vaedist.evaluation.memorization import audit
 from vaedist.evaluation.metrics import code_priors as tokens

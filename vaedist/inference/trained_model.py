@@ -195,7 +195,7 @@ class TrainedModel:
         for start in range(0, len(pixels), self._rows):
             part = pixels[start : start + self._rows]
             keys = [str(number) for number in range(start, start + len(part))]
-            shown = self._inputs.binarised(part.to(self.run.device), keys)
+            shown = self._inputs.binarize(part.to(self.run.device), keys)
             parts.append(network(shown, self._label_part(labels, start, len(part))))
         result = torch.cat(parts)
         return _as(images, result.float() if result.is_floating_point() else result)

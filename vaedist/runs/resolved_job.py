@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vaedist.config.job import Job, Monitor
 from vaedist.core.errors import UserError
-from vaedist.data.loading.stream import default_lanes
+from vaedist.data.loading.order import default_lanes
 from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS, base_name, is_sample_metric
 

@@ -26,8 +26,14 @@ from vaedist.config.settings import expand
 from vaedist.core.errors import Diverged, UserError, did_you_mean
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.staging import staged
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
+from vaedist.data.loading.order import slice_bounds
+from vaedist.data.loading.staging import stage_shards
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
@@ -161,7 +167,9 @@ def _fit(
     if source is None:
         return _stopped_early(run, start, progress, tell)
     read = (job.data.train_split, job.data.validation_split)
-    source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
+    source = exits.enter_context(
+        stage_shards(source, read, group=group, report=tell, stopped=lambda: stop.requested)
+    )
     how = choose_loader_settings(
         job.data, source, (total - start) * batch_size, group, torch.get_num_threads()
     )
@@ -169,20 +177,24 @@ def _fit(
     stream = TrainingStream(
         source,
         job.data.train_split,
-        batch_size=batch_size,
-        lanes=lanes,
-        seed=job.seed,
-        cache=how.cache,
-        finish=Inputs(job).finish if model.reads == "images" else None,
-        workers=how.readers[how.cache],
-        node=group,
-        **mine,
+        TrainingStreamConfig(
+            batch_size=batch_size,
+            lanes=lanes,
+            seed=job.seed,
+            cache=how.cache,
+            static_transform=Inputs(job).static_transform if model.reads == "images" else None,
+            workers=how.readers[how.cache],
+            group=group,
+            **mine,
+        ),
     )
     exits.callback(stream.close)
     stream.workers = how.readers[stream.cache]  # a cache may not have fitted
-    inputs = Inputs(job, finished=stream.finished)
+    inputs = Inputs(job, transformed=stream.transformed)
     held_out = EvaluationStream(
-        source, job.data.validation_split, batch_size=batch_size, workers=how.readers["none"], **mine
+        source,
+        job.data.validation_split,
+        EvaluationStreamConfig(batch_size=batch_size, workers=how.readers["none"], **mine),
     )
 
     check_monitored_term(job, model, held_out)
