@@ -31,7 +31,7 @@ from vaedist.data.loading.stream import (
 )
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.runs.checkpoint import Checkpoints, Committer
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint, checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -150,7 +150,7 @@ def prepare(
         return Outcome("already finished", start, progress.validation)
 
     # The model, and its first weights: from the seed, the newest checkpoint, or another run.
-    model = build(model_config(job.model), index.spec, job.seed)
+    model = build(job.model, index.spec, job.seed)
     model.to(group.device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     check_phases(job, model)
     check_monitor(job, model)
@@ -356,8 +356,7 @@ def _summary(session: Session) -> dict[str, str]:
         "data": f"{index.folder}: {split.count} training images {'x'.join(map(str, index.spec.image_shape))}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
         "reads": session.streams.settings.describe(training.cache),
-        "model": f"{job.model['kind']}, {parameters:,} parameters"
-        + (f", {frozen:,} of them frozen" * bool(frozen)),
+        "model": f"{job.kind}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
         "engine": session.options.engine,
         "batch": f"{train.batch_size} ({training.steps_per_epoch} steps per epoch)",
