@@ -15,7 +15,7 @@ from vaedist.distributed.process_group import Group
 GRADIENTS = """
 import torch
 from torch import nn
-from vaedist.data.loading.stream import slice_bounds
+from vaedist.data.loading.order import slice_bounds
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
 torch.set_num_threads(1)
@@ -77,10 +77,10 @@ if begun:
 largest = group.begin_largest(torch.tensor([float(group.rank), float("nan")]))
 print(group.total(torch.ones(1)).item(), "others may meet meanwhile")
 ctx.finish()
-met = group.pulse.met
+met = group.stall_monitor.collectives
 print(ctx.total("same name").tolist(), ctx.total("same name").requires_grad)
 print(ctx.collected("same name").tolist())
-assert group.pulse.met == met, "nobody is waited for when they are read"
+assert group.stall_monitor.collectives == met, "nobody is waited for when they are read"
 print(largest().tolist())
 group.close()
 """

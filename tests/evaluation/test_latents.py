@@ -173,9 +173,9 @@ class Points(Linear):
     """A deterministic encoder, as of an MMD-VAE."""
 
     def encode(self, image, label=None):  # type: ignore[no-untyped-def]
-        from vaedist.nets.divergences import Point
+        from vaedist.nets.divergences import PointMass
 
-        return Point(super().encode(image).mean)
+        return PointMass(super().encode(image).mean)
 
 
 def test_a_deterministic_encoder_has_moments_and_no_rate() -> None:

@@ -23,9 +23,11 @@ from vaedist.evaluate import main as evaluate
 from vaedist.evaluation.metrics.posterior_collapse import Collapse, Usage, UsageCounter
 from vaedist.models.contract import build, model_config
 from vaedist.nets.divergences import DiagonalGaussian
-from vaedist.runs.checkpoint import load, resolve
+from vaedist.runs.checkpoint import load_checkpoint
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions
-from vaedist.runs.open_run import open_run, resolved
+from vaedist.runs.open_run import open_run
+from vaedist.runs.resolved_job import resolved
 from vaedist.runs.run_folder import RunFolder
 from vaedist.sample import main as sample
 from vaedist.training.loop import fit
@@ -138,7 +140,7 @@ def test_a_collapsed_run_says_so_in_its_folder_and_its_checkpoints(
 ) -> None:
     record = json.loads((collapsed / "collapse.json").read_text())
     assert (record["extent"], record["active"], record["units"], record["step"]) == ("total", 0, 4, 60)
-    assert load(resolve(collapsed)).state["collapse"] == record
+    assert load_checkpoint(resolve_checkpoint(collapsed)).state["collapse"] == record
     run = open_run(collapsed)
     assert run.collapse is not None and run.collapse.to_json() == record
     rows = [json.loads(line) for line in (collapsed / "latents.jsonl").read_text().splitlines()]
@@ -172,7 +174,7 @@ def test_a_run_that_uses_its_latent_raises_no_alarm(phantom: Path, tmp_path: Pat
 def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_path: Path) -> None:
     settings = resolved(job(phantom, beta=1.0))
     run = RunFolder.make(tmp_path / "run")
-    run.begin(settings, step=None)
+    run.record_start(settings, step=None)
     console = io.StringIO()
     log = RunLog(run, settings, total_steps=100, console=console)
     index = Index.open(phantom)

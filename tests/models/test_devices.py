@@ -64,10 +64,10 @@ def test_networks_of_codes_stay_on_the_device(kind: Any, config: Any) -> None:
         network = kind(config, 16, (4, 4)).to(META)
     codes = torch.zeros(2, 4, 4, dtype=torch.int64, device=META)
     network(codes).sum().backward()
-    steps = network.steps(2)
+    steps = network.start_sampling(2)
     for place in range(16):
         assert steps.logits().device == META
-        steps.push(codes[:, place // 4, place % 4])
+        steps.append(codes[:, place // 4, place % 4])
 
 
 def test_static_binarisation_is_drawn_on_the_device() -> None:

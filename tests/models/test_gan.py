@@ -15,7 +15,7 @@ from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build, model_config
 from vaedist.models.gan import OUTPUTS, reading
-from vaedist.nets.likelihoods import Observation
+from vaedist.nets.likelihoods import ObservationModel
 from vaedist.training.ema import WeightAverage
 from vaedist.training.step import TrainStep
 
@@ -151,7 +151,7 @@ def test_a_logistic_with_one_output_is_read_as_its_mean_nearly() -> None:
 @pytest.mark.parametrize(("likelihood", "fitting"), EXACT[:2], ids=str)
 def test_another_reading_is_refused(likelihood: dict[str, Any], fitting: str, output: str) -> None:
     source = vae(likelihood)
-    assert reading(Observation(source.config.likelihood, SPEC)) == fitting
+    assert reading(ObservationModel(source.config.likelihood, SPEC)) == fitting
     if output == fitting:
         return
     with pytest.raises(UserError, match=rf"^init_from=vae: .* set model\.output={fitting}$"):

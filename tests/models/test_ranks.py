@@ -39,7 +39,7 @@ RANK = """
 import json, sys
 import torch
 from tests.models.test_ranks import B, LANES, MASK, SECTIONS, batch, model_of, numbers
-from vaedist.data.loading.stream import slice_bounds
+from vaedist.data.loading.order import slice_bounds
 from vaedist.distributed.contexts import DistributedLaneContext, DistributedSampleContext
 from vaedist.distributed.process_group import Group
 

@@ -81,10 +81,10 @@ def test_wasserstein_clips_every_weight_after_a_step() -> None:
 
 
 def test_accuracies() -> None:
-    told = discriminator().told(REAL, FAKE)
+    told = discriminator().score_statistics(REAL, FAKE)
     assert told["real_accuracy"].tolist() == [0, 0, 1, 1]
     assert FAKE.tolist() == [1.0, 0.2, -0.25, -1.5] and told["fake_accuracy"].tolist() == [0, 0, 1, 1]
-    pairs = discriminator(gan_loss="relativistic").told(REAL, FAKE)
+    pairs = discriminator(gan_loss="relativistic").score_statistics(REAL, FAKE)
     assert pairs["pair_accuracy"].tolist() == [0, 0, 1, 1] and "real_accuracy" not in pairs
 
 
@@ -131,7 +131,7 @@ def test_r1_of_a_linear_discriminator_and_its_gradient() -> None:
 
 def test_steepness_agrees_with_finite_differences_and_so_does_its_gradient() -> None:
     play, x = discriminator(spectral_norm=True), images(2)
-    _, steepness = play.steep(x)
+    _, steepness = play.scores_and_squared_gradient(x)
     h, direction = 1e-6, torch.randn(x.shape, generator=generator("direction"), dtype=torch.float64)
     y = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(play(y).sum(), y)
@@ -147,7 +147,7 @@ def test_steepness_agrees_with_finite_differences_and_so_does_its_gradient() -> 
     for sign in (1, -1):
         with torch.no_grad():
             weight[place] += sign * h
-            values.append(float(play.steep(x)[1].sum()))
+            values.append(float(play.scores_and_squared_gradient(x)[1].sum()))
             weight[place] -= sign * h
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(float(weight.grad[place]), rel=1e-4, abs=1e-6)
 
@@ -165,9 +165,9 @@ def test_r1_is_lazy_by_turns_and_its_mean_counts() -> None:
 
 def test_r1_is_in_fp32_under_autocast() -> None:
     play, x = discriminator().float(), images().float()
-    expected = play.steep(x)
+    expected = play.scores_and_squared_gradient(x)
     with torch.autocast("cpu", torch.bfloat16):
-        found = play.steep(x)
+        found = play.scores_and_squared_gradient(x)
         rough = play(x)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs)
@@ -217,7 +217,7 @@ def test_the_normalised_weight_has_the_gradient_of_the_quotient() -> None:
         torch.manual_seed(0)
         norm = SpectralNorm(weight).double()
     for _ in range(200):
-        norm.follow(weight.detach())
+        norm.power_iteration(weight.detach())
     assert torch.autograd.gradcheck(norm, weight)
     exact = weight / torch.linalg.matrix_norm(weight, 2)
     torch.testing.assert_close(norm(weight), exact)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vaedist.core.context import LaneContext, generator
 from vaedist.core.errors import UserError
-from vaedist.nets.autoregressive import Choice, FullSteps, generate
+from vaedist.nets.autoregressive import LogitSampler, UncachedSamplingState, generate
 from vaedist.nets.dropout import dropout, sample_seeds
-from vaedist.nets.pixelcnn import GatedPixelCnn, Layer, PixelCnn
+from vaedist.nets.pixelcnn import GatedLayer, GatedPixelCnn, PixelCnn
 from vaedist.nets.transformer import CausalTransformer, Transformer
 
 K, GRID, LABELS = 7, (5, 6), 4
@@ -112,7 +112,7 @@ def test_the_test_of_causality_finds_what_it_looks_for() -> None:
     """A first layer of type B leaks; later layers of an all-zero mask, as one earlier system had, see nothing."""
     leaking = build(pixelcnn)
     with torch.random.fork_rng(devices=[]):
-        first = Layer(12, reach=2, dilation=1, masked=False, last=False, labels=LABELS)
+        first = GatedLayer(12, reach=2, dilation=1, masked=False, last=False, labels=LABELS)
     leaking.layers[0] = first.double()
     assert (reach(leaking) & ~BEFORE).any()
 
@@ -155,10 +155,10 @@ def test_cached_logits_are_those_of_the_full_forward(
     make: Make, grid: tuple[int, int], dtype: torch.dtype, within: float
 ) -> None:
     net, told, label = build(make, grid, dtype=dtype), codes(3, grid), labels(3)
-    steps, found = net.steps(3, label), []
+    steps, found = net.start_sampling(3, label), []
     for t in range(math.prod(grid)):
         found.append(steps.logits())
-        steps.push(told.flatten(1)[:, t])
+        steps.append(told.flatten(1)[:, t])
     with torch.no_grad():
         full = net(told, label).flatten(2)
     torch.testing.assert_close(torch.stack(found, 2), full, rtol=0, atol=within)
@@ -167,13 +167,13 @@ def test_cached_logits_are_those_of_the_full_forward(
 @network
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_cached_samples_are_those_of_one_full_forward_per_code(make: Make, guidance: float | None) -> None:
-    net, rows, choice = build(make), 5, Choice(3.0, 6, 0.98)
+    net, rows, choice = build(make), 5, LogitSampler(3.0, 6, 0.98)
     uniform = torch.rand(rows, math.prod(GRID), generator=generator("uniform"))
     label = labels(rows)
     if guidance is not None:
         label = torch.cat([label, torch.full_like(label, LABELS - 1)])
-    full = generate(FullSteps(net, len(label), label, "cpu"), uniform, choice, guidance)
-    cached = generate(net.steps(len(label), label), uniform, choice, guidance)
+    full = generate(UncachedSamplingState(net, len(label), label, "cpu"), uniform, choice, guidance)
+    cached = generate(net.start_sampling(len(label), label), uniform, choice, guidance)
     assert torch.equal(cached, full)
     assert len(full.unique()) >= 5 and len(full.unique(dim=0)) == rows, "samples worth comparing"
 
@@ -185,13 +185,13 @@ def test_guidance_is_extrapolation() -> None:
         def logits(self) -> Tensor:
             return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # labelled, free
 
-        def push(self, codes: Tensor) -> None:
+        def append(self, codes: Tensor) -> None:
             assert codes.tolist() == [codes[0]] * 2
 
     uniform = torch.linspace(0, 0.999, 1000)
     for g in (0.0, 1.0, 3.0):
         expected = torch.tensor([g, 1 - g, 0.0]).softmax(0)
-        drawn = torch.cat([generate(Fixed(), u.view(1, 1), Choice(), g) for u in uniform])
+        drawn = torch.cat([generate(Fixed(), u.view(1, 1), LogitSampler(), g) for u in uniform])
         share = torch.bincount(drawn.flatten(), minlength=3) / 1000
         torch.testing.assert_close(share, expected, atol=0.002, rtol=0)
 
@@ -204,20 +204,20 @@ P = [0.5, 0.05, 0.3, 0.15]
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (Choice(), P),
-        (Choice(temperature=0.5), [0.25, 0.0025, 0.09, 0.0225]),
-        (Choice(temperature=0), [1, 0, 0, 0]),
-        (Choice(top_k=2), [0.5, 0, 0.3, 0]),
-        (Choice(top_k=9), P),
-        (Choice(top_k=1, top_p=0.1), [1, 0, 0, 0]),
-        (Choice(top_p=0.5), [1, 0, 0, 0]),
-        (Choice(top_p=0.51), [0.5, 0, 0.3, 0]),
-        (Choice(top_p=0.81), [0.5, 0, 0.3, 0.15]),
-        (Choice(top_p=1.0), P),
-        (Choice(top_k=3, top_p=0.9), [0.5, 0, 0.3, 0.15]),
+        (LogitSampler(), P),
+        (LogitSampler(temperature=0.5), [0.25, 0.0025, 0.09, 0.0225]),
+        (LogitSampler(temperature=0), [1, 0, 0, 0]),
+        (LogitSampler(top_k=2), [0.5, 0, 0.3, 0]),
+        (LogitSampler(top_k=9), P),
+        (LogitSampler(top_k=1, top_p=0.1), [1, 0, 0, 0]),
+        (LogitSampler(top_p=0.5), [1, 0, 0, 0]),
+        (LogitSampler(top_p=0.51), [0.5, 0, 0.3, 0]),
+        (LogitSampler(top_p=0.81), [0.5, 0, 0.3, 0.15]),
+        (LogitSampler(top_p=1.0), P),
+        (LogitSampler(top_k=3, top_p=0.9), [0.5, 0, 0.3, 0.15]),
     ],
 )
-def test_probabilities(choice: Choice, expected: list[float]) -> None:
+def test_probabilities(choice: LogitSampler, expected: list[float]) -> None:
     logits = torch.tensor([P, P[::-1]], dtype=torch.float64).log() + 3
     wanted = torch.tensor([expected, expected[::-1]], dtype=torch.float64)
     torch.testing.assert_close(choice.probabilities(logits), wanted / wanted.sum(1, keepdim=True))
@@ -226,25 +226,25 @@ def test_probabilities(choice: Choice, expected: list[float]) -> None:
 def test_a_draw_follows_the_probabilities_and_never_takes_an_impossible_code() -> None:
     n = 4000
     logits = torch.tensor([-math.inf, 0.0, math.log(3), -math.inf]).expand(n, 4)
-    drawn = Choice().draw(logits, torch.rand(n, generator=generator("draw")))
+    drawn = LogitSampler().draw(logits, torch.rand(n, generator=generator("draw")))
     share = torch.bincount(drawn, minlength=4) / n
     assert share[0] == 0 and share[3] == 0
     assert abs(float(share[2]) - 0.75) < 4 * math.sqrt(0.75 * 0.25 / n)
-    ends = Choice().draw(logits[:2], torch.tensor([0.0, 1 - 2**-24]))
+    ends = LogitSampler().draw(logits[:2], torch.tensor([0.0, 1 - 2**-24]))
     assert ends.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("choice", "told"),
     [
-        (Choice(temperature=-1), "temperature is -1; give a number of at least 0"),
-        (Choice(temperature=math.nan), "temperature is nan"),
-        (Choice(top_k=0), "top_k is 0; give how many codes"),
-        (Choice(top_p=0.0), r"top_p is 0\.0; give the probability"),
-        (Choice(top_p=1.5), r"top_p is 1\.5"),
+        (LogitSampler(temperature=-1), "temperature is -1; give a number of at least 0"),
+        (LogitSampler(temperature=math.nan), "temperature is nan"),
+        (LogitSampler(top_k=0), "top_k is 0; give how many codes"),
+        (LogitSampler(top_p=0.0), r"top_p is 0\.0; give the probability"),
+        (LogitSampler(top_p=1.5), r"top_p is 1\.5"),
     ],
 )
-def test_choices_that_mean_nothing_are_refused(choice: Choice, told: str) -> None:
+def test_choices_that_mean_nothing_are_refused(choice: LogitSampler, told: str) -> None:
     with pytest.raises(UserError, match=told):
         choice.check()
 

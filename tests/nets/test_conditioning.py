@@ -15,7 +15,7 @@ from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import UserError
 from vaedist.nets.bodies import Body, decoder, encoder
-from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelCode, conditioned, drop
+from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelEmbedding, conditioned, drop_labels
 from vaedist.nets.divergences import DiagonalGaussian
 
 SPEC = Spec(2, (8, 8), classes=4)
@@ -29,10 +29,10 @@ bodies = pytest.mark.parametrize("settings", BODIES, ids=lambda s: str(s["kind"]
 conditions = pytest.mark.parametrize("condition", HOW, ids=["film", "concat", "one-hot"])
 
 
-def code_of(condition: Condition, spec: Spec = SPEC) -> LabelCode:
+def code_of(condition: Condition, spec: Spec = SPEC) -> LabelEmbedding:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return LabelCode(condition, spec)
+        return LabelEmbedding(condition, spec)
 
 
 def nets(settings: dict[str, Any], condition: Condition | None, *, vector: bool) -> list[nn.Sequential]:
@@ -131,7 +131,7 @@ def test_codes() -> None:
 def test_labels_are_dropped_where_the_noise_says() -> None:
     label = torch.arange(4)
     uniform = torch.tensor([0.05, 0.3, 0.0999, 0.1])
-    assert drop(label, uniform, 0.1).tolist() == [DROPPED, 1, DROPPED, 3]
+    assert drop_labels(label, uniform, 0.1).tolist() == [DROPPED, 1, DROPPED, 3]
     assert label.tolist() == [0, 1, 2, 3]
 
 
@@ -168,7 +168,7 @@ def test_what_a_label_may_be() -> None:
 
 def test_mistakes_in_a_condition_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.condition needs classes, and these data carry no labels"):
-        LabelCode(Condition(), Spec(1, (8, 8)))
+        LabelEmbedding(Condition(), Spec(1, (8, 8)))
     for section, told in [
         ({"label": "one_hot", "size": 4}, "a one-hot code is as long as there are classes"),
         ({"dropout": 1.0}, "dropout: input should be less than 1"),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vaedist.config.job import Spec
 from vaedist.core.context import generator
-from vaedist.nets.discretized_logistic import DiscretisedLogistic, LogisticLikelihood
-from vaedist.nets.likelihoods import Observation
+from vaedist.nets.discretized_logistic import DiscretizedLogistic, LogisticLikelihood
+from vaedist.nets.likelihoods import ObservationModel
 
 
 def normal(*shape: int, name: object = 0) -> Tensor:
@@ -28,20 +28,20 @@ def levels(n: int = 256) -> Tensor:
     return torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 1, n)
 
 
-def one(mean: Tensor, log_scale: Tensor) -> DiscretisedLogistic:
+def one(mean: Tensor, log_scale: Tensor) -> DiscretizedLogistic:
     """One logistic for each of n pixels in a row, the same for each of 256 rows of the batch."""
     shape = (256, 1, 1, 1, len(mean))
     none = mean.new_zeros(256, 1, 0, 1, len(mean))
-    return DiscretisedLogistic(
+    return DiscretizedLogistic(
         mean.new_zeros(256, 1, 1, len(mean)), mean.expand(shape), log_scale.expand(shape), none
     )
 
 
 def mixture(
     batch: int, components: int, channels: int, side: int = 2, scale: float = -2.0
-) -> DiscretisedLogistic:
+) -> DiscretizedLogistic:
     grid = (side, side)
-    return DiscretisedLogistic(
+    return DiscretizedLogistic(
         normal(batch, components, *grid, name="weights"),
         0.5 * normal(batch, components, channels, *grid, name="means"),
         scale + 0.3 * normal(batch, components, channels, *grid, name="scales"),
@@ -97,7 +97,7 @@ def test_a_mixture_over_two_channels_that_lean_sums_to_one() -> None:
     def same(values: list[float], *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).view(1, *shape).expand(len(x), *shape)
 
-    decoded = DiscretisedLogistic(
+    decoded = DiscretizedLogistic(
         same([0.4, -1.0, 0.1], 3, 1, 1),
         same([-0.9, 0.3, 0.2, 0.8, 1.5, -2.0], 3, 2, 1, 1),
         same([-5.0, -2.0, -1.0, -6.0, -3.0, 2.0], 3, 2, 1, 1),
@@ -123,7 +123,7 @@ def test_channels_lean_on_those_before_as_written() -> None:
             ],
             1,
         )
-        flat = DiscretisedLogistic(
+        flat = DiscretizedLogistic(
             torch.zeros(6, 1, 2, 2).double(),
             shifted.reshape(6, 1, 1, 2, 2),
             decoded.log_scales[:, i].reshape(6, 1, 1, 2, 2),
@@ -139,7 +139,7 @@ def test_channels_lean_on_those_before_as_written() -> None:
 def test_samples_follow_the_probabilities(channels: int) -> None:
     n = 20_000
     drawn_from = mixture(1, 3, channels, side=1, scale=-2.5)
-    many = DiscretisedLogistic(
+    many = DiscretizedLogistic(
         drawn_from.weights.expand(n, -1, -1, -1),
         drawn_from.means.expand(n, -1, -1, -1, -1),
         drawn_from.log_scales.expand(n, -1, -1, -1, -1),
@@ -166,7 +166,7 @@ def test_samples_follow_the_probabilities(channels: int) -> None:
 def test_samples_from_the_ends_of_uniform_noise_are_levels(edge: float) -> None:
     for dtype in (torch.float32, torch.float64):
         decoded = mixture(2, 3, 3)
-        decoded = DiscretisedLogistic(
+        decoded = DiscretizedLogistic(
             *(t.to(dtype) for t in (decoded.weights, decoded.means, decoded.log_scales, decoded.couplings))
         )
         draws = decoded.sample(torch.full((2, 3, 2, 2), edge))
@@ -199,7 +199,7 @@ def test_the_mean_is_that_of_the_levels_within_half_a_level(log_scale: float) ->
 )
 def test_channels_of_the_decoder(components: int, scale: str, channels: int, outputs: int) -> None:
     config = LogisticLikelihood.model_validate({"components": components, "scale": scale})
-    observation = Observation(config, Spec(channels, (4, 4))).double()
+    observation = ObservationModel(config, Spec(channels, (4, 4))).double()
     assert observation.outputs == config.outputs(channels) == outputs
     assert len(list(observation.parameters())) == (scale == "learned")
     output = normal(2, outputs, 4, 4).requires_grad_()
@@ -214,7 +214,7 @@ def test_channels_of_the_decoder(components: int, scale: str, channels: int, out
 
 @pytest.mark.parametrize("components", [1, 3])
 def test_gradients(components: int) -> None:
-    observation = Observation(LogisticLikelihood(components=components), Spec(2, (2, 2))).double()
+    observation = ObservationModel(LogisticLikelihood(components=components), Spec(2, (2, 2))).double()
     image = torch.tensor([0, 255, 3, 128, 254, 1, 77, 200], dtype=torch.uint8).view(1, 2, 2, 2)
     output = normal(1, observation.outputs, 2, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda a: observation(a).log_prob(image), (output,))
@@ -222,7 +222,7 @@ def test_gradients(components: int) -> None:
 
 
 def test_it_leaves_autocast_and_half_precision() -> None:
-    observation = Observation(LogisticLikelihood(components=3), Spec(1, (8, 8)))
+    observation = ObservationModel(LogisticLikelihood(components=3), Spec(1, (8, 8)))
     output = normal(2, 9, 8, 8).float()
     image = torch.randint(0, 256, (2, 1, 8, 8), generator=generator("image"), dtype=torch.uint8)
     exact = observation(output).log_prob(image)
@@ -243,7 +243,7 @@ def test_four_components_fit_two_peaks_and_one_does_not(components: int) -> None
     image = torch.where(pick, 60 + 6 * spread, 190 + 10 * spread).round().clamp(0, 255).to(torch.uint8)
     counts = torch.bincount(image.flatten().long(), minlength=256).double()
     entropy = float(torch.special.entr(counts / counts.sum()).sum())
-    observation = Observation(LogisticLikelihood(components=components), Spec(1, (1, 1)))
+    observation = ObservationModel(LogisticLikelihood(components=components), Spec(1, (1, 1)))
     output = torch.zeros(1, observation.outputs, 1, 1, requires_grad=True)
     optimizer = torch.optim.Adam([output], 0.1)
     for _ in range(250):

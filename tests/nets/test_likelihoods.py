@@ -21,7 +21,7 @@ from vaedist.nets.likelihoods import (
     GaussianLikelihood,
     Laplace,
     LaplaceLikelihood,
-    Observation,
+    ObservationModel,
     check_dssim,
 )
 from vaedist.nets.ssim import ssim
@@ -130,7 +130,7 @@ def test_mse_and_dssim_of_one_image() -> None:
 
 
 def test_sigma_from_data_is_the_standard_deviation_of_all_values() -> None:
-    observation = Observation(GaussianLikelihood(sigma="data"), GRAY)
+    observation = ObservationModel(GaussianLikelihood(sigma="data"), GRAY)
     batches = [{"image": images((4, 1, 8, 8), seed)} for seed in range(3)]
     observation.prepare(batches, LaneContext(seed=0, step=0, batch_size=4, lanes=2))
     values = torch.cat([b["image"] for b in batches]).double() / 255
@@ -145,7 +145,7 @@ def test_sigma_from_data_is_the_standard_deviation_of_all_values() -> None:
 
 
 def test_sigma_of_constant_images_is_one_grey_level() -> None:
-    observation = Observation(GaussianLikelihood(), GRAY)
+    observation = ObservationModel(GaussianLikelihood(), GRAY)
     observation.prepare(
         [{"image": torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)}],
         LaneContext(seed=0, step=0, batch_size=2, lanes=1),
@@ -154,16 +154,16 @@ def test_sigma_of_constant_images_is_one_grey_level() -> None:
 
 
 def test_only_measured_scales_are_saved_with_the_weights() -> None:
-    assert set(Observation(GaussianLikelihood(sigma="data"), GRAY).state_dict()) == {"scale"}
-    assert set(Observation(GaussianLikelihood(sigma="optimal"), GRAY).state_dict()) == {"scale", "steps"}
-    assert set(Observation(GaussianLikelihood(sigma="learned"), GRAY).state_dict()) == {"raw_sigma"}
+    assert set(ObservationModel(GaussianLikelihood(sigma="data"), GRAY).state_dict()) == {"scale"}
+    assert set(ObservationModel(GaussianLikelihood(sigma="optimal"), GRAY).state_dict()) == {"scale", "steps"}
+    assert set(ObservationModel(GaussianLikelihood(sigma="learned"), GRAY).state_dict()) == {"raw_sigma"}
     for config in (
         GaussianLikelihood(sigma=0.5),
         GaussianLikelihood(sigma="predicted"),
         LaplaceLikelihood(scale=0.5),
         BernoulliLikelihood(),
     ):
-        assert not Observation(config, GRAY).state_dict()
+        assert not ObservationModel(config, GRAY).state_dict()
 
 
 def test_evidence_of_each_likelihood() -> None:
@@ -173,7 +173,7 @@ def test_evidence_of_each_likelihood() -> None:
         (GaussianLikelihood(sigma=0.1), "density"),
         (LaplaceLikelihood(), "density"),
     ]:
-        assert Observation(config, GRAY)(output).evidence == evidence
+        assert ObservationModel(config, GRAY)(output).evidence == evidence
 
 
 @pytest.mark.parametrize("kind", [Gaussian, Laplace])
@@ -183,7 +183,7 @@ def test_dequantised_densities_bound_the_mass_of_each_level(kind: type) -> None:
         image = torch.tensor([0, 120, 127, 128, 255], dtype=torch.uint8).view(5, 1, 1, 1)
         a, b = torch.zeros(5, 1, 1, 1, dtype=torch.float64), torch.tensor(scale).double()
         noise = (torch.arange(2000).double() + 0.5) / 2000
-        each = torch.stack([kind(a, b).dequantised(image, u.expand(5, 1, 1, 1)) for u in noise])
+        each = torch.stack([kind(a, b).dequantized_log_prob(image, u.expand(5, 1, 1, 1)) for u in noise])
         law = {Gaussian: distributions.Normal, Laplace: distributions.Laplace}[kind](0.5, b)
         x = image.flatten().double()
         mass = (law.cdf((x + 0.5) / 255) - law.cdf((x - 0.5) / 255)).clamp_min(1e-300).log()
@@ -197,7 +197,7 @@ def test_dequantised_densities_bound_the_mass_of_each_level(kind: type) -> None:
 
 
 def test_a_learned_sigma_finds_the_size_of_the_error() -> None:
-    observation = Observation(GaussianLikelihood(sigma="learned"), Spec(1, (16, 16)))
+    observation = ObservationModel(GaussianLikelihood(sigma="learned"), Spec(1, (16, 16)))
     assert observation.outputs == 1 and not observation.batch_statistics
     assert float(observation(torch.zeros(1, 1, 16, 16)).sigma.detach()) == pytest.approx(0.1, rel=0.02)
     image = torch.full((4, 1, 16, 16), 128, dtype=torch.uint8)
@@ -215,7 +215,7 @@ def test_a_learned_sigma_finds_the_size_of_the_error() -> None:
 
 @pytest.mark.parametrize("sigma", ["learned", "predicted"])
 def test_sigmas_stay_above_the_rounding_to_bytes(sigma: str) -> None:
-    observation = Observation(GaussianLikelihood.model_validate({"sigma": sigma}), GRAY)
+    observation = ObservationModel(GaussianLikelihood.model_validate({"sigma": sigma}), GRAY)
     output = torch.full((1, observation.outputs, 8, 8), -200.0)
     if sigma == "learned":
         with torch.no_grad():
@@ -225,7 +225,7 @@ def test_sigmas_stay_above_the_rounding_to_bytes(sigma: str) -> None:
 
 
 def test_predicted_sigmas_come_from_the_second_half_of_the_channels() -> None:
-    observation = Observation(GaussianLikelihood(sigma="predicted"), Spec(2, (5, 4))).double()
+    observation = ObservationModel(GaussianLikelihood(sigma="predicted"), Spec(2, (5, 4))).double()
     assert observation.outputs == 4
     output, image = outputs((3, 4, 5, 4)).requires_grad_(), images()
     decoded = observation(output)
@@ -236,7 +236,7 @@ def test_predicted_sigmas_come_from_the_second_half_of_the_channels() -> None:
 
 
 def optimal(output: torch.Tensor, image: torch.Tensor, ctx: LaneContext) -> torch.Tensor:
-    observation = Observation(GaussianLikelihood(sigma="optimal"), GRAY).double()
+    observation = ObservationModel(GaussianLikelihood(sigma="optimal"), GRAY).double()
     likelihood: torch.Tensor = -observation(output, image, ctx).log_prob(image)
     return likelihood
 
@@ -271,7 +271,7 @@ def test_the_optimal_sigma_reaches_its_floor_on_exact_pictures_with_a_gradient_o
 
 
 def test_evaluation_uses_the_stored_sigma_and_only_after_step_writes_it() -> None:
-    observation = Observation(GaussianLikelihood(sigma="optimal"), GRAY).double()
+    observation = ObservationModel(GaussianLikelihood(sigma="optimal"), GRAY).double()
     assert observation.measured and observation.batch_statistics
     image = images((4, 1, 8, 8))
     observation.prepare([{"image": image}], LaneContext(seed=0, step=0, batch_size=4, lanes=2))
@@ -296,7 +296,7 @@ def test_evaluation_uses_the_stored_sigma_and_only_after_step_writes_it() -> Non
 
 
 def test_a_denoiser_measures_its_target() -> None:
-    observation = Observation(GaussianLikelihood(sigma="data"), GRAY)
+    observation = ObservationModel(GaussianLikelihood(sigma="data"), GRAY)
     ctx = LaneContext(seed=0, step=0, batch_size=4, lanes=2)
     noisy, clean = images((4, 1, 8, 8)), images((4, 1, 8, 8), 1) // 4
     observation.prepare([{"image": noisy, "target": clean}], ctx)
@@ -324,7 +324,7 @@ def optimal_step(
     ctx: LaneContext, start: int, stop: int, world: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Sum of these rows' losses, their gradient of the mean loss over ten rows, and sigma stored after the step."""
-    observation = Observation(GaussianLikelihood(sigma="optimal"), GRAY).double()
+    observation = ObservationModel(GaussianLikelihood(sigma="optimal"), GRAY).double()
     weight = torch.tensor([0.5, 0.1], dtype=torch.float64, requires_grad=True)
     output = weight[0] * outputs((10, 1, 8, 8))[start:stop] + weight[1]
     image = images((10, 1, 8, 8))[start:stop]

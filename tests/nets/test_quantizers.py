@@ -13,7 +13,7 @@ from vaedist.config.settings import parse
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.nets import kmeans as clusters
-from vaedist.nets.kmeans import add_rows, kmeans, nearest, starting_vectors
+from vaedist.nets.kmeans import kmeans, nearest_vectors, ordered_index_add, sample_initial_vectors
 from vaedist.nets.quantizers import (
     EmaCodebook,
     EmaQuantizer,
@@ -40,7 +40,7 @@ def ema(codes: int = 8, dim: int = 3, **settings: float) -> EmaQuantizer:
     with torch.random.fork_rng(devices=[]):
         module = EmaQuantizer(EmaCodebook(codes=codes, dim=dim, **settings))
     module.double()
-    module.start(normal(50 * codes, dim), seed=0, per_step=16)
+    module.initialize_codebook(normal(50 * codes, dim), seed=0, per_step=16)
     return module
 
 
@@ -51,7 +51,7 @@ def ema(codes: int = 8, dim: int = 3, **settings: float) -> EmaQuantizer:
 def test_nearest_is_the_smallest_distance(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "_CHUNK", chunk)
     rows, embedding = normal(40, 5), normal(7, 5, name=1)
-    index, distance = nearest(rows, embedding)
+    index, distance = nearest_vectors(rows, embedding)
     expected = torch.cdist(rows, embedding).square().min(1)
     assert index.tolist() == expected.indices.tolist()
     torch.testing.assert_close(distance, expected.values, rtol=1e-9, atol=1e-12)
@@ -61,7 +61,7 @@ def test_nearest_is_the_smallest_distance(chunk: int, monkeypatch: pytest.Monkey
 def test_rows_are_added_to_their_codes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "_CHUNK", chunk)
     rows, index = normal(30, 4), torch.arange(30) % 3
-    got = add_rows(torch.zeros(5, 4, dtype=torch.float64), index, rows)
+    got = ordered_index_add(torch.zeros(5, 4, dtype=torch.float64), index, rows)
     expected = torch.zeros(5, 4, dtype=torch.float64).index_add_(0, index, rows)
     torch.testing.assert_close(got, expected)
 
@@ -89,8 +89,8 @@ def test_kmeans_is_a_function_of_its_arguments() -> None:
 
 def test_kmeans_is_better_than_its_vectors_taken_at_random() -> None:
     vectors = normal(2000, 4)
-    clustered = nearest(vectors, kmeans(vectors, 30, seed=0)[0])[1].mean()
-    assert float(clustered) < 0.75 * float(nearest(vectors, vectors[:30])[1].mean())
+    clustered = nearest_vectors(vectors, kmeans(vectors, 30, seed=0)[0])[1].mean()
+    assert float(clustered) < 0.75 * float(nearest_vectors(vectors, vectors[:30])[1].mean())
 
 
 @pytest.mark.parametrize("distinct", [1, 3])
@@ -98,21 +98,21 @@ def test_kmeans_with_fewer_distinct_vectors_than_codes(distinct: int) -> None:
     vectors = normal(distinct, 4).repeat(5, 1)
     means, counts = kmeans(vectors, 8, seed=0)
     assert means.isfinite().all() and float(counts.min()) >= 1
-    assert float(nearest(vectors, means)[1].max()) < 1e-13
+    assert float(nearest_vectors(vectors, means)[1].max()) < 1e-13
 
 
 def test_starting_vectors_are_positions_of_every_sample() -> None:
     maps = [normal(4, 3, 5, 5, name=i) for i in range(2)]
-    vectors, seed, per_step = starting_vectors(maps, context(), wanted=40)
+    vectors, seed, per_step = sample_initial_vectors(maps, context(), wanted=40)
     assert per_step == 4 * 25
     assert vectors.shape == (40, 3)
     everything = torch.cat([z.permute(0, 2, 3, 1).reshape(-1, 3) for z in maps])
-    index, distance = nearest(vectors, everything)
+    index, distance = nearest_vectors(vectors, everything)
     assert float(distance.max()) < 1e-13 and len(index.unique()) == 40
     assert (index // 25).bincount().tolist() == [5] * 8
-    again, same, _ = starting_vectors(maps, context(), wanted=40)
+    again, same, _ = sample_initial_vectors(maps, context(), wanted=40)
     assert torch.equal(vectors, again) and seed == same
-    assert len(starting_vectors(maps, context(), wanted=10**9)[0]) == 200
+    assert len(sample_initial_vectors(maps, context(), wanted=10**9)[0]) == 200
 
 
 # Running means ------------------------------------------------------------------------------------------------
@@ -286,7 +286,9 @@ def test_a_toy_of_clusters_keeps_its_codes_alive() -> None:
         return 0.1 * rows.view(16, 16, 16, 64).permute(0, 3, 1, 2)
 
     maps = [batch(-1 - i) for i in range(4)]
-    module.start(*starting_vectors(maps, LaneContext(seed=0, step=0, batch_size=16, lanes=16), wanted=8192))
+    module.initialize_codebook(
+        *sample_initial_vectors(maps, LaneContext(seed=0, step=0, batch_size=16, lanes=16), wanted=8192)
+    )
     for step in range(150):
         ctx = LaneContext(seed=0, step=step, batch_size=16, lanes=16)
         z = batch(step)
@@ -306,7 +308,7 @@ def module_of(kind: str) -> Quantizer:
         return ema()
     with torch.random.fork_rng(devices=[]):
         module = GradientQuantizer(GradientCodebook(codes=8, dim=3)).double()
-    module.start(normal(400, 3), seed=0, per_step=16)
+    module.initialize_codebook(normal(400, 3), seed=0, per_step=16)
     return module
 
 
@@ -341,7 +343,7 @@ def test_a_gradient_codebook_is_pulled_to_its_vectors_and_does_not_pull_them() -
 def test_search_is_in_full_precision_inside_autocast() -> None:
     with torch.random.fork_rng(devices=[]):
         module = EmaQuantizer(EmaCodebook(codes=256, dim=16))
-    module.start(normal(4096, 16, dtype=torch.float32), seed=0, per_step=1024)
+    module.initialize_codebook(normal(4096, 16, dtype=torch.float32), seed=0, per_step=1024)
     z = normal(4, 16, 16, 16, dtype=torch.float32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         inside = module(z, context())
@@ -361,7 +363,7 @@ def test_perplexity_and_codes_used() -> None:
         ([0, 0, 0, 0, 5, 5, 5, 5], 2.0, 2),
     ]:
         ctx = context()
-        module.count(torch.tensor(list(codes)), ctx)
+        module.count_codes(torch.tensor(list(codes)), ctx)
         shown = module.after_step(ctx)
         assert float(shown["perplexity"]) == pytest.approx(perplexity)
         assert int(shown["codes_used"]) == used
@@ -376,7 +378,7 @@ def book(kind: str, codes: int = 8, dim: int = 3, **settings: float) -> Quantize
     cls = GradientCodebook if kind == "trained" else EmaCodebook
     with torch.random.fork_rng(devices=[]):
         module = quantizer(cls.model_validate({"codes": codes, "dim": dim, **more, **settings})).double()
-    module.start(normal(50 * codes, dim), seed=0, per_step=16)
+    module.initialize_codebook(normal(50 * codes, dim), seed=0, per_step=16)
     return module
 
 
@@ -473,7 +475,7 @@ def test_two_levels_of_16_reach_further_than_one_of_32() -> None:
     for levels, codes in ((1, 32), (2, 16)):
         with torch.random.fork_rng(devices=[]):
             module = quantizer(EmaCodebook(codes=codes, dim=4, residual_levels=levels, decay=0.9))
-        module.start(normal(2000, 4, dtype=torch.float32), seed=0, per_step=1024)
+        module.initialize_codebook(normal(2000, 4, dtype=torch.float32), seed=0, per_step=1024)
         for step in range(40):
             ctx = context(step)
             out = module(normal(4, 4, 16, 16, name=step, dtype=torch.float32), ctx)

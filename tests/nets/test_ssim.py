@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import structural_similarity
 
 from vaedist.core.context import generator
-from vaedist.nets.ssim import MS_SIDE, Window, crop, ms_ssim, ssim, ssim_map
+from vaedist.nets.ssim import MS_SSIM_SIDE, Window, border, ms_ssim, ssim, ssim_map
 
 SETTINGS = {
     "gaussian": {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False},
@@ -41,7 +41,7 @@ def test_equals_scikit_image(window: Window, height: int, width: int, noise: flo
     np.testing.assert_allclose(ours[0, 0].numpy(), full, atol=1e-10, rtol=0)
     assert float(ssim(x, y, window)) == pytest.approx(mean, abs=1e-10)
     assert ours.shape == x.shape
-    inside = full[crop(window) : height - crop(window), crop(window) : width - crop(window)]
+    inside = full[border(window) : height - border(window), border(window) : width - border(window)]
     assert mean == pytest.approx(inside.mean(), abs=1e-12)
 
 
@@ -86,13 +86,13 @@ def test_a_window_made_in_inference_mode_serves_a_loss_later() -> None:
 def reference_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
     """The product written out with scipy's filters, scale by scale."""
 
-    def local(image: np.ndarray) -> np.ndarray:
+    def window_mean(image: np.ndarray) -> np.ndarray:
         return gaussian_filter(image, 1.5, truncate=3.4)[5:-5, 5:-5]  # 11x11
 
     factors = []
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
-        mx, my = local(x), local(y)
-        vx, vy, cxy = local(x * x) - mx**2, local(y * y) - my**2, local(x * y) - mx * my
+        mx, my = window_mean(x), window_mean(y)
+        vx, vy, cxy = window_mean(x * x) - mx**2, window_mean(y * y) - my**2, window_mean(x * y) - mx * my
         part = (2 * cxy + 0.0009) / (vx + vy + 0.0009)
         if scale == 4:
             part = part * (2 * mx * my + 0.0001) / (mx**2 + my**2 + 0.0001)
@@ -123,11 +123,11 @@ def test_several_scales_of_several_images() -> None:
 
 def test_opposite_pictures_have_no_multi_scale_similarity() -> None:
     """A negative mean to a broken power would be no number."""
-    x, _ = pair(MS_SIDE, MS_SIDE, 0.0)
+    x, _ = pair(MS_SSIM_SIDE, MS_SSIM_SIDE, 0.0)
     assert float(ms_ssim(x, 1 - x)) == 0
 
 
 def test_too_few_pixels_for_the_last_scale() -> None:
-    x, y = pair(MS_SIDE - 1, MS_SIDE, 0.1)
+    x, y = pair(MS_SSIM_SIDE - 1, MS_SSIM_SIDE, 0.1)
     with pytest.raises(AssertionError, match="161x161"):
         ms_ssim(x, y)

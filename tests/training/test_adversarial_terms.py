@@ -153,7 +153,7 @@ GAMES: dict[str, dict[str, Any]] = {
 
 def run(group: Group, name: str, micro: int | None) -> dict[str, torch.Tensor]:
     """A few steps of one process of a group; its weights."""
-    from vaedist.data.loading.stream import slice_bounds
+    from vaedist.data.loading.order import slice_bounds
 
     # Adam divides by the gradient's size: with its usual eps, rounding noise in gradients that are zero would show.
     late = {"start": 2, "every": 2, "clip": 0.5, "eps": 1e-3}

@@ -19,7 +19,7 @@ from vaedist.config.job import InitFrom, Job
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
-from vaedist.runs.checkpoint import resolve
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.initialization import transfer
 from vaedist.training.loop import fit
@@ -111,7 +111,7 @@ def test_each_way_of_starting_is_told_and_recorded(vae: Path, phantom: Path, tmp
         next(line for line in told.splitlines() if line.startswith("start "))
         for told in (fresh, imported, resumed)
     ]
-    checkpoint = resolve(vae)
+    checkpoint = resolve_checkpoint(vae)
     digest = hashlib.sha256((checkpoint / "state.pt").read_bytes()).hexdigest()
     tensors = len(saved(vae)["model"])
     assert lines[0].split(maxsplit=1)[1] == "from nothing, seed 3"

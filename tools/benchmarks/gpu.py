@@ -275,7 +275,7 @@ def sampling(chip: _Chip, rows: int, grid: tuple[int, int]) -> dict[str, Rate]:
     """Maps a second of the default transformer, and of a device that only reads its weights."""
     import torch
 
-    from vaedist.nets.autoregressive import Choice, generate
+    from vaedist.nets.autoregressive import LogitSampler, generate
     from vaedist.nets.transformer import CausalTransformer, Transformer
 
     network = CausalTransformer(Transformer(), 512, grid).to(chip.device).eval()
@@ -284,7 +284,9 @@ def sampling(chip: _Chip, rows: int, grid: tuple[int, int]) -> dict[str, Rate]:
 
     def drawn() -> float:
         with torch.no_grad():
-            return rows / chip.timed(lambda: generate(network.steps(rows), uniform, Choice()), 1)
+            return rows / chip.timed(
+                lambda: generate(network.start_sampling(rows), uniform, LogitSampler()), 1
+            )
 
     def read() -> float:
         return rows * chip.bandwidth / (weights * grid[0] * grid[1])

@@ -28,28 +28,34 @@ def samplers(kind: str, rows: int) -> dict[str, Rate]:
     """Draw `rows` maps at once; a number is codes of all maps per second."""
     import torch
 
-    from vaedist.nets.autoregressive import Choice, FullSteps, Network, Steps, generate
+    from vaedist.nets.autoregressive import (
+        AutoregressiveNetwork,
+        LogitSampler,
+        SamplingState,
+        UncachedSamplingState,
+        generate,
+    )
     from vaedist.nets.pixelcnn import GatedPixelCnn, PixelCnn
     from vaedist.nets.transformer import CausalTransformer, Transformer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     grid, codes = (32, 32), 512
-    network: Network = (
+    network: AutoregressiveNetwork = (
         GatedPixelCnn(PixelCnn(), codes, grid)
         if kind == "pixelcnn"
         else CausalTransformer(Transformer(), codes, grid)
     )
     uniform = torch.rand(rows, grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
 
-    def drawing(begin: Callable[[], Steps], count: int) -> Rate:
+    def drawing(begin: Callable[[], SamplingState], count: int) -> Rate:
         def rate() -> float:
             start = time.perf_counter()
-            generate(begin(), uniform[:, :count], Choice())
+            generate(begin(), uniform[:, :count], LogitSampler())
             return rows * count / (time.perf_counter() - start)
 
         return rate
 
     return {
-        "cached": drawing(lambda: network.steps(rows), uniform.shape[1]),
-        FULL: drawing(lambda: FullSteps(network, rows, None, "cpu"), 4),
+        "cached": drawing(lambda: network.start_sampling(rows), uniform.shape[1]),
+        FULL: drawing(lambda: UncachedSamplingState(network, rows, None, "cpu"), 4),
     }

@@ -32,7 +32,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from vaedist.core import errors
 from vaedist.core.errors import UserError
-from vaedist.distributed.pulse import Pulse, Tell
+from vaedist.distributed.liveness.stalls import StallMonitor, StallReport, print_to_stderr
 
 _PART = 256 << 20
 _STORE_SECONDS = 10.0
@@ -50,7 +50,7 @@ class Group:
         rank, world: This process's number and how many there are.
         local_rank, local_world: The same on this node.
         device: Where this process computes.
-        pulse: How far its training thread has come.
+        stall_monitor: How far its training thread has come.
     """
 
     def __init__(
@@ -61,24 +61,27 @@ class Group:
         local_rank: int = 0,
         local_world: int = 1,
         ours: bool = False,
-        pulse: Pulse | None = None,
+        stall_monitor: StallMonitor | None = None,
     ) -> None:
         self.device = device
-        self.pulse = pulse or Pulse()
+        self.stall_monitor = stall_monitor or StallMonitor()
         self.rank, self.world = rank, world
         self.local_rank, self.local_world = local_rank, local_world
         self._ours = ours
 
     @classmethod
     def join(
-        cls, device: str | torch.device = "auto", timeout_s: float = 120.0, pulse: Pulse | None = None
+        cls,
+        device: str | torch.device = "auto",
+        timeout_s: float = 120.0,
+        stall_monitor: StallMonitor | None = None,
     ) -> Group:
         """The group that a launcher made for this process, or one process alone.
 
         Args:
             device: `auto` takes CUDA where there is one, else the CPU; a `torch.device` is used as it is.
             timeout_s: How long to wait for the other ranks to appear.
-            pulse: Of a process that is watched already.
+            stall_monitor: Of a process that is watched already.
 
         Raises:
             UserError: the device is not there, the environment is half set, or ranks did not appear in time.
@@ -87,19 +90,22 @@ class Group:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
-            return cls(_device(device, local_rank), rank, world, local_rank, local_world, pulse=pulse)
+            return cls(
+                _device(device, local_rank), rank, world, local_rank, local_world, stall_monitor=stall_monitor
+            )
         given = [name for name in _ENVIRONMENT if name in os.environ]
         if len(given) < len(_ENVIRONMENT):
             if "RANK" in given and "WORLD_SIZE" in given and os.environ["WORLD_SIZE"] != "1":
                 missing = ", ".join(name for name in _ENVIRONMENT if name not in given)
                 raise UserError(f"RANK and WORLD_SIZE are set but {missing} is not: set it, or unset RANK")
-            return cls(_device(device, 0), pulse=pulse)
+            return cls(_device(device, 0), stall_monitor=stall_monitor)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         chosen = _device(device, local_rank)
         if world == 1:
-            return cls(chosen, pulse=pulse)
+            return cls(chosen, stall_monitor=stall_monitor)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+        _without_debug_detail(rank)
         store = _rendezvous(rank, world, timeout_s)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
@@ -108,23 +114,23 @@ class Group:
             world_size=world,
             timeout=timedelta(seconds=_COLLECTIVE_SECONDS),
         )
-        return cls(chosen, rank, world, local_rank, local_world, ours=True, pulse=pulse)
+        return cls(chosen, rank, world, local_rank, local_world, ours=True, stall_monitor=stall_monitor)
 
     def watched(
-        self, hang_seconds: float, folder: Path, tell: Tell
+        self, hang_seconds: float, folder: Path, report: StallReport
     ) -> contextlib.AbstractContextManager[None]:
-        """Watch over the calling thread: see `vaedist.distributed.pulse`.
+        """Watch over the calling thread: see `vaedist.distributed.liveness.stalls`.
 
         Args:
             hang_seconds: How long it may stand still; 0: for ever, and so where the ranks met elsewhere.
             folder: Of the run.
-            tell: Takes one sentence.
+            report: Takes one sentence.
         """
         if self.world > 1 and not self._ours:
             return contextlib.nullcontext()
         who = f"rank {self.rank} of {self.world}" if self.world > 1 else "the one process"
-        peers = _Counts(self.rank, self.world) if self.world > 1 else None
-        return self.pulse.watched(hang_seconds, folder, tell, who=who, peers=peers)
+        peers = _CollectiveCounts(self.rank, self.world) if self.world > 1 else None
+        return self.stall_monitor.watched(hang_seconds, folder, report, who=who, peers=peers)
 
     @property
     def leads(self) -> bool:
@@ -168,7 +174,7 @@ class Group:
 
     def _later(self, work: Any, result: Callable[[], Tensor]) -> Pending:
         def wait() -> Tensor:
-            with self.pulse.meeting():
+            with self.stall_monitor.collective():
                 work.wait()
             return result()
 
@@ -203,13 +209,13 @@ class Group:
     def _broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes on every rank, in tensors of at most 256 MiB."""
         size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        with self.pulse.meeting():
+        with self.stall_monitor.collective():
             dist.broadcast(size, 0)
             held = bytearray(data) if self.leads else bytearray(int(size))
         for start in range(0, len(held), _PART):
             part = memoryview(held)[start : start + _PART]
             tensor = torch.frombuffer(part, dtype=torch.uint8).to(self.device)
-            with self.pulse.meeting():
+            with self.stall_monitor.collective():
                 dist.broadcast(tensor, 0)
             if not self.leads:
                 part[:] = tensor.cpu().numpy().data
@@ -218,7 +224,7 @@ class Group:
     def synchronize(self, module: nn.Module) -> None:
         """Give every rank rank 0's parameters and buffers."""
         if self.world > 1:
-            with torch.no_grad(), self.pulse.meeting():
+            with torch.no_grad(), self.stall_monitor.collective():
                 for tensor in (*module.parameters(), *module.buffers()):
                     dist.broadcast(tensor.data, 0)
 
@@ -246,12 +252,12 @@ class Group:
 
     def _forward_done(self, parallel: Any, given: Any, made: Tensor | dict[str, Tensor]) -> None:
         """Leave a mark, and another one when this rank's own part of the backward pass is done: there it waits."""
-        self.pulse.mark()
+        self.stall_monitor.tick()
         loss = made if isinstance(made, Tensor) else made["loss"]
         if parallel.require_backward_grad_sync and loss.requires_grad:
             # Callbacks run in the order in which they are queued, and DDP queues its own at the end of the pass.
             engine = torch.autograd.Variable._execution_engine
-            loss.register_hook(lambda _: engine.queue_callback(self.pulse.meet))
+            loss.register_hook(lambda _: engine.queue_callback(self.stall_monitor.enter_collective))
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -288,6 +294,18 @@ def _device(device: str | torch.device, local_rank: int) -> torch.device:
     if device != "cpu":
         raise UserError(f"unknown device {device!r}; valid: auto, cpu, cuda")
     return torch.device("cpu")
+
+
+def _without_debug_detail(rank: int) -> None:
+    """Lower TORCH_DISTRIBUTED_DEBUG=DETAIL to INFO: torch 2.13's gloo crashes (SIGSEGV) under it."""
+    debug: Any = dist  # torch does not export these names to type checkers
+    if debug.get_debug_level() == debug.DebugLevel.DETAIL:
+        debug.set_debug_level(debug.DebugLevel.INFO)
+        os.environ["TORCH_DISTRIBUTED_DEBUG"] = "INFO"
+        if rank == 0:
+            print_to_stderr(
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL crashes torch's gloo, so the ranks use INFO instead"
+            )
 
 
 def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
@@ -360,20 +378,20 @@ def _prove(store: Store, rank: int, world: int) -> None:
             )
 
 
-class _Counts:
+class _CollectiveCounts:
     """The ranks' numbers of collectives, in the store where they met; over a connection of its own.
 
     The main thread may wait in the store for long, and holds its connection then.
     """
 
     def __init__(self, rank: int, world: int) -> None:
-        self._mine, self._all = f"met/{rank}", [f"met/{other}" for other in range(world)]
+        self._mine, self._all = f"collectives/{rank}", [f"collectives/{other}" for other in range(world)]
         self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store: Store | None = None
 
-    def publish(self, met: int) -> None:
-        self._ask(lambda store: store.set(self._mine, str(met)))
+    def publish(self, collectives: int) -> None:
+        self._ask(lambda store: store.set(self._mine, str(collectives)))
 
     def counts(self) -> Sequence[int]:
         def read(store: Store) -> list[int]:
@@ -387,7 +405,7 @@ class _Counts:
             if self._store is None:
                 deadline = timedelta(seconds=_STORE_SECONDS)
                 store = TCPStore(*self._place, is_master=False, timeout=deadline, wait_for_workers=False)
-                self._store = PrefixStore(f"vaedist/{self._restart}/pulse", store)
+                self._store = PrefixStore(f"vaedist/{self._restart}/liveness", store)
             return question(self._store)
         except (RuntimeError, ValueError, dist.DistError):
             self._store = None  # its process is gone or stopped, which is for others to notice

@@ -36,7 +36,7 @@ from vaedist.evaluation.metrics.features import Extractor
 from vaedist.evaluation.metrics.latents import Latents, collect_latents, latent_statistics
 from vaedist.evaluation.metrics.likelihood import DRAWS, measure_likelihood
 from vaedist.evaluation.metrics.per_image import SplitMetrics, evaluate_images, training_images
-from vaedist.inference.stored_mixture import density
+from vaedist.inference.stored_mixture import load_or_fit_mixture
 from vaedist.runs.open_run import Run
 
 TRAINING_BYTES = 2 << 30
@@ -121,7 +121,7 @@ class EvaluationResult:
                 "split": self.split,
                 "split_images": split.count,
                 "shape": list(index.shape),
-                "binarise": self.batches.inputs.binarise,
+                "binarise": self.batches.inputs.binarization,
             },
             "collapse": run.collapse.to_json() if run.collapse else None,
             "torch": torch.__version__,
@@ -238,7 +238,7 @@ def _samples(
     if not model.samples:
         raise model.not_defined("sample")
     real = training_images(result.batches)
-    mixture = density(run, lambda: result.index, bar) if config.sampler == "gmm" else None
+    mixture = load_or_fit_mixture(run, lambda: result.index, bar) if config.sampler == "gmm" else None
     labels = None
     if model.conditional:
         # As often as they are among the training images: drawn evenly, as by default, samples of rare classes would be

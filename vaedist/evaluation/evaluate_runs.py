@@ -18,7 +18,7 @@ from vaedist.evaluation.metrics.features import Extractor, default_extractor
 from vaedist.evaluation.metrics.per_image import pairs, pick_evenly
 from vaedist.evaluation.text_report import format_report
 from vaedist.inference.figures import pair_figure, pair_title
-from vaedist.runs.checkpoint import resolve
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.open_data import open_data, pick_device
 from vaedist.runs.open_run import Run, open_run, same_experiment
 
@@ -48,7 +48,7 @@ def evaluate_runs(
     groups = read_groups(config.groups) if config.groups else {}
     device = pick_device(config.device)
     for path in runs:
-        resolve(path)  # a wrong path is refused before the first run is measured
+        resolve_checkpoint(path)  # a wrong path is refused before the first run is measured
     features = None
     if config.samples:
         given = config.features

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vaedist.core.errors import UserError
-from vaedist.data.format.index import Split
+from vaedist.data.format.split import Split
 from vaedist.evaluation.metrics.per_image import SplitMetrics
 
 _CUT = re.compile(r"[_\-.]")

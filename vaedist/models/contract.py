@@ -35,6 +35,8 @@ class Likelihood(Protocol):
 
     evidence: ClassVar[Literal["discrete", "binary", "density", "surrogate"]]
     """What `log_prob` is: log-probability of the bytes, of black-and-white images (else a surrogate), or a density."""
+    name: ClassVar[str]
+    """As metrics.json writes it."""
 
     @property
     def mean(self) -> Tensor:

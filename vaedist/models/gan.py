@@ -44,7 +44,7 @@ from vaedist.models.bases.gaussian_autoencoder import MapLatent
 from vaedist.models.contract import Variant
 from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
 from vaedist.nets.bodies import Body, Conv, decoder, grid
-from vaedist.nets.likelihoods import Observation
+from vaedist.nets.likelihoods import ObservationModel
 
 OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -126,14 +126,17 @@ class Model(Variant):
         if ctx.phase == "discriminator":
             with torch.no_grad():
                 fake = self.paint(z)
-            real_score, penalty = play.real_scores(play.see(real, ctx, "real"), ctx)
-            fake_score = play(play.see(fake, ctx, "fake"))
-            terms = {"loss": play.loss(real_score, fake_score), **play.told(real_score, fake_score)}
+            real_score, penalty = play.real_scores(play.augment_input(real, ctx, "real"), ctx)
+            fake_score = play(play.augment_input(fake, ctx, "fake"))
+            terms = {
+                "loss": play.loss(real_score, fake_score),
+                **play.score_statistics(real_score, fake_score),
+            }
             if penalty is not None:
                 terms |= {"loss": terms["loss"] + penalty, "r1": penalty.detach()}
             return terms
-        fake_score = play(play.see(self.paint(z), ctx, "fake"))
-        rival = play(play.see(real, ctx, "real")) if play.relative else None
+        fake_score = play(play.augment_input(self.paint(z), ctx, "fake"))
+        rival = play(play.augment_input(real, ctx, "real")) if play.relativistic else None
         return {"loss": play.generator_loss(rival, fake_score), "fake_score": fake_score.detach()}
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
@@ -161,7 +164,7 @@ class Model(Variant):
         if likelihood is None:
             fitting = getattr(source, "output", self.config.output)
         else:
-            observation = Observation(likelihood, self.spec)
+            observation = ObservationModel(likelihood, self.spec)
             if observation.outputs != self.spec.channels:
                 raise UserError(
                     f"{where}: its decoder emits {observation.outputs} numbers for the {self.spec.channels} of each "
@@ -177,7 +180,7 @@ class Model(Variant):
 
 
 @torch.no_grad()
-def reading(observation: Observation) -> str:
+def reading(observation: ObservationModel) -> str:
     """The `output` by which a generator paints the mean that this likelihood reads from a decoder's numbers."""
     numbers = torch.linspace(-1, 1, 21).view(-1, 1, 1, 1).expand(-1, observation.outputs, 1, 1)
     mean = 2 * observation(numbers).mean - 1

@@ -34,7 +34,7 @@ from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
 from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
 from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
-from vaedist.nets.decoder_distribution import Decoded
+from vaedist.nets.decoder_distribution import DecoderDistribution
 
 _ADVERSARIAL_TERMS = {
     "loss": "who is ahead, not how good",
@@ -95,13 +95,13 @@ class Model(GaussianAutoencoder):
             with torch.no_grad():
                 z = self.encode(image, label).sample(noise)
                 pictures = [_picture(self.decode(z, label)), _picture(self._imagine(imagined, label))]
-            real_score, penalty = play.real_scores(play.see(real, ctx, "real"), ctx)
+            real_score, penalty = play.real_scores(play.augment_input(real, ctx, "real"), ctx)
             rebuilt, painted = (
-                play(play.see(picture, ctx, name))
+                play(play.augment_input(picture, ctx, name))
                 for picture, name in zip(pictures, ("rebuilt", "painted"), strict=True)
             )
             loss = 0.5 * (play.loss(real_score, rebuilt) + play.loss(real_score, painted))
-            terms = {"loss": loss, **play.told(real_score, painted)}
+            terms = {"loss": loss, **play.score_statistics(real_score, painted)}
             if penalty is not None:
                 terms |= {"loss": loss + penalty, "r1": penalty.detach()}
             return terms
@@ -116,12 +116,12 @@ class Model(GaussianAutoencoder):
             with torch.no_grad():
                 z = self.encode(image, label).sample(noise)
             decoded = self.observe(z, label, target, ctx)
-            painted = play(play.see(_picture(self._imagine(imagined, label)), ctx, "painted"))
+            painted = play(play.augment_input(_picture(self._imagine(imagined, label)), ctx, "painted"))
             loss, terms = torch.zeros_like(painted), {}
         # One name of the noise: the two pictures whose features are compared are augmented alike.
         with torch.no_grad():
-            real_score, wanted = play.features(play.see(real, ctx, "real"))
-        rebuilt, found = play.features(play.see(_picture(decoded), ctx, "real"))
+            real_score, wanted = play.features(play.augment_input(real, ctx, "real"))
+        rebuilt, found = play.features(play.augment_input(_picture(decoded), ctx, "real"))
         terms["similarity"] = 0.5 * (found - wanted).square().sum(1)
         terms["distortion"] = -decoded.log_prob(target)
         loss = loss + config.pixel * terms["distortion"]
@@ -142,7 +142,7 @@ class Model(GaussianAutoencoder):
             self.discriminator.after_step()
         return self.observation.after_step(ctx) if ctx.phase == "decoder" else {}
 
-    def _imagine(self, noise: Tensor, label: Tensor | None) -> Decoded:
+    def _imagine(self, noise: Tensor, label: Tensor | None) -> DecoderDistribution:
         return self.decode(self.prior(label).sample(noise), label)
 
     def check_source(self, source: Strict, mapping: Mapping[str, str], where: str) -> None:
@@ -156,6 +156,6 @@ class Model(GaussianAutoencoder):
             )
 
 
-def _picture(decoded: Decoded) -> Tensor:
+def _picture(decoded: DecoderDistribution) -> Tensor:
     """(B, C, H, W) on the scale where [-1, 1] is black to white, with a gradient beyond it too."""
     return 2 * decoded.location - 1

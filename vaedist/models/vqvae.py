@@ -24,8 +24,8 @@ from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context
 from vaedist.models.contract import Likelihood, Variant
 from vaedist.nets.bodies import Body, Resnet, decoder, encoder, matching_grid
-from vaedist.nets.kmeans import starting_vectors
-from vaedist.nets.likelihoods import GaussianLikelihood, LikelihoodConfig, Observation, check_dssim
+from vaedist.nets.kmeans import sample_initial_vectors
+from vaedist.nets.likelihoods import GaussianLikelihood, LikelihoodConfig, ObservationModel, check_dssim
 from vaedist.nets.quantizers import EmaCodebook, QuantizerConfig, quantizer
 
 
@@ -78,7 +78,7 @@ class Model(Variant):
         self.num_codes = self.quantizer.num_codes
         self.latent_shape = (self.quantizer.depth * self.grid[0], self.grid[1])
         self.encoder = encoder(config.encoder, spec, self.quantizer.dim, vector=False)
-        self.observation = Observation(config.likelihood, spec)
+        self.observation = ObservationModel(config.likelihood, spec)
         self.batch_statistics = self.observation.batch_statistics
         self.decoder = decoder(
             mirrored, spec, self.quantizer.dim, vector=False, channels=self.observation.outputs
@@ -86,9 +86,11 @@ class Model(Variant):
 
     def prepare(self, first_batches: Sequence[Batch], ctx: Context) -> None:
         self.observation.prepare(first_batches, ctx)
-        if self.quantizer.starts_from_data:
+        if self.quantizer.initialized_from_data:
             maps = [self.encoder(self.to_network(batch["image"])) for batch in first_batches]
-            self.quantizer.start(*starting_vectors(maps, ctx, wanted=min(64 * self.num_codes, 1 << 16)))
+            self.quantizer.initialize_codebook(
+                *sample_initial_vectors(maps, ctx, wanted=min(64 * self.num_codes, 1 << 16))
+            )
 
     def averaged(self, name: str) -> bool:
         return not name.startswith("quantizer.")

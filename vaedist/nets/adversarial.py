@@ -100,7 +100,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         self.body = encoder(config.discriminator, spec, 1, vector=True, where="model.discriminator")
-        if not self.absolute:
+        if not self.scores_are_logits:
             *_, last = (layer for layer in self.body.modules() if isinstance(layer, nn.Linear))
             last.register_parameter("bias", None)  # a constant that both scores share would never learn
         if config.spectral_norm:
@@ -123,7 +123,7 @@ class Discriminator(nn.Module):
         exact = torch.promote_types(image.dtype, torch.float32)
         return head(image).squeeze(1).to(exact), image.flatten(1).to(exact)
 
-    def steep(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_and_squared_gradient(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) scores and |grad of the score|^2 at each image, both with gradient to the weights."""
         with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
             image = image.detach().requires_grad_()
@@ -131,18 +131,18 @@ class Discriminator(nn.Module):
             (slope,) = torch.autograd.grad(scores.sum(), image, create_graph=True)
         return scores, slope.square().flatten(1).sum(1)
 
-    def penalised(self, ctx: Context) -> bool:
+    def r1_is_due(self, ctx: Context) -> bool:
         """Whether R1 is due."""
         return ctx.training and self.config.r1 > 0 and ctx.turn % self.config.r1_every == 0
 
-    def see(self, image: Tensor, ctx: Context, name: str) -> Tensor:
+    def augment_input(self, image: Tensor, ctx: Context, name: str) -> Tensor:
         """What it is shown of an image: augmented, with noise by that `name`."""
         return augment(image, self.config.diffaugment, ctx, name)
 
     def real_scores(self, image: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """(B,) scores of images as seen, and where R1 is part of the game its (B,) share in the loss."""
-        if self.penalised(ctx):
-            scores, steepness = self.steep(image)
+        if self.r1_is_due(ctx):
+            scores, steepness = self.scores_and_squared_gradient(image)
             return scores, 0.5 * self.config.r1 * self.config.r1_every * steepness
         scores = self(image)
         known = ctx.training and self.config.r1 > 0
@@ -161,27 +161,27 @@ class Discriminator(nn.Module):
         return softplus(fake - real)
 
     def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
-        """(B,) what the generator minimises, from (B,) scores; `real` where `relative`."""
-        if self.relative:
+        """(B,) what the generator minimises, from (B,) scores; `real` where `relativistic`."""
+        if self.relativistic:
             assert real is not None
             return softplus(real - fake)
         return -fake if self.config.gan_loss == "wgan_clip" else softplus(-fake)
 
     @property
-    def relative(self) -> bool:
+    def relativistic(self) -> bool:
         """Whether the generator's loss compares with real images."""
         return self.config.gan_loss == "relativistic"
 
     @property
-    def absolute(self) -> bool:
+    def scores_are_logits(self) -> bool:
         """Whether a score means something by itself: its zero lies between real and generated."""
         return self.config.gan_loss in ("ns", "bce")
 
-    def told(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def score_statistics(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Scores, and how often the discriminator is right: of either kind by the sign of the score where that means
         something, else of pairs, where the real image should have the higher one."""
         terms = {"real_score": real, "fake_score": fake}
-        if self.absolute:
+        if self.scores_are_logits:
             terms |= {"real_accuracy": (real > 0).to(real.dtype), "fake_accuracy": (fake < 0).to(real.dtype)}
         else:
             terms["pair_accuracy"] = (real > fake).to(real.dtype)
@@ -198,7 +198,7 @@ class Discriminator(nn.Module):
                 if isinstance(held, parametrize.ParametrizationList):
                     norm, weight = held[0], held.original
                     assert isinstance(norm, SpectralNorm) and isinstance(weight, Tensor)
-                    norm.follow(weight)
+                    norm.power_iteration(weight)
 
 
 UNITS = {
@@ -228,7 +228,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", functional.normalize(torch.randn(rows, dtype=weight.dtype), dim=0))
         self.register_buffer("v", torch.zeros(columns, dtype=weight.dtype))
         for _ in range(30):
-            self.follow(weight)
+            self.power_iteration(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -236,7 +236,7 @@ class SpectralNorm(nn.Module):
             return weight / torch.dot(self.u, torch.mv(matrix, self.v))
 
     @torch.no_grad()
-    def follow(self, weight: Tensor) -> None:
+    def power_iteration(self, weight: Tensor) -> None:
         """One power iteration."""
         matrix = weight.flatten(1)
         self.v.copy_(functional.normalize(torch.mv(matrix.T, self.u), dim=0))

@@ -2,10 +2,10 @@
 
     p(c | y) = prod_t p(c_t | c_1 .. c_{t-1}, y),     t in raster order: rows from the top, each from the left
 
-A network that models this gives the logits of all T = h*w codes at once when it is told a whole map, which is what
-training needs. Sampling has no map yet; its plain definition is one full forward per code, of which all but one
-position is thrown away (`FullSteps`). A network's own `steps` compute what the newest code adds and keep the rest:
-the same numbers for about 1/T of the work.
+For a whole map, as in training, a network gives the logits of all T = h*w codes in one forward. Sampling has no map
+yet: by definition it takes one full forward per code and uses one position of each (`UncachedSamplingState`). The state
+that a network's own `start_sampling` returns caches what earlier codes gave and computes what the newest one adds: the
+same numbers for about 1/T of the work.
 
 Choosing. Logits are divided by the temperature (0: the most probable code), then cut: `top_k` leaves the k largest
 (Fan et al., "Hierarchical neural story generation"), `top_p` the smallest set whose probability reaches p
@@ -28,7 +28,7 @@ from torch import Tensor
 from vaedist.core.errors import UserError
 
 
-class Network(Protocol):
+class AutoregressiveNetwork(Protocol):
     """p(codes | label): causal in raster order."""
 
     grid: tuple[int, int]
@@ -36,24 +36,26 @@ class Network(Protocol):
     def __call__(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, K, h, w) logits of (B, h, w) codes; those at a place depend on the codes before it alone."""
 
-    def steps(self, rows: int, label: Tensor | None = None) -> Steps:
+    def start_sampling(self, rows: int, label: Tensor | None = None) -> SamplingState:
         """`rows` maps begun, none of their codes known."""
 
 
-class Steps(Protocol):
+class SamplingState(Protocol):
     """Maps of codes in the making."""
 
     def logits(self) -> Tensor:
         """(B, K) of the next code; asked once for each."""
 
-    def push(self, codes: Tensor) -> None:
+    def append(self, codes: Tensor) -> None:
         """Settle the next code of each map, (B,) int64."""
 
 
-class FullSteps:
-    """`Steps` by definition: one full forward per code. What caches are tested and timed against."""
+class UncachedSamplingState:
+    """`SamplingState` by definition: one full forward per code. What caches are tested and timed against."""
 
-    def __init__(self, network: Network, rows: int, label: Tensor | None, device: torch.device | str) -> None:
+    def __init__(
+        self, network: AutoregressiveNetwork, rows: int, label: Tensor | None, device: torch.device | str
+    ) -> None:
         self.network, self.label = network, label
         self.codes = torch.zeros((rows, *network.grid), dtype=torch.int64, device=device)
         self.known = 0
@@ -61,12 +63,12 @@ class FullSteps:
     def logits(self) -> Tensor:
         return self.network(self.codes, self.label).flatten(2)[:, :, self.known]
 
-    def push(self, codes: Tensor) -> None:
+    def append(self, codes: Tensor) -> None:
         self.codes.flatten(1)[:, self.known] = codes
         self.known += 1
 
 
-class Choice(NamedTuple):
+class LogitSampler(NamedTuple):
     """How a code is chosen from its logits."""
 
     temperature: float = 1.0
@@ -115,7 +117,9 @@ class Choice(NamedTuple):
 
 
 @torch.no_grad()
-def generate(steps: Steps, uniform: Tensor, choice: Choice, guidance: float | None = None) -> Tensor:
+def generate(
+    steps: SamplingState, uniform: Tensor, choice: LogitSampler, guidance: float | None = None
+) -> Tensor:
     """(B, T) int64 codes in raster order.
 
     Args:
@@ -131,6 +135,6 @@ def generate(steps: Steps, uniform: Tensor, choice: Choice, guidance: float | No
             labelled, free = logits.chunk(2)
             logits = free + guidance * (labelled - free)
         codes = choice.draw(logits, numbers)
-        steps.push(codes if guidance is None else torch.cat([codes, codes]))
+        steps.append(codes if guidance is None else torch.cat([codes, codes]))
         chosen.append(codes)
     return torch.stack(chosen, 1)

@@ -234,7 +234,7 @@ def decoder(
 ) -> nn.Sequential:
     """A network from (B, latent) if `vector`, else from (B, latent, h, w), to an image (B, `channels`, H, W).
 
-    `channels` is what the likelihood asks for (`Observation.outputs`), by default one per channel of the image.
+    `channels` is what the likelihood asks for (`ObservationModel.outputs`), by default one per channel of the image.
     Nothing bounds the output: [-1, 1] is what the likelihood reads as black to white. `extra` is as for `encoder`.
     """
     h, w = grid(body, spec, where)

@@ -52,7 +52,7 @@ class Condition(Strict):
         return self
 
 
-class LabelCode(nn.Module):
+class LabelEmbedding(nn.Module):
     """Labels (B,) int64 to codes (B, size).
 
     Args:
@@ -227,6 +227,6 @@ class ClassPrior(nn.Module):
         return DiagonalGaussian(self.mean[held] * known, self.log_variance[held] * known)
 
 
-def drop(label: Tensor, uniform: Tensor, share: float) -> Tensor:
+def drop_labels(label: Tensor, uniform: Tensor, share: float) -> Tensor:
     """Labels with each one dropped where its uniform number in [0, 1) is below `share`."""
     return torch.where(uniform.to(label.device) < share, DROPPED, label)

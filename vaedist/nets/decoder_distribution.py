@@ -12,22 +12,24 @@ from vaedist.nets.ssim import ssim
 Evidence = Literal["discrete", "binary", "density", "surrogate"]
 
 
-def unit(image: Tensor, dtype: torch.dtype) -> Tensor:
+def to_unit_range(image: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [0, 255] to [0, 1]."""
     return image.to(dtype) / 255
 
 
-def off_the_ends(noise: Tensor, dtype: torch.dtype) -> Tensor:
+def clamp_to_open_interval(noise: Tensor, dtype: torch.dtype) -> Tensor:
     """Uniform noise moved off 0 and 1, where inverse distribution functions are infinite."""
     edge = torch.finfo(dtype).eps
     return noise.to(dtype).clamp(edge, 1 - edge)
 
 
-class Decoded:
+class DecoderDistribution:
     """A batch of decoded images: `output` (B, C, H, W) of the network, in at least fp32."""
 
     evidence: ClassVar[Evidence]
     """What `log_prob` is: see `vaedist.nets.likelihoods`."""
+    name: ClassVar[str]
+    """As metrics.json writes it."""
 
     def __init__(self, output: Tensor) -> None:
         self.output = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -44,7 +46,7 @@ class Decoded:
 
     def target(self, image: Tensor) -> Tensor:
         assert image.dtype == torch.uint8 and image.shape == self.output.shape
-        return unit(image, self.output.dtype)
+        return to_unit_range(image, self.output.dtype)
 
     def values(self, x: Tensor) -> Tensor:
         """log p of each value of x in [0, 1], or of each pixel where its channels depend on each other."""

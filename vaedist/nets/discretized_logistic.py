@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vaedist.config.settings import Strict
-from vaedist.nets.decoder_distribution import Decoded, off_the_ends
+from vaedist.nets.decoder_distribution import DecoderDistribution, clamp_to_open_interval
 
 _WIDTH = 2 / 255
 _START = math.log(0.2)  # log-scale of an untrained decoder
@@ -63,7 +63,7 @@ class LogisticLikelihood(Strict):
         )
 
 
-class DiscretisedLogistic(Decoded):
+class DiscretizedLogistic(DecoderDistribution):
     """A mixture of I logistics over the C channels of each pixel.
 
     Args:
@@ -74,6 +74,7 @@ class DiscretisedLogistic(Decoded):
     """
 
     evidence = "discrete"
+    name = "discretisedlogistic"
 
     def __init__(self, weights: Tensor, means: Tensor, log_scales: Tensor, couplings: Tensor) -> None:
         super().__init__(means[:, 0])
@@ -85,7 +86,7 @@ class DiscretisedLogistic(Decoded):
     @classmethod
     def from_network(
         cls, output: Tensor, channels: int, config: LogisticLikelihood, shared: Tensor | None
-    ) -> DiscretisedLogistic:
+    ) -> DiscretizedLogistic:
         """From (B, outputs, H, W) of a decoder.
 
         Args:
@@ -163,7 +164,7 @@ class DiscretisedLogistic(Decoded):
         pick = (u[:, :1] >= ends[:, :-1]).sum(1, keepdim=True)
         share = shares.gather(1, pick).clamp_min(torch.finfo(torch.float64).tiny)
         rest = (u[:, :1] - (ends.gather(1, pick) - share)) / share
-        u = off_the_ends(torch.cat([rest, u[:, 1:]], 1), self.output.dtype)
+        u = clamp_to_open_interval(torch.cat([rest, u[:, 1:]], 1), self.output.dtype)
         drawn: list[Tensor] = []
         for channel in range(self.output.shape[1]):
             m = self._leaning(channel, drawn).gather(1, pick)

@@ -98,7 +98,7 @@ class DiagonalGaussian:
         return (apart + ratio.exp() - 1 - ratio) / 2
 
 
-class Point:
+class PointMass:
     """q(z | x) of a deterministic encoder: all mass at `mean`. It has no density, so no rate either.
 
     Args:

@@ -23,13 +23,13 @@ from torch import Tensor
 Estimator = Literal["straight_through", "rotation"]
 
 
-def on_sphere(vectors: Tensor, dim: int) -> Tensor:
+def project_to_sphere(vectors: Tensor, dim: int) -> Tensor:
     """Vectors along `dim` at length sqrt(D); one of length 0 stays."""
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return vectors * (math.sqrt(vectors.shape[dim]) / length.clamp_min(torch.finfo(vectors.dtype).eps))
 
 
-def passed(z: Tensor, q: Tensor, estimator: Estimator) -> Tensor:
+def apply_estimator(z: Tensor, q: Tensor, estimator: Estimator) -> Tensor:
     """q (B, D, h, w), with a gradient to z: see the module."""
     if estimator == "straight_through":
         return z + (q - z).detach()

@@ -16,7 +16,7 @@ from vaedist.core.context import Context, generator
 _CHUNK = 1 << 22  # distances held at once
 
 
-def nearest(rows: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_vectors(rows: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Index (N,) of the nearest of K vectors (K, D) to each of N rows (N, D), and the squared distance (N,).
 
     |e|^2 - 2 z.e as one matrix product per chunk of rows; a tie goes to the smaller index.
@@ -50,9 +50,9 @@ def kmeans(vectors: Tensor, k: int, seed: int, iterations: int = 15) -> tuple[Te
     means = vectors[chosen].clone()
     counts = vectors.new_ones(k)
     for _ in range(iterations):
-        index, distance = nearest(vectors, means)
+        index, distance = nearest_vectors(vectors, means)
         counts = torch.bincount(index, minlength=k).to(vectors.dtype)
-        sums = add_rows(torch.zeros_like(means, dtype=torch.float64), index, vectors).to(means.dtype)
+        sums = ordered_index_add(torch.zeros_like(means, dtype=torch.float64), index, vectors).to(means.dtype)
         means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
         empty = (counts == 0).nonzero().flatten()
         far = distance.topk(min(len(empty), n)).indices
@@ -60,12 +60,12 @@ def kmeans(vectors: Tensor, k: int, seed: int, iterations: int = 15) -> tuple[Te
     return means, counts.clamp_min(1)
 
 
-def rows_of(z: Tensor) -> Tensor:
+def flatten_positions(z: Tensor) -> Tensor:
     """(B, D, h, w) to (B*h*w, D)."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
-def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def ordered_index_add(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """target[index[i]] += rows[i] as matrix products, which add in a fixed order on every device."""
     for part, at in zip(
         rows.split(max(1, _CHUNK // len(target))), index.split(max(1, _CHUNK // len(target))), strict=True
@@ -76,8 +76,9 @@ def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return target
 
 
-def starting_vectors(maps: Sequence[Tensor], ctx: Context, wanted: int) -> tuple[Tensor, int, int]:
-    """Arguments of `Quantizer.start`: (N, D) vectors of all processes, N about `wanted`, a seed, and vectors per step.
+def sample_initial_vectors(maps: Sequence[Tensor], ctx: Context, wanted: int) -> tuple[Tensor, int, int]:
+    """Arguments of `Quantizer.initialize_codebook`: (N, D) vectors of all processes, N about `wanted`; a seed; vectors
+    per step.
 
     Args:
         maps: Encoder outputs (B_r, D, h, w) of this process's rows of the first global batches.

@@ -14,8 +14,8 @@ summed over the P = C*H*W values of an image, in nats.
 `evidence` says what a number is worth. `discrete` is the log-probability of the stored bytes. `binary` takes grey
 values as probabilities, the expected log-likelihood of their coin flips: a true one only for black-and-white images,
 else a surrogate. `density` is that of a grey value, so it may be positive; with noise that fills the gaps between
-levels (`dequantised`) it bounds a log-probability from below (Theis et al., "A note on the evaluation of generative
-models", section 3.1).
+levels (`dequantized_log_prob`) it bounds a log-probability from below (Theis et al., "A note on the evaluation of
+generative models", section 3.1).
 
 `sigma` of the Gaussian, on the [0, 1] scale:
 
@@ -51,9 +51,9 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
-from vaedist.nets.decoder_distribution import Decoded, off_the_ends, unit
-from vaedist.nets.discretized_logistic import DiscretisedLogistic, LogisticLikelihood
-from vaedist.nets.ssim import SIDE
+from vaedist.nets.decoder_distribution import DecoderDistribution, clamp_to_open_interval, to_unit_range
+from vaedist.nets.discretized_logistic import DiscretizedLogistic, LogisticLikelihood
+from vaedist.nets.ssim import WINDOW_SIDE
 
 ROUNDING = 1 / (255 * math.sqrt(12))
 """Standard deviation of rounding to bytes, on the [0, 1] scale."""
@@ -95,10 +95,11 @@ LikelihoodConfig = Annotated[
 ]
 
 
-class Bernoulli(Decoded):
+class Bernoulli(DecoderDistribution):
     """Logits."""
 
     evidence = "binary"
+    name = "bernoulli"
 
     @property
     def location(self) -> Tensor:
@@ -112,12 +113,12 @@ class Bernoulli(Decoded):
         return (noise < self.mean).to(self.output.dtype)
 
 
-class _Density(Decoded):
+class _Density(DecoderDistribution):
     """A density over the grey values."""
 
     evidence = "density"
 
-    def dequantised(self, image: Tensor, noise: Tensor) -> Tensor:
+    def dequantized_log_prob(self, image: Tensor, noise: Tensor) -> Tensor:
         """(B,) nats of log p((image + noise - 1/2) / 255) - P log 255, for uniform noise on [0, 1).
 
         Its mean over the noise is a lower bound on the log-probability of the bytes under the discretised
@@ -132,6 +133,8 @@ class _Density(Decoded):
 class Gaussian(_Density):
     """Mean and standard deviation `sigma`: a scalar tensor, or one for each value."""
 
+    name = "gaussian"
+
     def __init__(self, output: Tensor, sigma: Tensor) -> None:
         super().__init__(output)
         self.sigma = sigma.to(self.output.dtype)
@@ -142,12 +145,14 @@ class Gaussian(_Density):
 
     def sample(self, noise: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1], values beyond cut, from uniform noise on [0, 1)."""
-        standard = math.sqrt(2) * torch.erfinv(2 * off_the_ends(noise, self.output.dtype) - 1)
+        standard = math.sqrt(2) * torch.erfinv(2 * clamp_to_open_interval(noise, self.output.dtype) - 1)
         return (self.location + self.sigma * standard).clamp(0, 1)
 
 
 class Laplace(_Density):
     """Mean and one `scale` b (a scalar tensor): log p = -|x - m| / b - log 2b."""
+
+    name = "laplace"
 
     def __init__(self, output: Tensor, scale: Tensor) -> None:
         super().__init__(output)
@@ -158,12 +163,12 @@ class Laplace(_Density):
 
     def sample(self, noise: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1], values beyond cut, from uniform noise on [0, 1)."""
-        centred = off_the_ends(noise, self.output.dtype) - 0.5
+        centred = clamp_to_open_interval(noise, self.output.dtype) - 0.5
         standard = -centred.sign() * torch.log1p(-2 * centred.abs())
         return (self.location + self.scale * standard).clamp(0, 1)
 
 
-class Observation(nn.Module):
+class ObservationModel(nn.Module):
     """Network output to likelihood object; holds what is measured on the data or trained besides the decoder.
 
     Args:
@@ -213,7 +218,7 @@ class Observation(nn.Module):
         first = torch.zeros((), dtype=torch.float64)
         second = torch.zeros((), dtype=torch.float64)
         for batch in first_batches:
-            x = unit(batch.get("target", batch["image"]), torch.float64).flatten(1)
+            x = to_unit_range(batch.get("target", batch["image"]), torch.float64).flatten(1)
             first += ctx.mean(x.mean(1)).cpu() / len(first_batches)
             second += ctx.mean(x.square().mean(1)).cpu() / len(first_batches)
         # One grey level at least: constant images have no variance.
@@ -221,7 +226,7 @@ class Observation(nn.Module):
 
     def forward(
         self, output: Tensor, image: Tensor | None = None, ctx: Context | None = None
-    ) -> Bernoulli | Gaussian | Laplace | DiscretisedLogistic:
+    ) -> Bernoulli | Gaussian | Laplace | DiscretizedLogistic:
         """The likelihood of a batch of decoder outputs.
 
         Args:
@@ -237,7 +242,7 @@ class Observation(nn.Module):
             return Laplace(output, self.scale)
         if isinstance(self.config, LogisticLikelihood):
             shared = self.raw_scale if self.config.scale == "learned" else None
-            return DiscretisedLogistic.from_network(output, self.channels, self.config, shared)
+            return DiscretizedLogistic.from_network(output, self.channels, self.config, shared)
         if self.config.sigma == "predicted":
             location, raw = output.chunk(2, dim=1)
             return Gaussian(location, _above_rounding(raw))
@@ -285,8 +290,8 @@ def check_dssim(weight: float, spec: Spec) -> None:
     Raises:
         UserError: naming the smallest side that works.
     """
-    if weight > 0 and min(spec.shape) < SIDE["gaussian"]:
+    if weight > 0 and min(spec.shape) < WINDOW_SIDE["gaussian"]:
         raise UserError(
-            f"model.dssim is {weight}, but SSIM needs images of at least {SIDE['gaussian']}x"
-            f"{SIDE['gaussian']} and these are {'x'.join(map(str, spec.shape))}: set model.dssim=0"
+            f"model.dssim is {weight}, but SSIM needs images of at least {WINDOW_SIDE['gaussian']}x"
+            f"{WINDOW_SIDE['gaussian']} and these are {'x'.join(map(str, spec.shape))}: set model.dssim=0"
         )

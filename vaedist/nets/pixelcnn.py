@@ -61,7 +61,7 @@ def gate(x: Tensor) -> Tensor:
     return torch.tanh(a) * torch.sigmoid(b)
 
 
-class Layer(nn.Module):
+class GatedLayer(nn.Module):
     """One gated layer.
 
     Args:
@@ -125,7 +125,7 @@ class GatedPixelCnn(nn.Module):
         self.grid, self.rate = grid, config.dropout
         self.embedding = nn.Embedding(codes, width)
         self.layers = nn.ModuleList(
-            Layer(
+            GatedLayer(
                 width,
                 reach=1 if number else config.first // 2,
                 dilation=config.dilations[(number - 1) % len(config.dilations)] if number else 1,
@@ -144,7 +144,7 @@ class GatedPixelCnn(nn.Module):
     def forward(self, codes: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
         """(B, K, h, w) logits of (B, h, w) codes, (B,) labels; `seeds` (B,) of dropout, None outside training."""
         v = h = self.embedding(codes).permute(0, 3, 1, 2)
-        for number, layer in enumerate(cast(list[Layer], self.layers)):
+        for number, layer in enumerate(cast(list[GatedLayer], self.layers)):
             more_v, more_h = layer(v, h, label)
             more_h = layer.out(dropout(more_h, self.rate, seeds, 2 * number))
             if more_v is not None:
@@ -156,19 +156,19 @@ class GatedPixelCnn(nn.Module):
                 v, h = v if more_v is None else v + more_v, h + more_h
         return self.head(h)
 
-    def steps(self, rows: int, label: Tensor | None = None) -> PixelCnnSteps:
+    def start_sampling(self, rows: int, label: Tensor | None = None) -> PixelCnnSamplingState:
         """`rows` maps begun, of (B,) labels."""
-        return PixelCnnSteps(self, rows, label)
+        return PixelCnnSamplingState(self, rows, label)
 
 
-class PixelCnnSteps:
+class PixelCnnSamplingState:
     """Cached sampling: see the module. Holds weights as the products want them; make it anew for other weights."""
 
     @torch.no_grad()
     def __init__(self, network: GatedPixelCnn, rows: int, label: Tensor | None) -> None:
         self.network = network
         self.height, self.width = network.grid
-        self.layers = cast(list[Layer], network.layers)
+        self.layers = cast(list[GatedLayer], network.layers)
         self.known = 0
         place_v, place_h = network.place.chunk(2, 1)
         self.place_v = place_v
@@ -214,7 +214,7 @@ class PixelCnnSteps:
                 h = torch.addmm(bias, functional.silu(h), weight)
             return h
 
-    def push(self, codes: Tensor) -> None:
+    def append(self, codes: Tensor) -> None:
         with torch.no_grad():
             known = self.network.embedding(codes)
         self.row.append(known)

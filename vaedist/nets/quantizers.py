@@ -20,10 +20,10 @@ The running means. With n_k vectors assigned to code k in a step, and s_k their 
 refused step, an evaluation and a step accumulated from several passes leave the codebook right, and every process
 holds the same one.
 
-Start. N and M must begin as what they are running means of: counts at 0 with sums at the embedding fling rare codes
-far away at the first step (3 of 512 codes survived). `start` runs k-means (`vaedist.nets.kmeans`) on vectors of the
-first batches, gathered over all processes, and N and M begin with its clusters, scaled to (1 - d) times a step's
-vectors: the start weighs as much as one step, so the codebook follows a young encoder closely.
+Initialization. N and M must start consistent with each other: with N = 0 and M = the embedding, a rare code's mean
+M_k / N_k lies far away after the first step. `initialize_codebook` runs k-means (`vaedist.nets.kmeans`) on vectors of
+the first batches, gathered over all processes, and sets N and M to the sizes and sums of its clusters, scaled to
+(1 - d) times a step's vectors: they weigh as much as one step, so the codebook follows an untrained encoder closely.
 
 Cosine codes. With `cosine: true` vectors and codes lie on the sphere of radius sqrt(D), and the nearest code is the
 one at the smallest angle: the encoder cannot run away in length. Yu et al., "Vector-quantized image modeling with
@@ -55,8 +55,8 @@ from torch import Tensor, nn
 
 from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Context
-from vaedist.nets.gradient_estimators import Estimator, on_sphere, passed
-from vaedist.nets.kmeans import add_rows, kmeans, nearest, rows_of
+from vaedist.nets.gradient_estimators import Estimator, apply_estimator, project_to_sphere
+from vaedist.nets.kmeans import flatten_positions, kmeans, nearest_vectors, ordered_index_add
 
 
 class _Vectors(Strict):
@@ -133,8 +133,8 @@ class Quantizer(nn.Module):
     """Codes of each position, one per residual level."""
     tag = ""
     """Tells the statistics of residual levels apart."""
-    starts_from_data = False
-    """Whether `start` is wanted before step 1."""
+    initialized_from_data = False
+    """Whether `initialize_codebook` is wanted before step 1."""
 
     def encode(self, z: Tensor) -> Tensor:
         """(B, h, w) int64 codes of a map (B, D, h, w)."""
@@ -147,19 +147,19 @@ class Quantizer(nn.Module):
     def forward(self, z: Tensor, ctx: Context) -> Quantized:
         raise NotImplementedError
 
-    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+    def initialize_codebook(self, vectors: Tensor, seed: int, per_step: int) -> None:
         """Start from (N, D) vectors that are the same on every process; a step has `per_step` of them."""
 
-    def count(self, codes: Tensor, ctx: Context) -> None:
+    def count_codes(self, codes: Tensor, ctx: Context) -> None:
         """Add a batch's codes to this step's statistics."""
         counts = torch.bincount(codes.flatten(), minlength=self.num_codes)
         ctx.accumulate(f"codes{self.tag}", counts.to(torch.float64))
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        """Apply the step's statistics; what there is to tell: see `told`."""
-        return self.told(ctx.total(f"codes{self.tag}"))
+        """Apply the step's statistics; what there is to tell: see `usage`."""
+        return self.usage(ctx.total(f"codes{self.tag}"))
 
-    def told(self, counts: Tensor) -> dict[str, Tensor]:
+    def usage(self, counts: Tensor) -> dict[str, Tensor]:
         """Perplexity exp(H) and number of the codes that the global batch used, from its (K,) counts."""
         share = counts / counts.sum()
         return {
@@ -172,7 +172,7 @@ class _Codebook(Quantizer):
     """K vectors of D numbers in `embedding`; the nearest one is the code."""
 
     embedding: Tensor
-    starts_from_data = True
+    initialized_from_data = True
     trained: bool
     """Whether the vectors follow a gradient."""
 
@@ -187,15 +187,17 @@ class _Codebook(Quantizer):
 
     def forward(self, z: Tensor, ctx: Context) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
-            z = self._placed(z)
+            z = self._to_code_space(z)
             codes, q = self.assign(z.detach(), ctx)
             commitment = (z - q.detach()).square().flatten(1).mean(1)
             codebook = (z.detach() - q).square().flatten(1).mean(1) if self.trained else None
-            return Quantized(passed(z, q.detach(), self.estimator), codes, commitment, codebook)
+            return Quantized(apply_estimator(z, q.detach(), self.estimator), codes, commitment, codebook)
 
     def encode(self, z: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            return nearest(rows_of(self._placed(z)), self.vectors)[0].view(z.shape[0], *z.shape[2:])
+            return nearest_vectors(flatten_positions(self._to_code_space(z)), self.vectors)[0].view(
+                z.shape[0], *z.shape[2:]
+            )
 
     def embed(self, codes: Tensor) -> Tensor:
         return nn.functional.embedding(codes, self.vectors).permute(0, 3, 1, 2).contiguous()
@@ -203,12 +205,12 @@ class _Codebook(Quantizer):
     @property
     def vectors(self) -> Tensor:
         """(K, D) code vectors."""
-        return on_sphere(self.embedding, 1) if self.cosine else self.embedding
+        return project_to_sphere(self.embedding, 1) if self.cosine else self.embedding
 
-    def _placed(self, z: Tensor) -> Tensor:
+    def _to_code_space(self, z: Tensor) -> Tensor:
         """The map in full precision, on the sphere where codes are told by their angle."""
         z = z.to(torch.promote_types(z.dtype, self.embedding.dtype))
-        return on_sphere(z, 1) if self.cosine else z
+        return project_to_sphere(z, 1) if self.cosine else z
 
 
 class GradientQuantizer(_Codebook):
@@ -221,15 +223,15 @@ class GradientQuantizer(_Codebook):
         self.embedding = nn.Parameter(torch.randn(config.codes, config.dim) / math.sqrt(config.dim))
 
     def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        codes = nearest(rows_of(z), self.vectors)[0].view(z.shape[0], *z.shape[2:])
+        codes = nearest_vectors(flatten_positions(z), self.vectors)[0].view(z.shape[0], *z.shape[2:])
         if ctx.training:
-            self.count(codes, ctx)
+            self.count_codes(codes, ctx)
         return codes, self.embed(codes)
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+    def initialize_codebook(self, vectors: Tensor, seed: int, per_step: int) -> None:
         if self.cosine:
-            vectors = on_sphere(vectors, 1)
+            vectors = project_to_sphere(vectors, 1)
         self.embedding.copy_(kmeans(vectors, self.num_codes, seed)[0])
 
 
@@ -250,14 +252,14 @@ class EmaQuantizer(_Codebook):
         self.register_buffer("sum_average", vectors.clone())
 
     def assign(self, z: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        rows = rows_of(z)
-        codes, distance = nearest(rows, self.vectors)
+        rows = flatten_positions(z)
+        codes, distance = nearest_vectors(rows, self.vectors)
         codes = codes.view(z.shape[0], *z.shape[2:])
         if ctx.training:
             # (K, 1 + D), counts and sums in one: one sum over processes instead of two.
             taken = torch.zeros(self.num_codes, 1 + self.dim, dtype=torch.float64, device=rows.device)
             taken[:, 0] = torch.bincount(codes.flatten(), minlength=self.num_codes)
-            add_rows(taken[:, 1:], codes.flatten(), rows)
+            ordered_index_add(taken[:, 1:], codes.flatten(), rows)
             ctx.accumulate(f"codes{self.tag}", taken)
             if self.config.expire > 0:
                 ctx.collect(f"candidates{self.tag}", self._candidates(rows, distance, z.shape[0], ctx))
@@ -289,7 +291,7 @@ class EmaQuantizer(_Codebook):
         self.embedding.copy_(torch.where(moved[:, None], mean, self.embedding))
         if self.config.expire > 0:
             self._expire(ctx.collected(f"candidates{self.tag}").flatten(0, 1))
-        return self.told(counts)
+        return self.usage(counts)
 
     def _expire(self, candidates: Tensor) -> None:
         """Move dead codes onto candidates (n, 1 + D), taken in the order of their first column, a random key.
@@ -305,9 +307,9 @@ class EmaQuantizer(_Codebook):
         self.sum_average[dead] = fresh * floor
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+    def initialize_codebook(self, vectors: Tensor, seed: int, per_step: int) -> None:
         if self.cosine:
-            vectors = on_sphere(vectors, 1)
+            vectors = project_to_sphere(vectors, 1)
         means, counts = kmeans(vectors, self.num_codes, seed)
         counts = counts * ((1 - self.config.decay) * per_step / counts.sum())
         self.embedding.copy_(means)
@@ -318,7 +320,7 @@ class EmaQuantizer(_Codebook):
 class ResidualQuantizer(Quantizer):
     """Codebooks in a row, each for what the ones before left over."""
 
-    starts_from_data = True
+    initialized_from_data = True
 
     def __init__(self, books: list[_Codebook]) -> None:
         super().__init__()
@@ -335,7 +337,7 @@ class ResidualQuantizer(Quantizer):
 
     def forward(self, z: Tensor, ctx: Context) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
-            z = next(self._in_turn())._placed(z)
+            z = next(self._in_turn())._to_code_space(z)
             total = torch.zeros_like(z)
             codes, commitments, codebooks = [], [], []
             for book in self._in_turn():
@@ -346,7 +348,7 @@ class ResidualQuantizer(Quantizer):
                 codes.append(found)
                 commitments.append((z - total).square().flatten(1).mean(1))
             return Quantized(
-                passed(z, total, self.estimator),
+                apply_estimator(z, total, self.estimator),
                 torch.stack(codes, 2).flatten(1, 2),
                 torch.stack(commitments).mean(0),
                 torch.stack(codebooks).sum(0) if codebooks else None,
@@ -355,7 +357,7 @@ class ResidualQuantizer(Quantizer):
     def encode(self, z: Tensor) -> Tensor:
         codes = []
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            rest = next(self._in_turn())._placed(z)
+            rest = next(self._in_turn())._to_code_space(z)
             for book in self._in_turn():
                 codes.append(book.encode(rest))
                 rest = rest - book.embed(codes[-1])
@@ -374,10 +376,10 @@ class ResidualQuantizer(Quantizer):
         return shown
 
     @torch.no_grad()
-    def start(self, vectors: Tensor, seed: int, per_step: int) -> None:
+    def initialize_codebook(self, vectors: Tensor, seed: int, per_step: int) -> None:
         for number, book in enumerate(self._in_turn()):
-            book.start(vectors, seed + number, per_step)
-            vectors = vectors - book.vectors[nearest(vectors, book.vectors)[0]]
+            book.initialize_codebook(vectors, seed + number, per_step)
+            vectors = vectors - book.vectors[nearest_vectors(vectors, book.vectors)[0]]
 
 
 class FsqQuantizer(Quantizer):
@@ -416,7 +418,7 @@ class FsqQuantizer(Quantizer):
             bounded, digits = self._digits(z)
             codes = (digits.long() * self.place[:, None, None]).sum(1)
             if ctx.training:
-                self.count(codes, ctx)
+                self.count_codes(codes, ctx)
             top = (self.levels - 1).to(z.dtype)[:, None, None]
             values = 2 * (bounded + (digits - bounded).detach()) / top - 1
             return Quantized(values, codes, None, None)

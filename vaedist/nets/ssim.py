@@ -12,7 +12,7 @@ with local means, variances and covariance under a window, for images in [0, 1] 
 
 Borders. `ssim_map` has the size of the image; beyond the edge the image is mirrored with its edge pixel
 repeated (d c b a | a b c d | d c b a), as scipy's filters do and as `full=True` shows. The mean that scikit-image
-returns leaves out `(side - 1) / 2` pixels along each edge, which `crop` gives and `ssim` applies.
+returns leaves out `(side - 1) / 2` pixels along each edge, which `border` gives and `ssim` applies.
 
 Scales. `ms_ssim` is the product over five scales s, each half the size of the one before (2 x 2 means; an odd last
 row or column is doubled), of the contrast-structure part to the power w_s, with the luminance part on the last:
@@ -38,22 +38,22 @@ from torch.nn import functional
 
 Window = Literal["gaussian", "uniform"]
 
-SIDE = {"gaussian": 11, "uniform": 7}
+WINDOW_SIDE = {"gaussian": 11, "uniform": 7}
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-MS_SIDE = (SIDE["gaussian"] - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1
+MS_SSIM_SIDE = (WINDOW_SIDE["gaussian"] - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1
 """Smallest height and width that have an MS-SSIM: its last scale is one window wide."""
 
 
 _C1, _C2 = 0.01**2, 0.03**2
 
 
-def crop(window: Window = "gaussian") -> int:
+def border(window: Window = "gaussian") -> int:
     """Pixels along each edge that the mean leaves out."""
-    return (SIDE[window] - 1) // 2
+    return (WINDOW_SIDE[window] - 1) // 2
 
 
-class Local(NamedTuple):
+class WindowStatistics(NamedTuple):
     """Statistics of two images under the window at each pixel, (B, C, H, W) each."""
 
     mean_x: Tensor
@@ -72,13 +72,13 @@ class Local(NamedTuple):
         return ((2 * mx * my + _C1) * (2 * cxy + _C2)) / ((mx * mx + my * my + _C1) * (vx + vy + _C2))
 
 
-def local(x: Tensor, y: Tensor, window: Window = "gaussian") -> Local:
+def window_statistics(x: Tensor, y: Tensor, window: Window = "gaussian") -> WindowStatistics:
     """Means, variances and covariance of two images (B, C, H, W) in [0, 1], each channel on its own.
 
     Computed in fp32, or fp64 for fp64 images. H and W are at least the window's side.
     """
     assert x.shape == y.shape and x.dim() == 4
-    side = SIDE[window]
+    side = WINDOW_SIDE[window]
     assert min(x.shape[-2:]) >= side, f"images must be at least {side}x{side}"
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -93,36 +93,36 @@ def local(x: Tensor, y: Tensor, window: Window = "gaussian") -> Local:
         mx, my = mean(x), mean(y)
         vx = scale * (mean(x * x) - mx * mx)
         vy = scale * (mean(y * y) - my * my)
-        return Local(mx, my, vx, vy, scale * (mean(x * y) - mx * my))
+        return WindowStatistics(mx, my, vx, vy, scale * (mean(x * y) - mx * my))
 
 
 def ssim_map(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
-    """SSIM at each pixel, (B, C, H, W); as `local`."""
-    return local(x, y, window).ssim
+    """SSIM at each pixel, (B, C, H, W); as `window_statistics`."""
+    return window_statistics(x, y, window).ssim
 
 
-def inner(full: Tensor, window: Window = "gaussian") -> Tensor:
+def crop_border(full: Tensor, window: Window = "gaussian") -> Tensor:
     """A map without the borders that the mean leaves out: (..., H, W) to (..., H - side + 1, W - side + 1)."""
-    edge = crop(window)
+    edge = border(window)
     return full[..., edge:-edge, edge:-edge]
 
 
 def ssim(x: Tensor, y: Tensor, window: Window = "gaussian") -> Tensor:
     """(B,) mean SSIM as scikit-image returns it: borders left out, channels averaged."""
-    return inner(ssim_map(x, y, window), window).mean((1, 2, 3))
+    return crop_border(ssim_map(x, y, window), window).mean((1, 2, 3))
 
 
-def ms_ssim(x: Tensor, y: Tensor, first: Local | None = None) -> Tensor:
-    """(B,) multi-scale SSIM of images (B, C, H, W) in [0, 1] of at least `MS_SIDE` a side, channels averaged.
+def ms_ssim(x: Tensor, y: Tensor, first: WindowStatistics | None = None) -> Tensor:
+    """(B,) multi-scale SSIM of images (B, C, H, W) in [0, 1] of at least `MS_SSIM_SIDE` a side, channels averaged.
 
-    `first` is `local(x, y)` where the caller has it.
+    `first` is `window_statistics(x, y)` where the caller has it.
     """
-    assert min(x.shape[-2:]) >= MS_SIDE, f"images must be at least {MS_SIDE}x{MS_SIDE}"
+    assert min(x.shape[-2:]) >= MS_SSIM_SIDE, f"images must be at least {MS_SSIM_SIDE}x{MS_SSIM_SIDE}"
     product = x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
     for scale, weight in enumerate(SCALE_WEIGHTS, 1):
-        found = first if first is not None and scale == 1 else local(x, y)
+        found = first if first is not None and scale == 1 else window_statistics(x, y)
         part = found.ssim if scale == len(SCALE_WEIGHTS) else found.contrast_structure
-        product = product * inner(part).mean((2, 3)).clamp(min=0) ** weight
+        product = product * crop_border(part).mean((2, 3)).clamp(min=0) ** weight
         x, y = _half(x), _half(y)
     return product.mean(1)
 
@@ -142,7 +142,7 @@ def _matrix(window: Window, n: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def _weights(window: Window, n: int) -> Tensor:
-    side = SIDE[window]
+    side = WINDOW_SIDE[window]
     offsets = torch.arange(side, dtype=torch.float64) - side // 2
     weights = torch.exp(-0.5 * (offsets / 1.5) ** 2) if window == "gaussian" else torch.ones_like(offsets)
     weights /= weights.sum()

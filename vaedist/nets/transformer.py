@@ -10,7 +10,7 @@ and keys turned by angles that grow with the place, so that their product knows 
 "RoFormer"), here along two axes: half of a head's pairs turn with the row, half with the column; or `both`. It is
 always the place whose code is to come.
 
-`TransformerSteps` keeps every layer's keys and values, so that a code costs one place's products and one row of
+`TransformerSamplingState` keeps every layer's keys and values, so that a code costs one place's products and one row of
 attention.
 """
 
@@ -48,7 +48,7 @@ class Transformer(Strict):
         return self
 
 
-def turns(grid: tuple[int, int], size: int) -> Tensor:
+def rotary_table(grid: tuple[int, int], size: int) -> Tensor:
     """(2, T, size) fp64: cosines and sines of the rotary angles of a head of `size` features, a multiple of 4.
 
     Pair i is features i and i + size/2; the first half of the pairs turns with the row, the other with the column,
@@ -63,13 +63,13 @@ def turns(grid: tuple[int, int], size: int) -> Tensor:
     return torch.stack([torch.cat([angles.cos()] * 2, 1), torch.cat([angles.sin()] * 2, 1)])
 
 
-def turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """(..., T, size) features, every pair turned by its angle."""
     a, b = x.chunk(2, -1)
     return x * cosines + torch.cat([-b, a], -1) * sines
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and MLP around a residual stream (B, T, D)."""
 
     def __init__(self, config: Transformer) -> None:
@@ -86,21 +86,21 @@ class Block(nn.Module):
         for layer in (self.out, self.down):
             nn.init.normal_(layer.weight, std=(2 * config.layers * layer.in_features) ** -0.5)
 
-    def heads_of(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, T, size) of the stream."""
         b, t, width = x.shape
         parts = self.project(self.attention_norm(x)).view(b, t, 3, self.heads, width // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
         if turn is not None:
-            q, k = turned(q, *turn), turned(k, *turn)
+            q, k = apply_rotary(q, *turn), apply_rotary(k, *turn)
         return q, k, v
 
-    def joined(self, heads: Tensor) -> Tensor:
+    def attention_output(self, heads: Tensor) -> Tensor:
         """What attention adds to the stream, from (B, heads, T, size)."""
         added: Tensor = self.out(heads.transpose(1, 2).flatten(2))
         return added
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp_output(self, x: Tensor) -> Tensor:
         """What the MLP adds to the stream."""
         added: Tensor = self.down(functional.gelu(self.up(self.mlp_norm(x))))
         return added
@@ -116,7 +116,7 @@ class CausalTransformer(nn.Module):
         labels: Rows of the label table: the classes and one for "no label"; 0: no labels.
     """
 
-    turns: Tensor
+    rotary_terms: Tensor
 
     def __init__(self, config: Transformer, codes: int, grid: tuple[int, int], labels: int = 0) -> None:
         super().__init__()
@@ -132,19 +132,19 @@ class CausalTransformer(nn.Module):
             self.place = nn.Parameter(0.02 * torch.randn(places, width))
         self.rotary = config.positions != "learned"
         if self.rotary:
-            table = turns(grid, width // config.heads)
-            self.register_buffer("turns", table.to(torch.get_default_dtype()), persistent=False)
+            table = rotary_table(grid, width // config.heads)
+            self.register_buffer("rotary_terms", table.to(torch.get_default_dtype()), persistent=False)
         self.label: nn.Embedding | None = None
         if labels:
             self.label = nn.Embedding(labels, width)
             nn.init.normal_(self.label.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codes)
 
     def turn(self, places: slice) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines at these places."""
-        return (self.turns[0, places], self.turns[1, places]) if self.rotary else None
+        return (self.rotary_terms[0, places], self.rotary_terms[1, places]) if self.rotary else None
 
     def shift(self, label: Tensor | None) -> Tensor | None:
         """(B, 1, D) of (B,) labels."""
@@ -161,25 +161,25 @@ class CausalTransformer(nn.Module):
         known = torch.cat([self.start.expand(len(codes), 1, -1), known], 1)
         everywhere = slice(None)
         x = self.enter(known, everywhere, self.shift(label))
-        for number, block in enumerate(cast(list[Block], self.blocks)):
-            q, k, v = block.heads_of(x, self.turn(everywhere))
+        for number, block in enumerate(cast(list[TransformerBlock], self.blocks)):
+            q, k, v = block.qkv(x, self.turn(everywhere))
             seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + dropout(block.joined(seen), self.rate, seeds, 2 * number)
-            x = x + dropout(block.mlp(x), self.rate, seeds, 2 * number + 1)
+            x = x + dropout(block.attention_output(seen), self.rate, seeds, 2 * number)
+            x = x + dropout(block.mlp_output(x), self.rate, seeds, 2 * number + 1)
         return self.head(self.norm(x)).transpose(1, 2).unflatten(2, self.grid)
 
-    def steps(self, rows: int, label: Tensor | None = None) -> TransformerSteps:
+    def start_sampling(self, rows: int, label: Tensor | None = None) -> TransformerSamplingState:
         """`rows` maps begun, of (B,) labels."""
-        return TransformerSteps(self, rows, label)
+        return TransformerSamplingState(self, rows, label)
 
 
-class TransformerSteps:
+class TransformerSamplingState:
     """Cached sampling: see the module."""
 
     @torch.no_grad()
     def __init__(self, network: CausalTransformer, rows: int, label: Tensor | None) -> None:
         self.network = network
-        self.blocks = cast(list[Block], network.blocks)
+        self.blocks = cast(list[TransformerBlock], network.blocks)
         self.known = 0
         self.shift = network.shift(label)
         self.newest = network.start.expand(rows, 1, -1)
@@ -195,13 +195,13 @@ class TransformerSteps:
             x = self.network.enter(self.newest, here, self.shift)
             turn = self.network.turn(here)
             for block, cache in zip(self.blocks, self.cache, strict=True):
-                q, cache[0, :, :, here], cache[1, :, :, here] = block.heads_of(x, turn)
+                q, cache[0, :, :, here], cache[1, :, :, here] = block.qkv(x, turn)
                 k, v = cache[:, :, :, : self.known + 1]
-                x = x + block.joined(functional.scaled_dot_product_attention(q, k, v))
-                x = x + block.mlp(x)
+                x = x + block.attention_output(functional.scaled_dot_product_attention(q, k, v))
+                x = x + block.mlp_output(x)
             return self.network.head(self.network.norm(x))[:, 0]
 
-    def push(self, codes: Tensor) -> None:
+    def append(self, codes: Tensor) -> None:
         with torch.no_grad():
             self.newest = self.network.embedding(codes)[:, None]
         self.known += 1

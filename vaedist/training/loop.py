@@ -26,19 +26,28 @@ from vaedist.config.settings import expand
 from vaedist.core.errors import Diverged, UserError, did_you_mean
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.staging import staged
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
+from vaedist.data.loading.order import slice_bounds
+from vaedist.data.loading.staging import stage_shards
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 from vaedist.distributed.contexts import DistributedLaneContext
+from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
-from vaedist.distributed.pulse import Tell, on_stderr
 from vaedist.models.contract import Variant, build, model_config
-from vaedist.runs.checkpoint import Best, Checkpoints, Committer, from_bytes, to_bytes
+from vaedist.runs.checkpoint import Best, Checkpoints, Committer
+from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
-from vaedist.runs.open_run import data_section, resolved, resume
-from vaedist.runs.run_folder import Change, RunFolder, libraries
+from vaedist.runs.provenance import Change, library_versions
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.resume_rules import check_resume, data_section
+from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import told as told_of_start
+from vaedist.runs.startup_timings import startup_summary
 from vaedist.runs.stop_request import StopRequest
 from vaedist.training.ema import WeightAverage
 from vaedist.training.initialization import Initialization, init_weights
@@ -62,7 +71,7 @@ def fit(
     report: Report | None = None,
     options: FitOptions = FitOptions(),  # noqa: B008 - frozen
     reached: Reached = lambda _: None,
-    stuck: Tell = on_stderr,
+    stuck: StallReport = print_to_stderr,
 ) -> Outcome:
     """Train `job` in `run_folder`, from its newest checkpoint or from the start.
 
@@ -132,12 +141,12 @@ def _fit(
         )
         store = Checkpoints(folder, keep=job.train.keep)
         newest = store.newest()
-        changed = resume(run, newest, job, index, override=options.override)
+        changed = check_resume(run.path, newest, job, index, override=options.override)
         committer = Committer(store, lock.check)
         exits.callback(committer.close)
-        return to_bytes(newest)
+        return checkpoint_to_bytes(newest)
 
-    found = from_bytes(group.from_leader(open_folder))
+    found = checkpoint_from_bytes(group.from_leader(open_folder))
     start = found.step if found else 0
     progress = Progress(group, found.state["progress"] if found else None)
     steps_per_epoch = index.split(job.data.train_split).count // batch_size
@@ -158,7 +167,9 @@ def _fit(
     if source is None:
         return _stopped_early(run, start, progress, tell)
     read = (job.data.train_split, job.data.validation_split)
-    source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
+    source = exits.enter_context(
+        stage_shards(source, read, group=group, report=tell, stopped=lambda: stop.requested)
+    )
     how = choose_loader_settings(
         job.data, source, (total - start) * batch_size, group, torch.get_num_threads()
     )
@@ -166,20 +177,24 @@ def _fit(
     stream = TrainingStream(
         source,
         job.data.train_split,
-        batch_size=batch_size,
-        lanes=lanes,
-        seed=job.seed,
-        cache=how.cache,
-        finish=Inputs(job).finish if model.reads == "images" else None,
-        workers=how.readers[how.cache],
-        node=group,
-        **mine,
+        TrainingStreamConfig(
+            batch_size=batch_size,
+            lanes=lanes,
+            seed=job.seed,
+            cache=how.cache,
+            static_transform=Inputs(job).static_transform if model.reads == "images" else None,
+            workers=how.readers[how.cache],
+            group=group,
+            **mine,
+        ),
     )
     exits.callback(stream.close)
     stream.workers = how.readers[stream.cache]  # a cache may not have fitted
-    inputs = Inputs(job, finished=stream.finished)
+    inputs = Inputs(job, transformed=stream.transformed)
     held_out = EvaluationStream(
-        source, job.data.validation_split, batch_size=batch_size, workers=how.readers["none"], **mine
+        source,
+        job.data.validation_split,
+        EvaluationStreamConfig(batch_size=batch_size, workers=how.readers["none"], **mine),
     )
 
     check_monitored_term(job, model, held_out)
@@ -213,10 +228,10 @@ def _fit(
     # Watching: rank 0 writes TensorBoard, metrics.jsonl and the console; rows beyond the resume step are cut.
     log: RunLog | SilentLog = SilentLog()
     if run is not None:
-        run.begin(
+        run.record_start(
             job,
             step=start if found else None,
-            beginning=initialization.record,
+            initialization=initialization.record,
             changed=changed,
             engine=options.engine,
             world=group.world,
@@ -226,7 +241,7 @@ def _fit(
         log = RunLog(run, job, total_steps=total, start_step=start, quiet=options.quiet)
         log.summary(_summary(job, index, stream, how, model, group, options, initialization, start, total))
         if options.verbose:
-            log.message(libraries())
+            log.message(library_versions())
         if initialization.report:
             log.message("\n".join(initialization.report))
     exits.enter_context(_closed(log))
@@ -266,14 +281,14 @@ def _fit(
         if done == start:
             train_step.warm_up(batch, done)
         # A compiled body may be compiled anew at any step, which takes minutes.
-        with group.pulse.strict(done > start and not job.train.compile):
+        with group.stall_monitor.strict(done > start and not job.train.compile):
             result = train_step(batch, done, total, stop.requested)
         done += 1
         if done == start + 1:
             reached("stepped")
-            if options.phases:
-                phases = (*options.phases, ("data and model", began), ("first step", ready))
-                log.message(told_of_start(phases, time.time()))
+            if options.startup:
+                phases = (*options.startup, ("data and model", began), ("first step", ready))
+                log.message(startup_summary(phases, time.time()))
         if committer is not None:
             committer.join(wait=False)  # a full disk is told now, not when the next checkpoint is due
         images = done * batch_size

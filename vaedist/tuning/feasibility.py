@@ -14,7 +14,7 @@ from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics.per_image import evaluate_images
 from vaedist.models.contract import Variant, build, model_config, variant
-from vaedist.runs.open_run import resolved
+from vaedist.runs.resolved_job import resolved
 from vaedist.tuning import asha
 from vaedist.tuning.dimensions import Categorical, Setting
 from vaedist.tuning.objectives import METRICS, check_objectives

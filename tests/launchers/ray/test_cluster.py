@@ -13,7 +13,7 @@ import pytest
 
 from tests.run_commands import ROOT, small_job, write_job
 from vaedist.core.errors import UserError
-from vaedist.launchers.ray.cluster import Want
+from vaedist.launchers.ray.cluster import ResourceRequest
 from vaedist.launchers.ray.driver_log import blame
 from vaedist.train import build_parser
 
@@ -22,48 +22,54 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("want", "nodes", "gpus", "room"),
+    ("resources", "nodes", "gpus", "room"),
     [
-        (Want(2, 2), [FOUR], 0, 2),
-        (Want(1, 8), [FOUR], 0, 4),  # elastic: as many as there is room for
-        (Want(1, 8, cpus=3), [FOUR, FOUR, TWO_GPUS], 1, 2),  # GPUs are there, so each has one
-        (Want(1, 8, cpus=3, device="cpu"), [FOUR, FOUR, TWO_GPUS], 0, 4),
-        (Want(2, 2), [TWO_GPUS], 1, 2),
-        (Want(2, 2, gpus=0), [TWO_GPUS], 0, 2),
-        (Want(1, 4, device="cuda"), [TWO_GPUS, TWO_GPUS], 1, 4),
+        (ResourceRequest(2, 2), [FOUR], 0, 2),
+        (ResourceRequest(1, 8), [FOUR], 0, 4),  # elastic: as many as there is room for
+        (ResourceRequest(1, 8, cpus=3), [FOUR, FOUR, TWO_GPUS], 1, 2),  # GPUs are there, so each has one
+        (ResourceRequest(1, 8, cpus=3, device="cpu"), [FOUR, FOUR, TWO_GPUS], 0, 4),
+        (ResourceRequest(2, 2), [TWO_GPUS], 1, 2),
+        (ResourceRequest(2, 2, gpus=0), [TWO_GPUS], 0, 2),
+        (ResourceRequest(1, 4, device="cuda"), [TWO_GPUS, TWO_GPUS], 1, 4),
     ],
 )
-def test_what_fits(want: Want, nodes: list[dict[str, float]], gpus: int, room: int) -> None:
-    assert want.place(nodes) == (gpus, room)
+def test_what_fits(resources: ResourceRequest, nodes: list[dict[str, float]], gpus: int, room: int) -> None:
+    assert resources.fit(nodes) == (gpus, room)
 
 
 @pytest.mark.parametrize(
-    ("want", "nodes", "told"),
+    ("resources", "nodes", "told"),
     [
         (
-            Want(5, 5),
+            ResourceRequest(5, 5),
             [FOUR],
             "5 workers need 5 CPUs, but Ray has 4 here (limited by SLURM_CPUS_ON_NODE): start at",
         ),
-        (Want(5, 9), [FOUR], "5 workers need 5 CPUs, but Ray has 4 here"),
-        (Want(2, 2, cpus=3), [FOUR], "2 workers with 3 CPUs each need 6 CPUs, but Ray has 4 here"),
+        (ResourceRequest(5, 9), [FOUR], "5 workers need 5 CPUs, but Ray has 4 here"),
+        (ResourceRequest(2, 2, cpus=3), [FOUR], "2 workers with 3 CPUs each need 6 CPUs, but Ray has 4 here"),
         (
-            Want(4, 4),
+            ResourceRequest(4, 4),
             [TWO_GPUS],
             "4 workers with one GPU each need 4 GPUs, but Ray has 2 here: start at most 2",
         ),
-        (Want(1, 1, device="cuda"), [FOUR], "Ray sees no GPU here"),
-        (Want(1, 1, gpus=1), [FOUR], "Ray sees no GPU here"),
-        (Want(1, 1, gpus=1, device="cpu"), [TWO_GPUS], "--gpus-per-worker 1 has no effect with --device cpu"),
-        (Want(1, 1, gpus=0, device="cuda"), [TWO_GPUS], "--device cuda needs a GPU per worker"),
-        (Want(2, 2, cpus=3), [{"CPU": 2.0}] * 3, "there is room for 0"),
-        (Want(1, 1), [], "1 worker needs 1 CPUs, but Ray has 0 here"),
+        (ResourceRequest(1, 1, device="cuda"), [FOUR], "Ray sees no GPU here"),
+        (ResourceRequest(1, 1, gpus=1), [FOUR], "Ray sees no GPU here"),
+        (
+            ResourceRequest(1, 1, gpus=1, device="cpu"),
+            [TWO_GPUS],
+            "--gpus-per-worker 1 has no effect with --device cpu",
+        ),
+        (ResourceRequest(1, 1, gpus=0, device="cuda"), [TWO_GPUS], "--device cuda needs a GPU per worker"),
+        (ResourceRequest(2, 2, cpus=3), [{"CPU": 2.0}] * 3, "there is room for 0"),
+        (ResourceRequest(1, 1), [], "1 worker needs 1 CPUs, but Ray has 0 here"),
     ],
 )
-def test_what_can_never_fit_is_one_sentence(want: Want, nodes: list[dict[str, float]], told: str) -> None:
+def test_what_can_never_fit_is_one_sentence(
+    resources: ResourceRequest, nodes: list[dict[str, float]], told: str
+) -> None:
     limits = {"CPU": "SLURM_CPUS_ON_NODE"} if "limited" in told else None
     with pytest.raises(UserError) as caught:
-        want.place(nodes, limits)
+        resources.fit(nodes, limits)
     assert told in str(caught.value)
 
 
@@ -175,18 +181,18 @@ def test_of_rays_own_errors_only_the_anonymous_death_is_left_out(capfd: pytest.C
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_is_killed_through_ray_only_while_it_is_the_one_that_was_meant() -> None:
-    from vaedist.launchers.ray.cluster import on_node, this_node
-    from vaedist.launchers.ray.heartbeat import kill_here
-    from vaedist.runs.run_lock import started
+    from vaedist.launchers.ray.cluster import current_node, run_on_node
+    from vaedist.launchers.ray.heartbeat import kill_process
+    from vaedist.runs.run_lock import process_start_ticks
 
     with subprocess.Popen(["sleep", "600"]) as process:
-        since = started(process.pid)
+        since = process_start_ticks(process.pid)
         assert since is not None
         try:
-            assert not kill_here(process.pid, str(int(since) - 1)), "its number was another's before"
+            assert not kill_process(process.pid, str(int(since) - 1)), "its number was another's before"
             assert process.poll() is None
-            on_node(this_node(), kill_here, process.pid, since)
+            run_on_node(current_node(), kill_process, process.pid, since)
             assert process.wait(120) == -signal.SIGKILL
         finally:
             process.kill()
-    assert not kill_here(process.pid, since)
+    assert not kill_process(process.pid, since)

@@ -353,7 +353,7 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(phantom: Path, tmp_pa
 
 
 def test_workers_find_this_package_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vaedist.launchers.local import python_path
+    from vaedist.launchers.environment import python_path
 
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     import vaedist

@@ -16,7 +16,7 @@ from vaedist.evaluation.evaluate_run import EvaluationResult
 from vaedist.evaluation.html_report import charts
 from vaedist.evaluation.html_report.content import Section
 from vaedist.evaluation.metrics.latents import Latents, collect_latents
-from vaedist.inference.sampling import interpolation
+from vaedist.inference.latent_space import interpolation
 from vaedist.models.contract import Variant
 
 STRIPS, FRAMES = 4, 9

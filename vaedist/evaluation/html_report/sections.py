@@ -28,9 +28,9 @@ from vaedist.evaluation.html_report.training_curves import training_curves
 from vaedist.evaluation.metrics.per_image import ImageMetrics, pairs, pick_evenly, with_codes, without_padding
 from vaedist.evaluation.metrics.tables import HEADS, digits, metrics_rows, sample_rows
 from vaedist.evaluation.text_report import format_report
+from vaedist.inference.sample_files import with_code_maps
 from vaedist.inference.sampling import Sampler
-from vaedist.inference.show import beside
-from vaedist.inference.stored_mixture import stored_density
+from vaedist.inference.stored_mixture import load_mixture
 from vaedist.runs.open_run import Run
 from vaedist.runs.run_folder import RunFolder
 
@@ -109,7 +109,7 @@ def _samples(run: Run, document: Mapping[str, Any]) -> Section:
     samplers = {}
     if model.samples:
         samplers["from the prior, seed 0, none picked"] = Sampler(model)
-    mixture = stored_density(run) if model.latent in ("vector", "map") else None
+    mixture = load_mixture(run) if model.latent in ("vector", "map") else None
     if mixture is not None and not model.conditional:
         samplers[f"from the {mixture}"] = Sampler(model, mixture=mixture)
     for caption, sampler in samplers.items():
@@ -138,7 +138,7 @@ def _codes(result: EvaluationResult, document: Mapping[str, Any]) -> Section:
     section.charts.append(charts.bars(share, x="codes, the most used first", y="share of all positions"))
     with torch.no_grad():
         batch = with_codes(model, without_padding(next(iter(result.batches))))
-    both = beside(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
+    both = with_code_maps(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
     section.pictures.append(("images and their codes, a colour for each code", picture_uri(grid(both, 8))))
     return section
 

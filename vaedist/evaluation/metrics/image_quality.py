@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaedist.core.imaging import Pixels
-from vaedist.nets.ssim import MS_SIDE, Window, inner, local, ms_ssim
+from vaedist.nets.ssim import MS_SSIM_SIDE, Window, crop_border, ms_ssim, window_statistics
 
 NAMES = (
     "ssim",
@@ -101,7 +101,7 @@ def pair_metrics(original: Pixels, other: Pixels) -> dict[str, float]:
             values[name], full = _ssim(original, other, gaussian=name == "ssim")
             if foreground.any():
                 values[f"{name}_foreground"] = float(full[:, foreground].mean())
-    if min(original.shape[1:]) >= MS_SIDE:
+    if min(original.shape[1:]) >= MS_SSIM_SIDE:
         x, y = (torch.from_numpy(image / 255.0)[None] for image in (original, other))
         values["ms_ssim"] = float(ms_ssim(x, y))
     return values
@@ -129,12 +129,12 @@ def batch_metrics(originals: Tensor, others: Tensor) -> list[dict[str, float]]:
     windows: dict[str, Window] = {"ssim": "gaussian", "ssim_default": "uniform"}
     for name, window in windows.items():
         if min(x.shape[2:]) >= WINDOWS[name]:
-            statistics = local(x, y, window)
+            statistics = window_statistics(x, y, window)
             full = statistics.ssim
-            found[name] = inner(full, window).mean((1, 2, 3))
+            found[name] = crop_border(full, window).mean((1, 2, 3))
             # Without foreground 0 / 0, which is NaN.
             found[f"{name}_foreground"] = (full.mean(1) * foreground).sum((1, 2)) / pixels
-            if window == "gaussian" and min(x.shape[2:]) >= MS_SIDE:
+            if window == "gaussian" and min(x.shape[2:]) >= MS_SSIM_SIDE:
                 found["ms_ssim"] = ms_ssim(x, y, statistics)
     table = torch.stack([found[name] for name in NAMES], 1).tolist()
     return [dict(zip(NAMES, row, strict=True)) for row in table]
@@ -149,10 +149,10 @@ def too_small(height: int, width: int) -> dict[str, str]:
         for suffix in ("", "_foreground")
         if min(height, width) < window
     }
-    if min(height, width) < MS_SIDE:
+    if min(height, width) < MS_SSIM_SIDE:
         found["ms_ssim"] = (
-            f"ms_ssim is not defined, because images of {height}x{width} are smaller than {MS_SIDE}x{MS_SIDE}, where "
-            "the last of its five scales holds one window"
+            f"ms_ssim is not defined, because images of {height}x{width} are smaller than "
+            f"{MS_SSIM_SIDE}x{MS_SSIM_SIDE}, where the last of its five scales holds one window"
         )
     return found
 

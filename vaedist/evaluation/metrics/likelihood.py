@@ -89,7 +89,7 @@ def log_likelihood(decoded: Likelihood, image: Tensor, uniform: Callable[[], Ten
         uniform: Gives the dequantisation noise, (B, C, H, W) on [0, 1); only a density asks for it.
     """
     if getattr(decoded, "evidence", "surrogate") == "density":
-        nats: Tensor = decoded.dequantised(image, uniform())  # type: ignore[attr-defined]
+        nats: Tensor = decoded.dequantized_log_prob(image, uniform())  # type: ignore[attr-defined]
         return nats
     return decoded.log_prob(image)
 
@@ -270,7 +270,7 @@ def measure_likelihood(
             totals[number] += float(-bound.sum())
         name = likelihood_name(decoded, bilevel)
         if found is None:
-            found = SplitLikelihood(name, type(decoded).__name__.lower(), model.spec.pixels, draws)
+            found = SplitLikelihood(name, decoded.name, model.spec.pixels, draws)
         found.name = name
         found.rows += _rows(torch.stack(columns).mean(0))
     if found is None:

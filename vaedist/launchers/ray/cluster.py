@@ -29,12 +29,12 @@ from typing import Any
 from vaedist.core.errors import UserError
 from vaedist.core.temporary_folder import temporary_folder
 from vaedist.launchers.allocation import Allocation, allocation
-from vaedist.launchers.local import loopback, python_path
+from vaedist.launchers.environment import loopback_interface, python_path, temporary_environment
 
 Resources = Mapping[str, float]
 """What a node offers, by Ray's names: CPU, GPU, memory..."""
 
-KNOBS = {
+RAY_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -43,7 +43,7 @@ KNOBS = {
     "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would run it at nice 15
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-WITHOUT = {
+PRIVATE_RAY_ENV = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_memory_monitor_refresh_ms": "0",
@@ -57,7 +57,7 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @dataclass(frozen=True)
-class Want:
+class ResourceRequest:
     """What a run asks of a cluster.
 
     Attributes:
@@ -73,7 +73,7 @@ class Want:
     gpus: int | None = None
     device: str = "auto"
 
-    def place(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
+    def fit(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
         """GPUs per worker, and how many workers have room on these nodes (`most` at most).
 
         Args:
@@ -141,14 +141,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
+def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
     """The Ray cluster of a run.
 
     Where Ray is initialised already, that one; in a Slurm job over several nodes the one that the supervisor started on
     them (VAEDIST_RAY_CLUSTER); else a private one on this machine, ended on exit.
 
     Args:
-        want: What has to fit.
+        request: What has to fit.
         cpus: Logical CPUs of a private cluster; default: the allocation's.
 
     Raises:
@@ -160,7 +160,7 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cl
         import ray
 
         if ray.is_initialized():
-            with environment(KNOBS | {"PYTHONPATH": python_path()}):
+            with temporary_environment(RAY_ENV | {"PYTHONPATH": python_path()}):
                 yield Cluster(private=False, told="found")
             return
     if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
@@ -172,12 +172,14 @@ def cluster(want: Want | None = None, *, cpus: int | None = None) -> Iterator[Cl
     ours = allocation()
     size = {
         "CPU": float(cpus or ours.cpus),
-        "GPU": float(_usable_gpus(ours, "auto" if want is None else want.device)),
+        "GPU": float(_usable_gpus(ours, "auto" if request is None else request.device)),
     }
-    if want is not None:
-        want.place([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
-    variables = KNOBS | WITHOUT | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
-    with environment(variables), contextlib.ExitStack() as exits:
+    if request is not None:
+        request.fit([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
+    variables = (
+        RAY_ENV | PRIVATE_RAY_ENV | _LOOPBACK | tokens | loopback_interface() | {"PYTHONPATH": python_path()}
+    )
+    with temporary_environment(variables), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
         exits.enter_context(_without_anonymous_deaths())
         yield Cluster(private=True, told="started on this machine")
@@ -251,7 +253,7 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def this_node() -> str:
+def current_node() -> str:
     """Ray's name of the node that this process is on."""
     import ray
 
@@ -259,7 +261,7 @@ def this_node() -> str:
     return name
 
 
-def on_node(node: str, work: Callable[..., Any], *given: Any) -> None:
+def run_on_node(node: str, work: Callable[..., Any], *given: Any) -> None:
     """Have `work` done on a node; whether it was is not waited for, because the node may have gone."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -285,21 +287,6 @@ def _usable_gpus(ours: Allocation, device: str) -> int:
     return min(ours.gpus, torch.cuda.device_count())
 
 
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for a while: what Ray's processes inherit."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 @functools.cache
 def _secret() -> str:
     # One per process: Ray caches the first token that it reads.
@@ -314,7 +301,7 @@ def _token(folder: Path) -> Iterator[None]:
         file.write(_secret())
     inherited = os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
     try:
-        with environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
+        with temporary_environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
             yield
     finally:
         if inherited is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vaedist.core.errors import UserError, WorkerLost
-from vaedist.launchers.ray.cluster import Want, free_cpus, nodes
+from vaedist.launchers.ray.cluster import ResourceRequest, free_cpus, nodes
 from vaedist.launchers.recovery import Recovery
 
 _GONE_SECONDS = 60.0
@@ -51,17 +51,24 @@ class Tail:
         return [json.loads(line) for line in lines]
 
 
-class Watch:
+class DriverLog:
     """Tells the user what happens in the workers: rank 0's console, losses, resizes, recoveries, and a long queue."""
 
     def __init__(
-        self, work: Path, want: Want, max_failures: int, hang_seconds: float, *, private: bool, quiet: bool
+        self,
+        work: Path,
+        request: ResourceRequest,
+        max_failures: int,
+        hang_seconds: float,
+        *,
+        private: bool,
+        quiet: bool,
     ) -> None:
         self._console, self._losses = Tail(work / "console.txt"), Tail(work / "losses.jsonl")
         self._stages, self._stuck = Tail(work / "stages.jsonl"), Tail(work / STUCK)
         self.stuck: dict[int, str] = {}
         """By rank: why it ended, in the group that was last started."""
-        self._want, self._max_failures, self._hang_seconds = want, max_failures, hang_seconds
+        self._request, self._max_failures, self._hang_seconds = request, max_failures, hang_seconds
         self._private, self._quiet = private, quiet
         self._failures = 0
         self._recovery = Recovery("Ray's restart")
@@ -100,7 +107,7 @@ class Watch:
         if self.stuck:
             who = next(iter(self.stuck.values()))
         self._failures += 1
-        self._recovery.lost(now)
+        self._recovery.on_lost(now)
         if self._failures <= self._max_failures:
             print(
                 f"vaedist: {who}; starting again from the last checkpoint "
@@ -121,14 +128,14 @@ class Watch:
             self.world = world
             self.stuck.clear()
             self._waiting_since = self._too_small_since = None
-        told = self._recovery.reached(stage, now)
+        told = self._recovery.on_stage(stage, now)
         if told and not self._quiet:
             print(told, flush=True)
 
     def _waits(self, seconds: float, now: float) -> None:
         """No group is running: say what is missing, and give up where it can never come."""
         try:
-            self._want.place(nodes())
+            self._request.fit(nodes())
         except UserError:
             self._too_small_since = self._too_small_since or now
             if now - self._too_small_since > _GONE_SECONDS:

@@ -18,7 +18,7 @@ What is seen of a lost worker, and what Ray does of its own accord (2.60, two wo
 | one killed just after a checkpoint | Ray loses that checkpoint: it is registered at the next poll | nothing is lost |
 | newest checkpoint truncated | Ray takes it, for it only asks whether it is there | passed over for the one before |
 | a worker stopped (SIGSTOP) | found after 600 s | after `hang_seconds` |
-| its training thread stuck | found by the others' collective, after 30 minutes | as `vaedist.distributed.pulse` says |
+| its training thread stalls | found by the others' collective, after 30 minutes | see `vaedist.distributed.liveness` |
 
 Ray's torch trainer is not used, only the trainer below it: it would load torch in the driver and in the controller,
 which need none, and choose a port long before it is bound. Ranks meet as under the local engine (`Group.join`); rank 0
@@ -52,14 +52,15 @@ from vaedist.config.settings import expand
 from vaedist.core import errors
 from vaedist.core.errors import UserError
 from vaedist.core.files import replace_file
-from vaedist.launchers.local import HANG_SECONDS
-from vaedist.launchers.ray.cluster import Want, cluster, environment, nodes
-from vaedist.launchers.ray.driver_log import BUGS, STUCK, Watch, named
-from vaedist.runs import stop_request as stop
+from vaedist.distributed.liveness.silence import HANG_SECONDS
+from vaedist.launchers.environment import temporary_environment
+from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
+from vaedist.launchers.ray.driver_log import BUGS, STUCK, DriverLog, named
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import process_began
+from vaedist.runs.startup_timings import process_start_time
+from vaedist.runs.stop_request import StopRequest, write_stop_file
 
 _WORK = ".ray"
 """Folder inside the run folder for one attempt's console and errors, seen by the workers of every node."""
@@ -109,8 +110,8 @@ def run(
     """
     options = options or FitOptions()
     least, most = (workers, workers) if isinstance(workers, int) else workers
-    want = Want(least, most, cpus_per_worker or 1, gpus_per_worker, device)
-    _early_mistakes(job, want)
+    request = ResourceRequest(least, most, cpus_per_worker or 1, gpus_per_worker, device)
+    _early_mistakes(job, request)
     run_folder = run_folder.absolute()
     RunFolder.make(run_folder)
     knobs = {
@@ -120,20 +121,20 @@ def run(
     }
     # Ray installs a SIGTERM handler of its own when it starts: listen before, and again on top of it.
     with contextlib.ExitStack() as exits:
-        early = exits.enter_context(stop.StopRequest(None, ""))
-        began = ("driver", process_began()), ("Ray", time.time())
+        early = exits.enter_context(StopRequest(None, ""))
+        began = ("driver", process_start_time()), ("Ray", time.time())
         lock = exits.enter_context(RunLock.acquire(run_folder))
-        found = exits.enter_context(cluster(want))
-        exits.enter_context(environment(knobs))
-        gpus, room = want.place(nodes())
-        asked = exits.enter_context(stop.StopRequest(None, ""))
+        found = exits.enter_context(cluster(request))
+        exits.enter_context(temporary_environment(knobs))
+        gpus, room = request.fit(nodes())
+        asked = exits.enter_context(StopRequest(None, ""))
         work = exits.enter_context(work_folder(run_folder))
         attempt = options.attempt or secrets.token_hex(4)
         options = replace(options, token=lock.token, attempt=attempt, engine="ray", hang_seconds=hang_seconds)
-        if options.phases is not None:
-            options = replace(options, phases=(*options.phases, *began, ("Ray Train", time.time())))
+        if options.startup is not None:
+            options = replace(options, startup=(*options.startup, *began, ("Ray Train", time.time())))
         if not options.quiet:
-            kind = "one GPU" if gpus else "CPU" if want.cpus == 1 else f"{want.cpus} CPUs"
+            kind = "one GPU" if gpus else "CPU" if request.cpus == 1 else f"{request.cpus} CPUs"
             count = str(least) if least == most else f"{least} to {most} ({room} now)"
             print(f"Ray {found.told}: {count} x {kind}", flush=True)
         orders = {
@@ -145,9 +146,11 @@ def run(
             "cuda": gpus > 0,
             "threads": cpus_per_worker,
         }
-        driving = _Driving(_trainer(orders, want, gpus, max_failures, work, private=found.private))
+        driving = _Driving(_trainer(orders, request, gpus, max_failures, work, private=found.private))
         exits.callback(driving.end)
-        watch = Watch(work, want, max_failures, hang_seconds, private=found.private, quiet=options.quiet)
+        watch = DriverLog(
+            work, request, max_failures, hang_seconds, private=found.private, quiet=options.quiet
+        )
         driving.start()
         failure = work / _FAILURE
         passed_on = False
@@ -155,7 +158,7 @@ def run(
             watch.look()
             if not passed_on and (early.requested or asked.requested):
                 passed_on = True
-                stop.ask(run_folder, attempt)
+                write_stop_file(run_folder, attempt)
         watch.look()
         if failure.exists():
             told = json.loads(failure.read_bytes())
@@ -167,7 +170,7 @@ def run(
         return Outcome(**driving.answer)
 
 
-def _early_mistakes(job: Job, want: Want) -> None:
+def _early_mistakes(job: Job, request: ResourceRequest) -> None:
     """What would stop every worker, told before any is started: Ray needs many seconds for that.
 
     Raises:
@@ -176,10 +179,10 @@ def _early_mistakes(job: Job, want: Want) -> None:
     from vaedist.data.format.index import Index
 
     Index.open(expand(job.data.path, "data.path"))
-    if want.most > job.train.batch_size:
+    if request.most > job.train.batch_size:
         raise UserError(
-            f"--workers {want.most} is more than train.batch_size={job.train.batch_size}, so some would have nothing "
-            "to do: start fewer workers, or use a larger batch"
+            f"--workers {request.most} is more than train.batch_size={job.train.batch_size}, so some would have "
+            "nothing to do: start fewer workers, or use a larger batch"
         )
 
 
@@ -199,7 +202,13 @@ def work_folder(run_folder: Path) -> Iterator[Path]:
 
 
 def _trainer(
-    orders: dict[str, Any], want: Want, gpus: int, max_failures: int, work: Path, *, private: bool
+    orders: dict[str, Any],
+    request: ResourceRequest,
+    gpus: int,
+    max_failures: int,
+    work: Path,
+    *,
+    private: bool,
 ) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -231,15 +240,15 @@ def _trainer(
             ray.get(self.controller.run.remote())
             return ray.get(self.controller.get_result.remote())
 
-    elastic = want.least < want.most
+    elastic = request.least < request.most
     return Trainer(
         _work,
         train_loop_config=orders,
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=(want.least, want.most) if elastic else want.most,  # type: ignore[arg-type]
+            num_workers=(request.least, request.most) if elastic else request.most,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": want.cpus, **({"GPU": gpus} if gpus else {})},
+            resources_per_worker={"CPU": request.cpus, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name="train",
@@ -348,7 +357,7 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     stages = work / "stages.jsonl"
     options = FitOptions(**orders["options"])
     if stages.exists():
-        options = replace(options, phases=None)  # not the first group
+        options = replace(options, startup=None)  # not the first group
 
     def reached(stage: str) -> None:
         if rank == 0:
@@ -375,9 +384,9 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     from vaedist.training.loop import fit
 
     reached("imported")
-    if options.phases is not None:
+    if options.startup is not None:
         here = ("imports", begun), ("rendezvous", time.time())
-        options = replace(options, phases=(*options.phases, *here))
+        options = replace(options, startup=(*options.startup, *here))
     with contextlib.ExitStack() as exits:
         if rank == 0:
             console: TextIO = exits.enter_context((work / "console.txt").open("a", buffering=1))

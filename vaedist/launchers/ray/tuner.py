@@ -5,7 +5,7 @@ carries numbers from trials to the driver. What must not be lost is ours, in `tr
 (`vaedist.tuning.trial_log`): Tune's own snapshot lies in a work folder that is thrown away. So a search that was
 killed is not restored; it is begun again, with the trials that have ended known and the others where their run
 folders have them. Ours, too, is to find out that a process has stopped (`vaedist.launchers.ray.heartbeat`) or that
-its training thread stands still (`vaedist.distributed.pulse`): it is ended, and Tune counts a death.
+its training thread stands still (`vaedist.distributed.liveness`): it is ended, and Tune counts a death.
 
 A trial is an ordinary run (`vaedist.tuning.trial_run`): one worker trains inside Tune's own process, several are a Ray
 Train job of their own. Tune never kills one: a trial that is behind, or a search that is to stop, is asked through the
@@ -33,13 +33,14 @@ from typing import Any
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.launchers.local import HANG_SECONDS
+from vaedist.distributed.liveness.silence import HANG_SECONDS
+from vaedist.launchers.environment import temporary_environment
 from vaedist.launchers.ray import trainer as trains
-from vaedist.launchers.ray.cluster import Want, cluster, environment, nodes
-from vaedist.launchers.ray.heartbeat import Hearts, beating, lost
-from vaedist.runs import stop_request as stop
+from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
+from vaedist.launchers.ray.heartbeat import HeartbeatMonitor, heartbeat_file, record_death
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_lock import RunLock
+from vaedist.runs.stop_request import StopRequest
 from vaedist.training.run_log import read_metrics
 from vaedist.tuning.controller import SearchController
 from vaedist.tuning.space import Space
@@ -99,21 +100,21 @@ def run(
     folder = folder.absolute()
     # Ray installs a SIGTERM handler of its own when it starts: listen before, and again on top of it.
     with contextlib.ExitStack() as exits:
-        early = exits.enter_context(stop.StopRequest(None, ""))
+        early = exits.enter_context(StopRequest(None, ""))
         exits.enter_context(RunLock.acquire(folder))
         sweep = SearchController.open(folder, space, index, tell)
         if not sweep.left:
             return sweep
-        exits.enter_context(environment(_KNOBS))
-        want = Want(workers, _ANY_NUMBER, space.resources.cpus, space.resources.gpus, device)
+        exits.enter_context(temporary_environment(_KNOBS))
+        request = ResourceRequest(workers, _ANY_NUMBER, space.resources.cpus, space.resources.gpus, device)
         try:
-            found = exits.enter_context(cluster(want))
-            gpus, room = want.place(nodes())
+            found = exits.enter_context(cluster(request))
+            gpus, room = request.fit(nodes())
             slots = at_once(room, workers, concurrent)
         except UserError:
             sweep.record.discard()
             raise
-        asked = exits.enter_context(stop.StopRequest(None, ""))
+        asked = exits.enter_context(StopRequest(None, ""))
         work = exits.enter_context(trains.work_folder(folder))
         orders = {
             "search": str(folder),
@@ -131,14 +132,14 @@ def run(
             f"Ray {found.told}: {slots} trial{'s' * (slots > 1)} at a time, "
             f"{workers} worker{'s' * (workers > 1)} each, {'one GPU' if gpus else 'CPU'}"
         )
-        hearts = Hearts(work, hang_seconds)
+        heartbeats = HeartbeatMonitor(work, hang_seconds)
 
         def ended() -> None:
             progress(sum(trial.ended for trial in sweep.record.trials), sweep.space.trials)
 
         ended()
-        tuner = _tuner(sweep, work, workers, gpus, slots, max_failures, hearts, detail, ended)
-        _drive(sweep, tuner, hearts, early, asked)
+        tuner = _tuner(sweep, work, workers, gpus, slots, max_failures, heartbeats, detail, ended)
+        _drive(sweep, tuner, heartbeats, early, asked)
         if sweep.error is not None:
             raise sweep.error
         return sweep
@@ -174,7 +175,7 @@ def _tuner(
     gpus: int,
     slots: int,
     max_failures: int,
-    hearts: Hearts,
+    heartbeats: HeartbeatMonitor,
     detail: Callable[[str], None],
     ended: Callable[[], None],
 ) -> Any:
@@ -234,7 +235,7 @@ def _tuner(
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             number = numbers[trial.trial_id]
-            sweep.echo(f"trial {number}: {hearts.why(number)}; it goes on from its last checkpoint")
+            sweep.echo(f"trial {number}: {heartbeats.death(number)}; it goes on from its last checkpoint")
 
         def __reduce__(self) -> tuple[Any, ...]:
             return (tune.Callback, ())
@@ -285,12 +286,16 @@ class _Driving(threading.Thread):
 
 
 def _drive(
-    sweep: SearchController, tuner: Any, hearts: Hearts, early: stop.StopRequest, asked: stop.StopRequest
+    sweep: SearchController,
+    tuner: Any,
+    heartbeats: HeartbeatMonitor,
+    early: StopRequest,
+    asked: StopRequest,
 ) -> None:
     driving = _Driving(tuner)
     driving.start()
     while not driving.over.wait(_POLL_SECONDS):
-        hearts.look(list(sweep.running))
+        heartbeats.look(list(sweep.running))
         if early.requested or asked.requested:
             sweep.stop_all()
         if sweep.stopping:
@@ -309,13 +314,13 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
     """What Tune runs: one trial, from its record to its numbers."""
     from ray import tune
 
-    from vaedist.distributed.pulse import Pulse
+    from vaedist.distributed.liveness.stalls import StallMonitor
     from vaedist.tuning.trial_log import run_folder
     from vaedist.tuning.trial_run import run_trial
 
     orders = json.loads((Path(config["work"]) / "orders.json").read_text())
     os.chdir(orders["folder"])
-    work, number, pulse = Path(config["work"]), config["trial"], Pulse()
+    work, number, monitor = Path(config["work"]), config["trial"], StallMonitor()
     device = "cuda" if orders["gpus"] else "cpu"
     options = FitOptions(quiet=True, engine="ray tune", command=tuple(orders["command"]))
 
@@ -332,7 +337,7 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
         from vaedist.distributed.process_group import Group
         from vaedist.training.loop import fit
 
-        group = Group.join(device, pulse=pulse)
+        group = Group.join(device, stall_monitor=monitor)
         try:
             return fit(job, place, group=group, report=report, options=options)
         finally:
@@ -378,10 +383,13 @@ def _trial(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         search = Path(orders["search"])
-        watched = pulse.watched(
-            orders["hang_seconds"], run_folder(search, number), partial(lost, work, number), who="its process"
+        watched = monitor.watched(
+            orders["hang_seconds"],
+            run_folder(search, number),
+            partial(record_death, work, number),
+            who="its process",
         )
-        with beating(work, number), watched:
+        with heartbeat_file(work, number), watched:
             training = alone if orders["workers"] == 1 else together
             answer = run_trial(search, number, orders["data"], training, device=device)
     except Exception:  # noqa: BLE001 - a bug: the driver shows it, and Tune need not try again

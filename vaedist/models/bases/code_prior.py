@@ -27,8 +27,8 @@ from vaedist.core.context import Batch, Context, generator
 from vaedist.core.errors import UserError
 from vaedist.models.bases.frozen_tokenizer import TokenizerConfig, frozen_tokenizer
 from vaedist.models.contract import Variant
-from vaedist.nets.autoregressive import Choice, Network, generate
-from vaedist.nets.conditioning import DROPPED, drop
+from vaedist.nets.autoregressive import AutoregressiveNetwork, LogitSampler, generate
+from vaedist.nets.conditioning import DROPPED, drop_labels
 from vaedist.nets.dropout import sample_seeds
 
 _TOGETHER = 32
@@ -88,7 +88,7 @@ class CodePrior(Variant):
         self.tokenizer = tokenizer
 
     def network(self, codes: int, grid: tuple[int, int], labels: int) -> nn.Module:
-        """A `vaedist.nets.autoregressive.Network` of K codes; the last of its `labels`, if any, is "no label"."""
+        """An `AutoregressiveNetwork` of K codes; the last of its `labels`, if any, is "no label"."""
         raise NotImplementedError
 
     @property
@@ -110,7 +110,7 @@ class CodePrior(Variant):
     def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         codes, label = batch["codes"], batch.get("label")
         if self.conditional and label is not None and ctx.training and self.config.label_dropout > 0:
-            label = drop(label, ctx.uniform("label", (len(codes),)), self.config.label_dropout)
+            label = drop_labels(label, ctx.uniform("label", (len(codes),)), self.config.label_dropout)
         seeds = None
         if ctx.training and self.net.rate > 0:
             seeds = sample_seeds(ctx, len(codes)).to(codes.device)
@@ -185,7 +185,7 @@ class CodePrior(Variant):
         Raises:
             UserError: an option that means nothing, a class that is not there, or guidance without hidden labels.
         """
-        choice = Choice(temperature, top_k, top_p)
+        choice = LogitSampler(temperature, top_k, top_p)
         choice.check()
         guidance = self._guidance(guidance)
         draws = [generator("sample", seed, number) for number in range(first, first + n)]
@@ -197,7 +197,7 @@ class CodePrior(Variant):
             label = torch.stack(drawn)
         elif self.conditional and label is not None:
             self._check(label)
-        network: Network = self.net
+        network: AutoregressiveNetwork = self.net
         maps = []
         for start in range(0, n, _TOGETHER):
             part = slice(start, min(n, start + _TOGETHER))
@@ -206,7 +206,7 @@ class CodePrior(Variant):
             if guidance is not None:
                 assert told is not None
                 told = torch.cat([told, torch.full_like(told, self.spec.classes)])
-            steps = network.steps(rows if guidance is None else 2 * rows, told)
+            steps = network.start_sampling(rows if guidance is None else 2 * rows, told)
             maps.append(generate(steps, uniform[part].to(self._device), choice, guidance))
         return torch.cat(maps).unflatten(1, self.latent_shape)
 

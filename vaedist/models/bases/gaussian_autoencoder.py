@@ -18,10 +18,10 @@ from vaedist.config.settings import NUMBER, OVERRIDE, Strict, number_or
 from vaedist.core.context import Batch, Context, generator
 from vaedist.models.contract import Variant
 from vaedist.nets.bodies import Body, Conv, decoder, encoder, matching_grid
-from vaedist.nets.conditioning import ClassPrior, Condition, LabelCode, conditioned, drop
-from vaedist.nets.decoder_distribution import Decoded
-from vaedist.nets.divergences import DiagonalGaussian, Point
-from vaedist.nets.likelihoods import BernoulliLikelihood, LikelihoodConfig, Observation, check_dssim
+from vaedist.nets.conditioning import ClassPrior, Condition, LabelEmbedding, conditioned, drop_labels
+from vaedist.nets.decoder_distribution import DecoderDistribution
+from vaedist.nets.divergences import DiagonalGaussian, PointMass
+from vaedist.nets.likelihoods import BernoulliLikelihood, LikelihoodConfig, ObservationModel, check_dssim
 
 
 class MapLatent(Strict):
@@ -88,14 +88,14 @@ class GaussianAutoencoder(Variant):
 
         condition = config.condition
         self.conditional = condition is not None
-        self.labels = LabelCode(condition, spec) if condition else None
+        self.labels = LabelEmbedding(condition, spec) if condition else None
         size = self.labels.size if self.labels else 0
         extra = size if condition and condition.how == "concat" else 0
         down = encoder(
             config.encoder, spec, channels * (1 + stochastic), vector=vector, extra=extra
         )  # mean, and log-variance
         self.encoder = conditioned(down, condition, size, spec.image_shape)
-        self.observation = Observation(config.likelihood, spec)
+        self.observation = ObservationModel(config.likelihood, spec)
         self.batch_statistics = self.observation.batch_statistics
         up = decoder(mirrored, spec, channels, vector=vector, extra=extra, channels=self.observation.outputs)
         self.decoder = conditioned(up, condition, size, self.latent_shape)
@@ -121,12 +121,12 @@ class GaussianAutoencoder(Variant):
         if self.config.condition is not None:
             label, share = batch["label"], self.config.condition.dropout
             if ctx.training and share > 0:
-                label = drop(label, ctx.uniform("label", label.shape), share)
+                label = drop_labels(label, ctx.uniform("label", label.shape), share)
         return image, batch.get("target", image), label
 
-    def observe(self, z: Tensor, label: Tensor | None, target: Tensor, ctx: Context) -> Decoded:
+    def observe(self, z: Tensor, label: Tensor | None, target: Tensor, ctx: Context) -> DecoderDistribution:
         """p(x | z) in a step on `target`, on which an optimal sigma is measured."""
-        decoded: Decoded = self.observation(self.decoder(z, *self._code(label, z)), target, ctx)
+        decoded: DecoderDistribution = self.observation(self.decoder(z, *self._code(label, z)), target, ctx)
         return decoded
 
     # Capabilities
@@ -139,16 +139,16 @@ class GaussianAutoencoder(Variant):
         zero = torch.zeros((1, *self.latent_shape), dtype=weight.dtype, device=weight.device)
         return DiagonalGaussian(zero, zero)
 
-    def encode(self, image: Tensor, label: Tensor | None = None) -> DiagonalGaussian | Point:
+    def encode(self, image: Tensor, label: Tensor | None = None) -> DiagonalGaussian | PointMass:
         x = self.to_network(image)
         features = self.encoder(x, *self._code(label, x))
         if not self.stochastic:
-            return Point(features)
+            return PointMass(features)
         prior = None if self.class_prior is None else self.class_prior(self._known(label, image.shape[0]))
         return DiagonalGaussian.from_network(features, prior, self.config.start_sigma)
 
-    def decode(self, z: Tensor, label: Tensor | None = None) -> Decoded:
-        decoded: Decoded = self.observation(self.decoder(z, *self._code(label, z)))
+    def decode(self, z: Tensor, label: Tensor | None = None) -> DecoderDistribution:
+        decoded: DecoderDistribution = self.observation(self.decoder(z, *self._code(label, z)))
         return decoded
 
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
