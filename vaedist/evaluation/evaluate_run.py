@@ -112,8 +112,8 @@ class EvaluationResult:
             "checkpoint": run.checkpoint.name,
             "step": run.step,
             "weights": run.weights,
-            "kind": run.job.model["kind"],
-            "tokenizer": run.config.tokenizer.sha256 if run.model.reads == "codes" else None,  # type: ignore[attr-defined]
+            "kind": run.job.kind,
+            "tokenizer": run.job.model.tokenizer.sha256 if run.model.reads == "codes" else None,  # type: ignore[attr-defined]
             "data": {
                 "path": str(index.folder),
                 "identity": index.identity,

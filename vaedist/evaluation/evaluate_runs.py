@@ -113,7 +113,7 @@ def _pair_figure(result: EvaluationResult) -> bytes:
     rows = pick_evenly(result.images.rows, SHOWN_PAIRS)
     originals, others = pairs(run.model, result.batches, [row.sample for row in rows])
     titles = [f"{row.key[:24]}\n{pair_title(row.metrics)}" for row in rows]
-    heading = f"{run.job.name}, {run.job.model['kind']}, step {run.step}: {result.split}, worst to best"
+    heading = f"{run.job.name}, {run.job.kind}, step {run.step}: {result.split}, worst to best"
     return pair_figure(originals, others, titles, heading=heading)
 
 
