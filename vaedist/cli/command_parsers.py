@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Sequence
 
-from vaedist.cli.parser import CommandLineError, Parser
+from vaedist.cli.parser import Parser
 
 _PARSERS = {name: f"vaedist.cli.{name}_options" for name in ("train", "tune", "sample")} | {
     name: f"vaedist.{name}" for name in ("shard", "evaluate")
@@ -14,16 +15,15 @@ _REQUIRED = {"train": ["JOB"], "tune": ["--space", "NAME"], "evaluate": ["RUN"],
 """Stand-ins for the arguments that a command cannot do without."""
 
 
-def check_options(command: str, words: Sequence[str]) -> str:
-    """What is wrong with further options of a command, in one sentence; empty: nothing."""
+def parse_options(command: str, words: Sequence[str]) -> argparse.Namespace:
+    """Further options of a command.
+
+    Raises:
+        CommandLineError: what is wrong with them, in one sentence.
+    """
     parser: Parser = importlib.import_module(_PARSERS[command]).build_parser()
     parser.raise_errors = True
-    arguments = [*_REQUIRED.get(command, []), *words]
-    try:
-        if command in ("train", "tune"):  # whose settings may stand among their options
-            parser.parse_intermixed_args(arguments)
-        else:
-            parser.parse_args(arguments)
-    except CommandLineError as error:
-        return str(error)
-    return ""
+    # The settings of these two may stand among their options.
+    parse = parser.parse_intermixed_args if command in ("train", "tune") else parser.parse_args
+    options: argparse.Namespace = parse([*_REQUIRED.get(command, []), *words])
+    return options
