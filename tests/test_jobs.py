@@ -49,8 +49,8 @@ def train_two_steps(path: Path, runs: Path) -> Path:
         return str(train_two_steps(source, runs))
 
     settings, job = [], load_job(path)
-    if "tokenizer" in job.model:
-        settings.append(f"model.tokenizer={trained(job.model['tokenizer'])}")
+    if tokenizer := getattr(job.model, "tokenizer", None):
+        settings.append(f"model.tokenizer={trained(tokenizer)}")
     if job.init_from is not None:
         section = job.init_from.model_dump(mode="json") | {"run": trained(job.init_from.run)}
         settings.append(f"init_from={json.dumps(section)}")
@@ -110,7 +110,7 @@ def test_a_baseline_has_the_data_and_the_budget_of_the_job_beside_it(path: Path)
     else:
         images = ours.train.steps * ours.train.batch_size
         assert theirs.train.steps * theirs.train.batch_size == pytest.approx(images, rel=1e-3)
-    tokens = [job.model.get("tokenizer") for job in (ours, theirs)]
+    tokens = [getattr(job.model, "tokenizer", None) for job in (ours, theirs)]
     assert tokens[0] == tokens[1], "nats per code compare over the same codes only"
 
 
@@ -119,15 +119,15 @@ def test_the_earlier_infovae_has_the_sizes_that_its_file_tells() -> None:
     import torch
 
     from vaedist.config.job import Spec
-    from vaedist.models.contract import model_config, variant
+    from vaedist.config.model_section import kind_module
 
     path = ROOT / "jobs" / "baselines" / "earlier_infovae_oasis.yaml"
     (full,) = re.findall(r"^#   (model\.encoder\.patch=.*)$", path.read_text(), re.MULTILINE)
 
     def weights(size: int, settings: str = "") -> int:
-        config = model_config(load_job(path, settings.split()).model)
+        config = load_job(path, settings.split()).model
         with torch.device("meta"):
-            model = variant("infovae").Model(config, Spec(1, (size, size)))
+            model = kind_module("infovae").Model(config, Spec(1, (size, size)))
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert [round(count / 1e6) for count in (weights(128), weights(128, full), weights(256, full))] == [

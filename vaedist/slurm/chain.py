@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,7 +120,6 @@ def plan_stages(request: LaunchRequest) -> list[Stage]:
     points = list(_grid_points(request))
     if len(points) > MAX_TASKS:
         raise UserError(f"this makes {len(points)} runs, and a job array holds {MAX_TASKS}: give fewer")
-    _check_models([point.job for point in points])
     stages: list[Stage] = []
     shards: str | None = None
     if "shard" in request.chain:
@@ -200,7 +199,6 @@ def _prior(request: LaunchRequest, tokenizer: Task, shards: str | None) -> Task:
         raise UserError("--chain with prior needs --prior 'JOB.yaml ...', the job file of the prior")
     path, settings = words[0], [*words[1:], f"model.tokenizer={_yaml(str(tokenizer.run))}"]
     job = load_job(path, settings)
-    _check_models([job])
     label = f"{job.name}-of-{tokenizer.label}"
     # A prior's job need not say where the images are: they are those whose codes it learns.
     data = next(word for word in reversed(tokenizer.arguments) if word.startswith("data.path="))
@@ -281,14 +279,6 @@ def _check_request(request: LaunchRequest) -> None:
         raise UserError(
             "arguments after -- are those of vaedist-train, and the chain has no train: leave them out"
         )
-
-
-def _check_models(jobs: Iterable[Job]) -> None:
-    """A misspelt key of a model costs seconds here, and hours in a queue."""
-    from vaedist.models.contract import model_config  # it loads torch
-
-    for job in jobs:
-        model_config(job.model, f"job {job.name!r}")
 
 
 def _check_run_folders(tasks: Sequence[Task]) -> None:
