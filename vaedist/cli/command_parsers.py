@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from vaedist.cli.parser import Parser
 
-_PARSERS = {name: f"vaedist.cli.{name}_options" for name in ("train", "tune", "sample")} | {
-    name: f"vaedist.{name}" for name in ("shard", "evaluate")
+_PARSERS = {name: f"vaedist.cli.{name}_options" for name in ("shard", "train", "tune", "sample")} | {
+    "evaluate": "vaedist.evaluate"
 }
 _REQUIRED = {"train": ["JOB"], "tune": ["--space", "NAME"], "evaluate": ["RUN"], "sample": ["RUN"]}
 """Stand-ins for the arguments that a command cannot do without."""
