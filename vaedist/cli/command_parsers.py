@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 from vaedist.cli.parser import Parser
 
-_PARSERS = {name: f"vaedist.cli.{name}_options" for name in ("shard", "train", "tune", "sample")} | {
-    "evaluate": "vaedist.evaluate"
-}
 _REQUIRED = {"train": ["JOB"], "tune": ["--space", "NAME"], "evaluate": ["RUN"], "sample": ["RUN"]}
 """Stand-ins for the arguments that a command cannot do without."""
 
@@ -21,7 +18,7 @@ def parse_options(command: str, words: Sequence[str]) -> argparse.Namespace:
     Raises:
         CommandLineError: what is wrong with them, in one sentence.
     """
-    parser: Parser = importlib.import_module(_PARSERS[command]).build_parser()
+    parser: Parser = importlib.import_module(f"vaedist.cli.{command}_options").build_parser()
     parser.raise_errors = True
     # The settings of these two may stand among their options.
     parse = parser.parse_intermixed_args if command in ("train", "tune") else parser.parse_args
