@@ -21,14 +21,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from vaedist.core.errors import UserError, did_you_mean
 
 ResumePolicy = Literal["free", "override", "fixed"]
-FREE: dict[str, Any] = {"resume": "free"}
-OVERRIDE: dict[str, Any] = {"resume": "override"}
+
+
+def free(default: Any = ..., **options: Any) -> Any:
+    """`pydantic.Field` of a setting that may differ when a run is resumed."""
+    return Field(default, json_schema_extra={"resume": "free"}, **options)
+
+
+def overridable(default: Any = ..., **options: Any) -> Any:
+    """`pydantic.Field` of a setting that may differ, with `--override`, when a run is resumed."""
+    return Field(default, json_schema_extra={"resume": "override"}, **options)
 
 
 class Strict(BaseModel):

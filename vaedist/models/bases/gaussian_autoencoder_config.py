@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from vaedist.config.settings import NUMBER, OVERRIDE, Strict, number_or
+from vaedist.config.settings import NUMBER, Strict, number_or, overridable
 from vaedist.nets.bodies_config import Body, Conv
 from vaedist.nets.conditioning_config import Condition
 from vaedist.nets.likelihoods_config import BernoulliLikelihood, LikelihoodConfig
@@ -35,6 +35,4 @@ class GaussianAutoencoderConfig(Strict):
         gt=0,
         description="What the standard deviation of q(z | x) starts around; the encoder learns the rest.",
     )
-    dssim: float = Field(
-        0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.", json_schema_extra=OVERRIDE
-    )
+    dssim: float = overridable(0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.")
