@@ -56,12 +56,12 @@ class Data(Strict):
         "(dynamic; static where it is measured), or white from 128 on (threshold).",
     )
     lanes: int | None = Field(
-        None, ge=1, description="Order lanes L; default: the largest divisor of the batch size up to 16."
+        None, ge=1, description="Lanes L; default: the largest divisor of the batch size up to 16."
     )
     cache: Literal["auto", "none", "memory", "device"] = free(
         "auto",
         description="Decode every image once, into memory that a node's processes share, or from there onto each GPU "
-        "(device); auto: into memory where images are read again, and are few beside what is free of it "
+        "(device); auto: into memory where images are read again and take little of what is free of it "
         "(vaedist.training.loader_settings).",
     )
     workers: int | None = free(
@@ -72,7 +72,7 @@ class Data(Strict):
 
 
 class Augment(Strict):
-    """Changes of training images, drawn anew at each step; see `vaedist.data.loading.inputs` for each one's law."""
+    """Changes of training images, drawn anew at each step; `vaedist.data.loading.inputs` defines each."""
 
     flip: float = Field(0.0, ge=0, le=1, description="Probability of a mirror image, left for right.")
     shift: int = Field(0, ge=0, description="Most pixels in each direction; the edge is repeated.")
@@ -211,8 +211,8 @@ class Train(Strict):
     optim: dict[str, Optim] = Field(default_factory=lambda: {"main": Optim()})
     reset_optimizer: Literal["never", "on_import", "always"] = overridable(
         "on_import",
-        description="When an optimizer forgets what it has learnt: when a run starts from another's weights "
-        "(on_import), at every resume too (always), or never.",
+        description="When optimizers lose their state: when a run starts from another's weights (on_import), at every "
+        "resume too (always), or never.",
     )
     ema_half_life: float | None = overridable(
         None, gt=0, description="Half-life of the weight average, in images; none: no average."
@@ -241,7 +241,7 @@ class Train(Strict):
 
     @property
     def chosen_weights(self) -> Literal["ema", "raw"]:
-        """The one rule for which weights everything downstream uses."""
+        """Which weights everything downstream uses."""
         return self.weights or ("ema" if self.ema_half_life is not None else "raw")
 
 
@@ -315,9 +315,10 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 def one_length(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`content` without its `train.epochs` where an override gives `train.steps`, and the other way round.
 
-    A length replaces a length: whoever shortens a job should not have to look up in what its file counts.
+    So one length replaces the other: who shortens a job need not look up in which of them its file counts.
     """
-    given = {one.partition("=")[0] for one in overrides if one.partition("=")[2] not in ("", "null")}
+    parts = [override.partition("=") for override in overrides]
+    given = {key for key, _, value in parts if value not in ("", "null")}
     replaced = [{"steps", "epochs"} - {name} for name in ("steps", "epochs") if f"train.{name}" in given]
     train = content.get("train")
     if len(replaced) != 1 or not isinstance(train, dict):
