@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vaedist.inference.trained import Trained
+    from vaedist.inference.trained_model import TrainedModel
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(path: str | Path, *, weights: str | None = None, device: str = "cpu") -> Trained:
-    """Open a trained run, to sample, reconstruct, encode and decode: see `vaedist.inference.trained`.
+def load(path: str | Path, *, weights: str | None = None, device: str = "cpu") -> TrainedModel:
+    """Open a trained run, to sample, reconstruct, encode and decode: see `vaedist.inference.trained_model`.
 
     Args:
         path: A run folder (its best checkpoint), or one checkpoint in it, or an exported folder.
@@ -24,6 +24,6 @@ def load(path: str | Path, *, weights: str | None = None, device: str = "cpu") -
     Raises:
         UserError: there is no such run, or it is damaged.
     """
-    from vaedist.inference.trained import Trained  # not before it is asked for: doors start without torch
+    from vaedist.inference.trained_model import TrainedModel  # not earlier: commands start without torch
 
-    return Trained.open(path, weights=weights, device=device)
+    return TrainedModel.open(path, weights=weights, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vaedist.cli.parser import Parser, add_loudness
+from vaedist.cli.parser import Parser
+from vaedist.cli.shared_options import add_run, add_verbosity, add_weights
 from vaedist.core.errors import EXIT_FINISHED, cli_command
 
 
@@ -10,15 +11,13 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="vaedist-export",
         description="Put a trained run's chosen weights into a new folder that others can use: with vaedist (every "
-        "door opens it like a run, and init_from starts from it), with torch alone (encoder and decoder as programs of "
-        "torch.export, checked against the run), or by name from a safetensors file. A model card says what it is; no "
-        "path of this machine is in it.",
+        "command opens it like a run, and init_from starts from it), with torch alone (encoder and decoder as programs "
+        "of torch.export, checked against the run), or by name from a safetensors file. A model card says what it is; "
+        "no path of this machine is in it.",
     )
-    parser.add_argument(
-        "run", metavar="RUN", help="a run folder (its best checkpoint), or one checkpoint in it"
-    )
+    add_run(parser)
     parser.add_argument("folder", metavar="DIR", help="a new folder")
-    parser.add_argument("--weights", choices=("ema", "raw"), help="default: what the job says")
+    add_weights(parser)
     programs = parser.add_mutually_exclusive_group()
     programs.add_argument(
         "--no-programs",
@@ -34,7 +33,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--data-licence", metavar="TEXT", default="", help="of the training images, for the model card"
     )
-    add_loudness(parser)
+    add_verbosity(parser)
     return parser
 
 
@@ -42,9 +41,9 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
-    from vaedist.inference.export.export_run import export
+    from vaedist.inference.export.export_run import export_run
 
-    folder = export(
+    folder = export_run(
         arguments.run,
         arguments.folder,
         weights=arguments.weights,

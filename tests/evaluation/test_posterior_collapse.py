@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.run_commands import small_job
 from vaedist.config.job import Job
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import NotDefined, UserError
@@ -21,11 +22,13 @@ from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
 from vaedist.evaluate import main as evaluate
 from vaedist.evaluation.metrics.posterior_collapse import Collapse, Usage, UsageCounter
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.nets.divergences import DiagonalGaussian
-from vaedist.runs.checkpoint import load, resolve
+from vaedist.runs.checkpoint import load_checkpoint
+from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions
-from vaedist.runs.open_run import open_run, resolved
+from vaedist.runs.open_run import open_run
+from vaedist.runs.resolved_job import resolved
 from vaedist.runs.run_folder import RunFolder
 from vaedist.sample import main as sample
 from vaedist.training.loop import fit
@@ -138,7 +141,7 @@ def test_a_collapsed_run_says_so_in_its_folder_and_its_checkpoints(
 ) -> None:
     record = json.loads((collapsed / "collapse.json").read_text())
     assert (record["extent"], record["active"], record["units"], record["step"]) == ("total", 0, 4, 60)
-    assert load(resolve(collapsed)).state["collapse"] == record
+    assert load_checkpoint(resolve_checkpoint(collapsed)).state["collapse"] == record
     run = open_run(collapsed)
     assert run.collapse is not None and run.collapse.to_json() == record
     rows = [json.loads(line) for line in (collapsed / "latents.jsonl").read_text().splitlines()]
@@ -172,7 +175,7 @@ def test_a_run_that_uses_its_latent_raises_no_alarm(phantom: Path, tmp_path: Pat
 def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_path: Path) -> None:
     settings = resolved(job(phantom, beta=1.0))
     run = RunFolder.make(tmp_path / "run")
-    run.begin(settings, step=None)
+    run.record_start(settings, step=None)
     console = io.StringIO()
     log = RunLog(run, settings, total_steps=100, console=console)
     index = Index.open(phantom)

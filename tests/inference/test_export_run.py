@@ -29,9 +29,9 @@ from vaedist.data.format.index import Index
 from vaedist.data.sources import Limits
 from vaedist.data.sources.mnist import read_idx
 from vaedist.evaluate import main as evaluate
-from vaedist.inference.export.export_run import export
+from vaedist.inference.export.export_run import export_run
 from vaedist.inference.export.programs import PROGRAMS_NEED
-from vaedist.inference.stored_mixture import fit_density, stored_density
+from vaedist.inference.stored_mixture import fit_and_store_mixture, load_mixture
 from vaedist.runs.fit_options import FitOptions
 from vaedist.runs.open_run import Run, open_run
 from vaedist.training.loop import fit
@@ -77,10 +77,10 @@ def names_in(folder: Path) -> str:
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_an_export_is_the_run_without_its_past(run: Path, weights: str, tmp_path: Path) -> None:
-    folder = export(run, tmp_path / "new" / "vae", weights=weights)
+    folder = export_run(run, tmp_path / "new" / "vae", weights=weights)
     was, now = open_run(run, weights=weights), open_run(folder)
     assert (now.step, now.weights, now.data_identity) == (was.step, was.weights, was.data_identity)
-    assert (now.spec, now.classes, now.config) == (was.spec, was.classes, was.config)
+    assert (now.spec, now.classes, now.job.model) == (was.spec, was.classes, was.job.model)
     assert torch.equal(now.model.sample(3), was.model.sample(3))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "manifest.json", "state.pt"]
     size = sum(4 * tensor.numel() for tensor in was.model.state_dict().values())
@@ -90,20 +90,20 @@ def test_an_export_is_the_run_without_its_past(run: Path, weights: str, tmp_path
     with pytest.raises(UserError, match="weights"):
         open_run(folder, weights=other)
     with pytest.raises(UserError, match="there already"):
-        export(run, folder)
+        export_run(run, folder)
     assert [path.name for path in folder.parent.iterdir()] == ["vae"]
 
 
 def test_the_density_travels_along(run: Path, phantom: Path, tmp_path: Path) -> None:
-    mixture = fit_density(open_run(run), Index.open(phantom))
-    exported = open_run(export(run, tmp_path / "vae"))
-    stored = stored_density(exported)
+    mixture = fit_and_store_mixture(open_run(run), Index.open(phantom))
+    exported = open_run(export_run(run, tmp_path / "vae"))
+    stored = load_mixture(exported)
     assert stored is not None
     assert torch.equal(stored.sample(4, seed=1), mixture.sample(4, seed=1))
 
 
 def test_a_new_run_starts_from_an_export(run: Path, phantom: Path, tmp_path: Path) -> None:
-    folder = export(run, tmp_path / "vae")
+    folder = export_run(run, tmp_path / "vae")
     job = small_job(
         phantom, steps=1, save_every=1, validate_every=1, optim={"main": {"learning_rate": 1e-12}}
     )
@@ -181,7 +181,7 @@ torch.save((latent, again, sum(tensor.numel() for tensor in weights.values())), 
 def test_programs_need_torch_alone(name: str, packed: Path, tmp_path: Path) -> None:
     """In a Python that refuses to import vaedist, for another number of images than they were made with."""
     opened = vaedist.load(trained(tmp_path / "run", packed, KINDS[name]))
-    folder = export(tmp_path / "run", tmp_path / "new", programs=True, licence="CC0", data_licence="ours")
+    folder = export_run(tmp_path / "run", tmp_path / "new", programs=True, licence="CC0", data_licence="ours")
     numbers_of = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (5, 1, 16, 16), generator=numbers_of, dtype=torch.uint8)
     conditional = opened.run.model.conditional
@@ -209,7 +209,7 @@ def test_programs_need_torch_alone(name: str, packed: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["vae", "cvae", "map", "vqvae", "fsq"])
 def test_onnx_files_compute_what_the_run_does(name: str, packed: Path, tmp_path: Path) -> None:
     opened = vaedist.load(trained(tmp_path / "run", packed, KINDS[name]))
-    folder = export(tmp_path / "run", tmp_path / "new", onnx=True)
+    folder = export_run(tmp_path / "run", tmp_path / "new", onnx=True)
     numbers_of = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (5, 1, 16, 16), generator=numbers_of, dtype=torch.uint8)
     classes = [0, 1, 0, 1, 0] if opened.run.model.conditional else None
@@ -247,7 +247,7 @@ def test_a_program_that_differs_from_the_model_is_not_given_away(
     with pytest.raises(
         UserError, match=r"encoder\.onnx differs from the model by up to .*: leave out --onnx"
     ):
-        export(tmp_path / "run", tmp_path / "new", onnx=True)
+        export_run(tmp_path / "run", tmp_path / "new", onnx=True)
     assert not (tmp_path / "new").exists()
 
 
@@ -262,7 +262,7 @@ def test_a_program_that_torch_cannot_write_is_one_sentence(
     with pytest.raises(
         UserError, match=r"encoder\.pt2: torch .* \(SymInt graph input\): install a newer torch, or give --no"
     ):
-        export(run, tmp_path / "new", programs=True)
+        export_run(run, tmp_path / "new", programs=True)
 
 
 @programs
@@ -271,7 +271,7 @@ def test_onnx_without_its_libraries_is_refused_at_once(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="onnxscript cannot be found: pip install onnxscript"):
-        export(run, tmp_path / "new", onnx=True)
+        export_run(run, tmp_path / "new", onnx=True)
 
 
 def test_programs_of_an_old_torch_are_refused_at_once(
@@ -279,13 +279,13 @@ def test_programs_of_an_old_torch_are_refused_at_once(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
     with pytest.raises(UserError, match=r"need torch 2\.8 or newer, and this is 2\.6\.0: give --no-programs"):
-        export(run, tmp_path / "new", programs=True)
+        export_run(run, tmp_path / "new", programs=True)
 
 
 @programs
 def test_the_example_of_the_card_runs(packed: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", packed, KINDS["cvae"])
-    folder = export(tmp_path / "run", tmp_path / "new", programs=True)
+    folder = export_run(tmp_path / "run", tmp_path / "new", programs=True)
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
@@ -298,7 +298,7 @@ def test_what_cannot_be_a_program_is_named_with_the_reason(packed: Path, tmp_pat
     train["optim"] = {"discriminator": {}, "generator": {}}
     job = Job(name="gan", data={"path": str(packed)}, model=gan, train=train)
     fit(job, tmp_path / "run", options=FitOptions(quiet=True))
-    folder = export(tmp_path / "run", tmp_path / "new", programs=True)
+    folder = export_run(tmp_path / "run", tmp_path / "new", programs=True)
     card = (folder / "README.md").read_text()
     assert not (folder / "encoder.pt2").exists()
     assert "`encoder.pt2` is not there: encode is not defined, because" in card
@@ -306,9 +306,9 @@ def test_what_cannot_be_a_program_is_named_with_the_reason(packed: Path, tmp_pat
 
 def test_the_card_has_the_numbers_of_the_evaluation(packed: Path, tmp_path: Path) -> None:
     run = trained(tmp_path / "run", packed, KINDS["vae"])
-    assert "It was not evaluated" in (export(run, tmp_path / "before") / "README.md").read_text()
+    assert "It was not evaluated" in (export_run(run, tmp_path / "before") / "README.md").read_text()
     assert evaluate([str(run), "--importance", "0"]) == 0
-    card = (export(run, tmp_path / "after") / "README.md").read_text()
+    card = (export_run(run, tmp_path / "after") / "README.md").read_text()
     found = json.loads((run / "evaluation/test/metrics.json").read_text())
     assert f"| this model | {found['metrics']['ssim']['mean']:.4f} |" in card
     assert f"| PCA-3 | {found['baselines']['PCA-3']['ssim']['mean']:.4f} |" in card

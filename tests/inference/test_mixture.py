@@ -10,12 +10,12 @@ import torch
 
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.evaluation.metrics.latents import Latents
-from vaedist.inference.mixture import Mixture, Part, fit
+from vaedist.inference.mixture import Mixture, MixtureParameters, fit_mixture
 
 WEIGHTS = np.array([0.2, 0.5, 0.3])
 MEANS = np.array([[4.0, 0.0], [-4.0, 1.0], [0.0, -5.0]])
 FACTORS = np.array([[[1.0, 0.0], [0.5, 0.3]], [[0.2, 0.0], [0.0, 0.8]], [[0.5, 0.0], [-0.4, 0.5]]])
-KNOWN = Mixture((Part(WEIGHTS, MEANS, FACTORS),), (2,), 1000)
+KNOWN = Mixture((MixtureParameters(WEIGHTS, MEANS, FACTORS),), (2,), 1000)
 STAMP = {"weights": "ab", "components": 3}
 
 
@@ -59,7 +59,7 @@ def test_temperature_is_the_spread_around_each_mean() -> None:
 
 
 def test_the_fit_finds_the_mixture_it_was_drawn_from() -> None:
-    found = fit(latents_of(KNOWN.sample(4000, seed=5)), components=3)
+    found = fit_mixture(latents_of(KNOWN.sample(4000, seed=5)), components=3)
     [part] = found.parts
     order = [int(np.abs(part.means - mean).sum(1).argmin()) for mean in MEANS]
     assert sorted(order) == [0, 1, 2]
@@ -74,14 +74,14 @@ def test_the_fit_finds_the_mixture_it_was_drawn_from() -> None:
 
 def test_the_fit_is_the_same_every_time() -> None:
     latents = latents_of(KNOWN.sample(300, seed=5))
-    one, other = (fit(latents, components=4, seed=2).to_bytes(STAMP) for _ in range(2))
+    one, other = (fit_mixture(latents, components=4, seed=2).to_bytes(STAMP) for _ in range(2))
     assert one == other
 
 
 def test_each_class_has_its_own() -> None:
     rows = torch.cat([KNOWN.sample(200, seed=1), 100 + KNOWN.sample(200, seed=2)])
     labels = torch.arange(2).repeat_interleave(200)
-    found = fit(latents_of(rows, labels), classes=2)
+    found = fit_mixture(latents_of(rows, labels), classes=2)
     z = found.sample(4, seed=0, label=[0, 1, 1, 0])
     assert (z[[0, 3]].abs() < 20).all() and ((z[[1, 2]] - 100).abs() < 20).all()
     assert torch.equal(found.sample(1, seed=0, first=2, label=[1]), z[2:3])
@@ -90,7 +90,7 @@ def test_each_class_has_its_own() -> None:
         with pytest.raises(NotDefined, match="name a class"):
             found.sample(1, seed=0, label=label)
     with pytest.raises(UserError, match="class 2 of the training data has too few images"):
-        fit(latents_of(rows, labels), classes=3)
+        fit_mixture(latents_of(rows, labels), classes=3)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_each_class_has_its_own() -> None:
 )
 def test_few_images_fit_few_parameters(count: int, dimensions: int, components: int, full: bool) -> None:
     rows = torch.randn(count, dimensions, generator=torch.Generator().manual_seed(0))
-    [part] = fit(latents_of(rows)).parts
+    [part] = fit_mixture(latents_of(rows)).parts
     assert len(part.weights) == components
     assert part.factors.ndim == (3 if full else 2)
     assert np.isfinite(part.factors).all()
@@ -108,12 +108,17 @@ def test_few_images_fit_few_parameters(count: int, dimensions: int, components: 
 def test_a_map_comes_back_as_a_map() -> None:
     rows = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     latents = latents_of(rows)
-    assert fit(Latents(**{**latents.__dict__, "shape": (3, 2, 2)})).sample(5, seed=0).shape == (5, 3, 2, 2)
+    assert fit_mixture(Latents(**{**latents.__dict__, "shape": (3, 2, 2)})).sample(5, seed=0).shape == (
+        5,
+        3,
+        2,
+        2,
+    )
 
 
 def test_latents_that_are_not_finite_are_refused() -> None:
     with pytest.raises(UserError, match="latents are not finite"):
-        fit(latents_of(torch.full((9, 2), float("nan"))))
+        fit_mixture(latents_of(torch.full((9, 2), float("nan"))))
 
 
 def test_it_comes_back_from_disk() -> None:
@@ -131,7 +136,7 @@ def _header(content: bytes) -> bytes:
 
 
 def _negative(content: bytes) -> bytes:
-    bad = Mixture((Part(WEIGHTS * [-1, 1, 1], MEANS, FACTORS),), (2,), 9)
+    bad = Mixture((MixtureParameters(WEIGHTS * [-1, 1, 1], MEANS, FACTORS),), (2,), 9)
     return bad.to_bytes(STAMP)
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.core.imaging import to_uint8
-from vaedist.inference.mixture import Mixture, Part
-from vaedist.inference.sampling import Sampler, finite, interpolation, manifold, traversal
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.inference.latent_space import interpolation, manifold, traversal
+from vaedist.inference.mixture import Mixture, MixtureParameters
+from vaedist.inference.sampling import Sampler, finite_pixels
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (8, 8), classes=3)
 BODY = {"kind": "mlp", "width": 16, "depth": 1}
@@ -64,7 +66,7 @@ def test_the_latents_of_samples_are_those_that_samples_are_decoded_from(settings
 
 def test_a_mixture_takes_the_place_of_the_prior() -> None:
     model = small()
-    mixture = Mixture((Part(np.ones(1), np.array([[2.0, -1.0]]), np.zeros((1, 2))),), (2,), 9)
+    mixture = Mixture((MixtureParameters(np.ones(1), np.array([[2.0, -1.0]]), np.zeros((1, 2))),), (2,), 9)
     images = Sampler(model, mixture=mixture).draw(3).images
     assert (images == to_uint8(model.decode(torch.tensor([[2.0, -1.0]])).mean)).all()
 
@@ -165,4 +167,4 @@ def test_what_a_variant_cannot_do_is_said() -> None:
 
 def test_images_that_are_not_finite_are_refused() -> None:
     with pytest.raises(UserError, match="not finite"):
-        finite(torch.tensor([0.1, float("nan")]))
+        finite_pixels(torch.tensor([0.1, float("nan")]))

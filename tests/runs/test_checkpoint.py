@@ -22,20 +22,11 @@ import pytest
 import torch
 
 from vaedist.core.errors import UserError
-from vaedist.runs.checkpoint import (
-    Best,
-    Checkpoints,
-    Committer,
-    chosen_weights,
-    from_bytes,
-    load,
-    load_source,
-    resolve,
-    run_folder_of,
-    source_from,
-    to_bytes,
-    weights_digest,
-)
+from vaedist.runs.checkpoint import Best, Checkpoints, Committer, load_checkpoint
+from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
+from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
+from vaedist.runs.init_from import source_from_bytes, source_to_bytes
+from vaedist.runs.weights import chosen_weights, weights_digest
 
 
 def nobody_else() -> None:
@@ -87,10 +78,10 @@ def test_what_is_committed_comes_back_equal_and_travels_as_bytes(store: Checkpoi
     path = store.commit(state, 7, guard=nobody_else)
     found = store.newest()
     assert found is not None and (found.step, found.path) == (7, path)
-    for loaded in (found, load(path), from_bytes(to_bytes(found))):
+    for loaded in (found, load_checkpoint(path), checkpoint_from_bytes(checkpoint_to_bytes(found))):
         assert loaded is not None and loaded.path == path
         assert same(loaded.state, state)
-    assert from_bytes(to_bytes(None)) is None
+    assert checkpoint_from_bytes(checkpoint_to_bytes(None)) is None
     assert Checkpoints(store.run_folder).newest() is not None
     assert oct(store.folder.stat().st_mode & 0o777) == oct(path.stat().st_mode & 0o777) == "0o700"
 
@@ -98,9 +89,9 @@ def test_what_is_committed_comes_back_equal_and_travels_as_bytes(store: Checkpoi
 def test_a_run_without_checkpoints_has_none(store: Checkpoints) -> None:
     assert store.newest() is None
     with pytest.raises(UserError, match=r"no checkpoint in .*train it first"):
-        resolve(store.run_folder)
+        resolve_checkpoint(store.run_folder)
     with pytest.raises(UserError, match="no run at"):
-        resolve(store.run_folder / "nothing")
+        resolve_checkpoint(store.run_folder / "nothing")
 
 
 KILLED = """
@@ -132,7 +123,7 @@ def test_a_write_that_is_killed_leaves_the_checkpoint_before_and_is_swept(
     (store.folder / "notes").write_text("not ours")
     (store.run_folder / ".tmporary").write_text("not ours either")
 
-    assert resolve(store.run_folder) == before
+    assert resolve_checkpoint(store.run_folder) == before
     assert left in names(store), "a door that only reads sweeps nothing"
     found = store.newest()
     assert found is not None and found.path == before
@@ -184,7 +175,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     broken = store.commit(a_state(200), 200, guard=nobody_else)
     damage(broken)
     with pytest.raises(UserError, match=r"step-000000200 is damaged.*step-000000100"):
-        load(resolve(broken))
+        load_checkpoint(resolve_checkpoint(broken))
 
     with caplog.at_level(logging.WARNING, "vaedist"):
         found = store.newest()
@@ -289,28 +280,28 @@ def test_the_newest_and_the_best_are_kept(store: Checkpoints) -> None:
             store.mark_best(path, Best("loss", 1.5))
         store.prune()
     assert names(store) == ["step-000000020", "step-000000030", "step-000000040"]
-    assert store.best() == resolve(store.run_folder) == store.folder / "step-000000020"
-    assert resolve(store.folder / "step-000000030").name == "step-000000030"
+    assert store.best() == resolve_checkpoint(store.run_folder) == store.folder / "step-000000020"
+    assert resolve_checkpoint(store.folder / "step-000000030").name == "step-000000030"
     found = store.newest()
     assert found is not None and found.step == 40
     assert run_folder_of(found.path) == store.run_folder
 
     shutil.rmtree(store.folder / "step-000000020")
     assert store.best() is None
-    assert resolve(store.run_folder).name == "step-000000040"
+    assert resolve_checkpoint(store.run_folder).name == "step-000000040"
 
 
 @pytest.mark.parametrize("pointer", ['{"checkpoint": "../../elsewhere"}', "{", '{"checkpoint": 3}', "[]"])
 def test_a_strange_best_pointer_leads_nowhere_else(store: Checkpoints, pointer: str) -> None:
     newest = store.commit(a_state(1), 1, guard=nobody_else)
     (store.run_folder / "best.json").write_text(pointer)
-    assert resolve(store.run_folder) == newest
+    assert resolve_checkpoint(store.run_folder) == newest
 
 
 def test_a_step_saved_twice_never_replaces_the_first(store: Checkpoints) -> None:
     first = store.commit(a_state(5), 5, guard=nobody_else)
     second = store.commit(a_state(5) | {"job": {"train": {"weights": "raw"}}}, 5, guard=nobody_else)
-    assert first != second and load(first).state["job"] != load(second).state["job"]
+    assert first != second and load_checkpoint(first).state["job"] != load_checkpoint(second).state["job"]
     found = store.newest()
     assert found is not None and found.path == second
 
@@ -333,7 +324,7 @@ def test_a_strangers_checkpoint_cannot_act(store: Checkpoints, tmp_path: Path, p
         evil = pickle.dumps({"model": Trap(bait)})
     rewrite(path, evil)
     with pytest.raises(UserError, match="damaged"):
-        load(path)
+        load_checkpoint(path)
     assert not bait.exists()
 
 
@@ -348,7 +339,7 @@ def test_an_archive_that_would_unfold_is_refused(store: Checkpoints, tmp_path: P
             packed.writestr(name, plain.read(name))
     rewrite(path, bomb.read_bytes())
     with pytest.raises(UserError, match="compressed members"):
-        load(path)
+        load_checkpoint(path)
 
 
 def test_a_newer_format_is_told_from_damage(store: Checkpoints) -> None:
@@ -408,11 +399,11 @@ def test_one_rule_for_the_weights_that_everything_downstream_uses(store: Checkpo
     with pytest.raises(UserError, match="not averaged"):
         chosen_weights(state | {"ema": None})
     store.commit(state, 3, guard=nobody_else)
-    carried = source_from(load_source(store.run_folder), "there")
+    carried = source_from_bytes(source_to_bytes(store.run_folder), "there")
     assert (carried.run, carried.step, carried.which, carried.optim) == ("there", 3, "ema", {})
     assert torch.equal(carried.weights["weight"], state["ema"]["weight"])
     assert carried.sha256 == hashlib.sha256((Path(carried.path) / "state.pt").read_bytes()).hexdigest()
-    raw = source_from(load_source(store.run_folder, "raw", optimizer=True), "there")
+    raw = source_from_bytes(source_to_bytes(store.run_folder, "raw", optimizer=True), "there")
     assert torch.equal(raw.weights["weight"], state["model"]["weight"]) and same(raw.optim, state["optim"])
 
 

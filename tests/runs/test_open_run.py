@@ -22,20 +22,15 @@ from torch.utils.tensorboard import SummaryWriter
 from vaedist.config.job import Job, Spec, load_job
 from vaedist.config.settings import apply_overrides, parse
 from vaedist.core.errors import UserError
-from vaedist.data.format.index import Index, write_index
-from vaedist.models.contract import build, model_config
-from vaedist.runs.checkpoint import Best, Checkpoints, Loaded
-from vaedist.runs.open_run import (
-    Change,
-    Differences,
-    RunFolder,
-    compare,
-    data_section,
-    enforce,
-    open_run,
-    resolved,
-    resume,
-)
+from vaedist.data.format.index import DatasetInfo, Index, write_index
+from vaedist.models.contract import build
+from vaedist.runs.checkpoint import Best, Checkpoints
+from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
+from vaedist.runs.open_run import open_run
+from vaedist.runs.provenance import Change, read_starts
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.resume_rules import Differences, check_differences, check_resume, compare_jobs, data_section
+from vaedist.runs.run_folder import RunFolder
 
 BODY = {"kind": "mlp", "width": 8}
 CONTENT: dict[str, Any] = {
@@ -50,17 +45,14 @@ def job(*overrides: str) -> Job:
 
 
 def differences(*overrides: str, saved: Job | None = None, data: dict[str, Any] | None = None) -> Differences:
-    return compare(saved or job(), job(*overrides), DATA, DATA | (data or {}))
+    return compare_jobs(saved or job(), job(*overrides), DATA, DATA | (data or {}))
 
 
 @pytest.fixture
 def index(tmp_path: Path) -> Index:
     folder = tmp_path / "shards"
     folder.mkdir()
-    shape = (1, 8, 8)
-    write_index(
-        folder, identity="ab" * 32, shape=shape, codec="png", classes=["ill", "well"], splits={"train": []}
-    )
+    write_index(folder, {"train": []}, DatasetInfo((1, 8, 8), "png", ("ill", "well")), identity="ab" * 32)
     return Index.open(folder)
 
 
@@ -112,7 +104,7 @@ def test_every_setting_is_free_overridable_or_fixed(override: str, kind: str, ke
     content = apply_overrides(CONTENT, [override])
     if key == "model.kind":
         content["model"] = {"kind": "vqvae"}
-    found = compare(job(), parse(Job, content, where="test"), DATA, DATA)
+    found = compare_jobs(job(), parse(Job, content, where="test"), DATA, DATA)
     changes = {name: [change.key for change in getattr(found, name)] for name in found._fields}
     assert key in changes.pop(kind)
     if key == "train.ema_half_life":  # which weights are used follows from it
@@ -137,26 +129,26 @@ def test_other_data_are_never_the_same_run() -> None:
 
 def test_refusals_name_the_key_both_values_and_the_ways_out(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        enforce(differences("seed=5"), True, tmp_path)
+        check_differences(differences("seed=5"), True, tmp_path)
     told = str(error.value)
     for part in (str(tmp_path), "seed was 0 and is now 5", "--new-run", f"init_from={tmp_path}"):
         assert part in told
     faster = differences("train.optim.main.learning_rate=0.01", "train.steps=7")
     with pytest.raises(UserError, match=r"learning_rate was 0.001 and is now 0.01.*--override.*--new-run"):
-        enforce(faster, False, tmp_path)
-    enforce(faster, True, tmp_path)
-    enforce(differences("train.steps=7"), False, tmp_path)
+        check_differences(faster, False, tmp_path)
+    check_differences(faster, True, tmp_path)
+    check_differences(differences("train.steps=7"), False, tmp_path)
 
 
 def test_resume_returns_what_changed_for_the_record(tmp_path: Path, index: Index) -> None:
     run = RunFolder.make(tmp_path / "run")
-    assert resume(run, None, job(), index) == ()
+    assert check_resume(run.path, None, job(), index) == ()
     state = {"job": resolved(job()).model_dump(mode="json"), "data": data_section(index)}
-    found = Loaded(state, 10, run.path)
-    assert resume(run, found, job(), index) == ()
+    found = LoadedCheckpoint(state, 10, run.path)
+    assert check_resume(run.path, found, job(), index) == ()
     with pytest.raises(UserError, match="override"):
-        resume(run, found, job("train.optim.main.clip=1"), index)
-    (change,) = resume(run, found, job("train.optim.main.clip=1"), index, override=True)
+        check_resume(run.path, found, job("train.optim.main.clip=1"), index)
+    (change,) = check_resume(run.path, found, job("train.optim.main.clip=1"), index, override=True)
     assert change == Change("train.optim.main.clip", None, 1.0)
 
 
@@ -168,7 +160,7 @@ def test_a_new_run_never_lands_in_an_old_one(tmp_path: Path) -> None:
     assert oct(first.path.stat().st_mode & 0o777) == "0o700"
     assert not first.has_run
     assert RunFolder.make(first.path, new_run=True).path == first.path, "there was no run in it yet"
-    first.begin(resolved(job()), step=None)
+    first.record_start(resolved(job()), step=None)
     assert first.has_run
     assert RunFolder.make(first.path).path == first.path
     assert [RunFolder.make(first.path, new_run=True).path.name for _ in range(2)] == ["a-2", "a-3"]
@@ -188,7 +180,7 @@ def test_an_empty_folder_becomes_private_and_a_used_one_is_left_alone(tmp_path: 
 
 def test_the_saved_job_is_a_job_file_with_every_default(tmp_path: Path) -> None:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(resolved(job()), step=None)
+    run.record_start(resolved(job()), step=None)
     content = yaml.safe_load((run.path / "job.yaml").read_text())
     assert content["model"]["beta"] == 1.0 and content["data"]["lanes"] == 12
     assert load_job(run.path / "job.yaml") == resolved(job())
@@ -196,15 +188,15 @@ def test_the_saved_job_is_a_job_file_with_every_default(tmp_path: Path) -> None:
 
 def test_each_start_adds_its_provenance(tmp_path: Path) -> None:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(
+    run.record_start(
         resolved(job()), step=None, engine="local", world=2, attempt="a1", command=["vaedist-train", "my job"]
     )
     change = Change("train.optim.main.clip", None, 1.0)
     run.finish(100, "length", {"loss": 1.5, "psnr": float("inf")})
     assert run.finished() == {"step": 100, "reason": "length", "metrics": {"loss": 1.5, "psnr": None}}
-    run.begin(resolved(job()), step=100, changed=[change], engine="ray", world=1)
+    run.record_start(resolved(job()), step=100, changed=[change], engine="ray", world=1)
     assert run.finished() is None, "a run that goes on is not finished"
-    first, second = run.starts()
+    first, second = read_starts(run.path)
     assert first["command"] == "vaedist-train 'my job'" and first["attempt"] == "a1"
     assert (first["start_step"], second["start_step"]) == (0, 100)
     assert (first["engine"], first["workers"], first["changed"]) == ("local", 2, [])
@@ -213,11 +205,11 @@ def test_each_start_adds_its_provenance(tmp_path: Path) -> None:
     assert second["host"] == socket.gethostname() and second["vaedist"]
     (run.path / "provenance.json").write_text("[")
     with pytest.raises(UserError, match=r"provenance\.json is damaged"):
-        run.starts()
+        read_starts(run.path)
     # A run goes on without it.
     for number in (1, 2):
-        run.begin(resolved(job()), step=100)
-        assert [entry["start_step"] for entry in run.starts()] == [100]
+        run.record_start(resolved(job()), step=100)
+        assert [entry["start_step"] for entry in read_starts(run.path)] == [100]
         assert (run.path / f"damaged-{number}-provenance.json").read_text() == "["
         (run.path / "provenance.json").write_text("[")
 
@@ -239,7 +231,7 @@ def three_attempts(run: RunFolder) -> list[tuple[int, float]]:
     """The first dies at 9 with a checkpoint at 6; the second, at 8 without a new one; the third finishes."""
     expected = []
     for value, resumed, end in ((1.0, None, 9), (2.0, 6, 8), (3.0, 6, 10)):
-        run.begin(resolved(job()), step=resumed)
+        run.record_start(resolved(job()), step=resumed)
         start = resumed or 0
         log_steps(run, range(start + 1, end + 1), value)
         expected = [point for point in expected if point[0] <= start]
@@ -265,7 +257,7 @@ def test_each_step_appears_once_after_two_deaths(tmp_path: Path) -> None:
 
 def test_a_clock_that_is_behind_does_not_mix_the_attempts(tmp_path: Path) -> None:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(resolved(job()), step=None)
+    run.record_start(resolved(job()), step=None)
     log_steps(run, range(1, 4), 1.0)
     (events,) = run.tensorboard.iterdir()
     stamp = events.name.split(".")[3]
@@ -273,7 +265,7 @@ def test_a_clock_that_is_behind_does_not_mix_the_attempts(tmp_path: Path) -> Non
     events.rename(
         events.with_name(events.name.replace(stamp, "9999999999"))
     )  # written on a node from the future
-    run.begin(resolved(job()), step=3)
+    run.record_start(resolved(job()), step=3)
     log_steps(run, range(4, 6), 2.0)
     for purges in (False, True):
         board = EventAccumulator(str(run.tensorboard), purge_orphaned_data=purges).Reload()
@@ -282,14 +274,14 @@ def test_a_clock_that_is_behind_does_not_mix_the_attempts(tmp_path: Path) -> Non
 
 def test_a_torn_tail_is_taken_away(tmp_path: Path) -> None:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(resolved(job()), step=None)
+    run.record_start(resolved(job()), step=None)
     log_steps(run, range(1, 4), 1.0)
     with run.metrics.open("a") as rows:
         rows.write('{"step": 3, "kind": "validate"}\n{"step": 3, "los')
     (events,) = run.tensorboard.iterdir()
     whole = events.read_bytes()
     events.write_bytes(whole[:-5])
-    run.begin(resolved(job()), step=3)
+    run.record_start(resolved(job()), step=3)
     assert [json.loads(row)["step"] for row in run.metrics.read_text().splitlines()] == [1, 2, 3, 3]
     log_steps(run, range(4, 6), 2.0)
     board = EventAccumulator(str(run.tensorboard), purge_orphaned_data=False).Reload()
@@ -298,9 +290,9 @@ def test_a_torn_tail_is_taken_away(tmp_path: Path) -> None:
 
 def test_a_run_killed_before_its_first_checkpoint_starts_with_empty_logs(tmp_path: Path) -> None:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(resolved(job()), step=None)
+    run.record_start(resolved(job()), step=None)
     log_steps(run, range(4), 1.0)
-    run.begin(resolved(job()), step=None)
+    run.record_start(resolved(job()), step=None)
     assert run.metrics.read_bytes() == b"" and list(run.tensorboard.iterdir()) == []
 
 
@@ -338,12 +330,12 @@ def trained(folder: Path, index: Index, *overrides: str) -> dict[str, dict[str, 
     """A run of two checkpoints, the first of them best; the states that were saved."""
     asked = resolved(job(*overrides))
     run = RunFolder.make(folder)
-    run.begin(asked, step=None)
+    run.record_start(asked, step=None)
     store = Checkpoints(run.path)
     states = {}
     for step in (5, 10):
-        model = build(model_config(asked.model), index.spec, seed=step)
-        average = build(model_config(asked.model), index.spec, seed=100 + step)
+        model = build(asked.model, index.spec, seed=step)
+        average = build(asked.model, index.spec, seed=100 + step)
         if asked.train.precision == "fp64":
             model.double(), average.double()
         states[f"{step}"] = {

@@ -13,23 +13,31 @@ from pathlib import Path
 import pytest
 
 from tests.run_commands import small_job, write_job
-from vaedist.runs.startup_timings import VARIABLE, handed_on, inherited, told
+from vaedist.runs.startup_timings import (
+    VARIABLE,
+    startup_summary,
+    timings_from_environment,
+    timings_to_environment,
+)
 
 
 def test_phases_end_where_the_next_begins() -> None:
     phases = [("supervisor", 10.0), ("srun", 11.5), ("imports", 11.52), ("first step", 14.52)]
-    assert told(phases, 15.0) == "first step after 5.0 s: supervisor 1.5 s, imports 3.0 s, first step 0.5 s"
+    assert (
+        startup_summary(phases, 15.0)
+        == "first step after 5.0 s: supervisor 1.5 s, imports 3.0 s, first step 0.5 s"
+    )
 
 
 def test_phases_are_handed_on() -> None:
     phases = (("supervisor", 10.25), ("srun", 11.5))
-    assert inherited(handed_on(phases)) == phases
+    assert timings_from_environment(timings_to_environment(phases)) == phases
     for nothing in ({}, {VARIABLE: ""}, {VARIABLE: "[1]"}, {VARIABLE: "{"}, {VARIABLE: '[["a", "b"]]'}):
-        assert inherited(nothing) == ()
+        assert timings_from_environment(nothing) == ()
 
 
 def test_a_process_knows_when_it_began() -> None:
-    code = "from vaedist.runs.startup_timings import process_began; print(process_began())"
+    code = "from vaedist.runs.startup_timings import process_start_time; print(process_start_time())"
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert before - 0.05 <= float(done.stdout) <= time.time()

@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vaedist.config.job import Job
 from vaedist.config.settings import parse
-from vaedist.runs.open_run import RunFolder, resolved
+from vaedist.runs.resolved_job import resolved
+from vaedist.runs.run_folder import RunFolder
 from vaedist.training.run_log import RunLog, SilentLog, draw_curves, read_metrics
 
 
@@ -36,7 +37,7 @@ def a_job() -> Job:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     run = RunFolder.make(tmp_path / "run")
-    run.begin(a_job(), step=None)
+    run.record_start(a_job(), step=None)
     return run
 
 
@@ -144,7 +145,7 @@ def test_every_other_rank_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture
 
 def test_the_job_is_shown_as_hparams_once(run: RunFolder) -> None:
     RunLog(run, a_job(), total_steps=100, quiet=True).close()
-    run.begin(a_job(), step=50)
+    run.record_start(a_job(), step=50)
     RunLog(run, a_job(), total_steps=100, start_step=50, quiet=True).close()
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -161,7 +162,7 @@ import sys, time
 from pathlib import Path
 from tests.training.test_run_log import a_job
 from vaedist.training.run_log import RunLog
-from vaedist.runs.open_run import RunFolder
+from vaedist.runs.run_folder import RunFolder
 run = RunFolder.make(Path(sys.argv[1]))
 log = RunLog(run, a_job(), total_steps=100)
 for step in range(10, 60, 10):
@@ -211,7 +212,7 @@ from pathlib import Path
 from tests.training.test_run_log import a_job
 from vaedist.core.errors import UserError
 from vaedist.training.run_log import RunLog
-from vaedist.runs.open_run import RunFolder
+from vaedist.runs.run_folder import RunFolder
 log = RunLog(RunFolder.make(Path(sys.argv[1])), a_job(), total_steps=10**6, quiet=True)
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -53,20 +53,21 @@ def ways(run: Any, count: int) -> dict[str, Rate]:
     """Contestants that draw `count` images of a run; a multiple of those that are drawn together."""
     import torch
 
-    from vaedist.inference import show
-    from vaedist.inference.sampling import TOGETHER, Sampler
+    from vaedist.inference.picture_files import PictureFiles
+    from vaedist.inference.sample_files import write_samples
+    from vaedist.inference.sampling import SAMPLE_BATCH, Sampler
 
-    assert count % TOGETHER == 0
+    assert count % SAMPLE_BATCH == 0
 
     def files(kind: str) -> Rate:
         def rate() -> float:
             with tempfile.TemporaryDirectory() as scratch:
                 place = Path(scratch)
                 start = time.perf_counter()
-                show.samples(
+                write_samples(
                     run,
                     Sampler(run.model, seed=0),
-                    show.Target(str(place / "s.png"), str(place / "s.npz") if kind == "npz" else None),
+                    PictureFiles(str(place / "s.png"), str(place / "s.npz") if kind == "npz" else None),
                     count=count,
                     columns=32,
                     tar=str(place / "tars") if kind == "tars" else None,
@@ -76,12 +77,12 @@ def ways(run: Any, count: int) -> dict[str, Rate]:
         return rate
 
     def alone() -> float:
-        latents = torch.randn(TOGETHER, *run.model.latent_shape)
+        latents = torch.randn(SAMPLE_BATCH, *run.model.latent_shape)
         start = time.perf_counter()
         with torch.no_grad():
-            for _ in range(count // TOGETHER):
+            for _ in range(count // SAMPLE_BATCH):
                 pixels = run.model.decode(latents).mean
-                assert len(pixels) == TOGETHER
+                assert len(pixels) == SAMPLE_BATCH
         return count / (time.perf_counter() - start)
 
     return {"into an npz file": files("npz"), "into tars": files("tars"), ALONE: alone}

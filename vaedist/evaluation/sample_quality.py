@@ -20,7 +20,7 @@ from vaedist.evaluation.metrics.code_priors import TokenBaselines
 from vaedist.evaluation.metrics.features import Extractor
 from vaedist.evaluation.metrics.sample_metrics import Reference, sample_metrics, undefined_metrics
 from vaedist.inference.mixture import Mixture
-from vaedist.inference.sampling import TOGETHER, Sampler
+from vaedist.inference.sampling import SAMPLE_BATCH, Sampler
 from vaedist.models.contract import Variant
 
 PRIOR = "the prior"
@@ -53,8 +53,8 @@ def draw_samples(
     """
     sampler = Sampler(model, seed=seed, mixture=mixture)
     parts: list[Pixels] = []
-    for first in range(0, count, TOGETHER):
-        last = min(first + TOGETHER, count)
+    for first in range(0, count, SAMPLE_BATCH):
+        last = min(first + SAMPLE_BATCH, count)
         parts.append(sampler.draw(last - first, first, None if labels is None else labels[first:last]).images)
         if progress is not None:
             progress(last)
@@ -66,8 +66,8 @@ def draw_per_position(model: Variant, baselines: TokenBaselines, count: int, *, 
     """uint8 (count, C, H, W) decoded from codes drawn by position; of a model with `decode_codes`."""
     device = next(model.parameters()).device
     parts = []
-    for first in range(0, count, TOGETHER):
-        codes = baselines.draw(min(TOGETHER, count - first), seed=seed, first=first)
+    for first in range(0, count, SAMPLE_BATCH):
+        codes = baselines.draw(min(SAMPLE_BATCH, count - first), seed=seed, first=first)
         decoded = model.decode_codes(torch.from_numpy(codes).to(device))
         parts.append(to_uint8(decoded.mean))
     return np.concatenate(parts)

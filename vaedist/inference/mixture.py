@@ -42,7 +42,7 @@ _DIAGONAL_IMAGES = 10
 _SEEDS = 2**32
 
 
-class Part(NamedTuple):
+class MixtureParameters(NamedTuple):
     """One mixture of K components over D numbers, fp64."""
 
     weights: NDArray[np.float64]
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 class Mixture:
     """A density of latents."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MixtureParameters, ...]
     """One; of a conditional model one for each class."""
     shape: tuple[int, ...]
     """Of one latent."""
@@ -118,13 +118,13 @@ class Mixture:
     # On disk
 
     def to_bytes(self, stamp: Mapping[str, str | int]) -> bytes:
-        """A safetensors file; `stamp` says what the mixture was fitted to, and `from_bytes` wants the same."""
+        """A safetensors file; `stamp` says what the mixture was fitted to, and `from_bytes` requires the same."""
         from safetensors.numpy import save
 
         arrays = {
             f"{number}.{name}": np.ascontiguousarray(getattr(part, name))
             for number, part in enumerate(self.parts)
-            for name in Part._fields
+            for name in MixtureParameters._fields
         }
         note = {"stamp": dict(stamp), "shape": list(self.shape), "images": self.images}
         return save(arrays, {"vaedist": json.dumps(note, sort_keys=True)})
@@ -145,11 +145,11 @@ class Mixture:
             note = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["vaedist"])
             shape = tuple(int(side) for side in note["shape"])
             parts = tuple(
-                Part(*(arrays[f"{number}.{name}"] for name in Part._fields))
-                for number in range(len(arrays) // len(Part._fields))
+                MixtureParameters(*(arrays[f"{number}.{name}"] for name in MixtureParameters._fields))
+                for number in range(len(arrays) // len(MixtureParameters._fields))
             )
             sound = bool(parts) and all(_is_sound(part, int(np.prod(shape))) for part in parts)
-            found = cls(parts, shape, int(note["images"]))
+            mixture = cls(parts, shape, int(note["images"]))
             right = note["stamp"] == dict(stamp)
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             sound = right = False
@@ -158,10 +158,10 @@ class Mixture:
             raise UserError(
                 f"{where} {why}: remove it, and the density is fitted anew from the training data"
             )
-        return found
+        return mixture
 
 
-def _is_sound(part: Part, dimensions: int) -> bool:
+def _is_sound(part: MixtureParameters, dimensions: int) -> bool:
     count = len(part.weights)
     return (
         all(array.dtype == np.float64 and np.isfinite(array).all() for array in part)
@@ -173,7 +173,7 @@ def _is_sound(part: Part, dimensions: int) -> bool:
     )
 
 
-def fit(
+def fit_mixture(
     latents: Latents, *, classes: int | None = None, components: int = COMPONENTS, seed: int = 0
 ) -> Mixture:
     """The mixture of the training images' latents.
@@ -197,8 +197,8 @@ def fit(
     groups = [rows] if classes is None else [rows[labels == label] for label in range(classes)]
     few = [label for label, group in enumerate(groups) if len(group) < 2]
     if few:
-        told = "the training data" if classes is None else f"class {few[0]} of the training data"
-        raise UserError(f"{told} has too few images to fit a density to its latents: 2 are needed")
+        where = "the training data" if classes is None else f"class {few[0]} of the training data"
+        raise UserError(f"{where} has too few images to fit a density to its latents: 2 are needed")
     smallest = min(map(len, groups))
     full = 2 * dimensions <= smallest and dimensions <= _LARGEST_FULL
     return Mixture(
@@ -206,7 +206,7 @@ def fit(
     )
 
 
-def _fit(rows: NDArray[np.float64], components: int, *, full: bool, seed: int) -> Part:
+def _fit(rows: NDArray[np.float64], components: int, *, full: bool, seed: int) -> MixtureParameters:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -220,7 +220,7 @@ def _fit(rows: NDArray[np.float64], components: int, *, full: bool, seed: int) -
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(rows)
     factors = np.linalg.cholesky(mixture.covariances_) if full else np.sqrt(mixture.covariances_)
-    return Part(
+    return MixtureParameters(
         np.asarray(mixture.weights_, np.float64) / float(np.sum(mixture.weights_)),
         np.asarray(mixture.means_, np.float64),
         np.asarray(factors, np.float64),

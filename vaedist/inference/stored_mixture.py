@@ -18,14 +18,14 @@ from vaedist.core.terminal import StartBar
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics.latents import collect_latents
-from vaedist.inference.mixture import COMPONENTS, Mixture, fit
-from vaedist.runs.checkpoint import weights_digest
+from vaedist.inference.mixture import COMPONENTS, Mixture, fit_mixture
 from vaedist.runs.open_run import Run
+from vaedist.runs.weights import weights_digest
 
 log = logging.getLogger("vaedist")
 
 
-def stamp_of(run: Run, components: int = COMPONENTS) -> dict[str, str | int]:
+def mixture_stamp(run: Run, components: int = COMPONENTS) -> dict[str, str | int]:
     """What a density of this run's latents depends on."""
     return {
         "weights": weights_digest(run.model.state_dict()),
@@ -37,25 +37,27 @@ def stamp_of(run: Run, components: int = COMPONENTS) -> dict[str, str | int]:
     }
 
 
-def density_path(run: Run, components: int = COMPONENTS) -> Path:
+def mixture_path(run: Run, components: int = COMPONENTS) -> Path:
     """Where the run keeps, or would keep, its density."""
-    text = json.dumps(stamp_of(run, components), sort_keys=True)
+    text = json.dumps(mixture_stamp(run, components), sort_keys=True)
     return run.folder / "density" / f"gmm-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
 
-def stored_density(run: Run) -> Mixture | None:
+def load_mixture(run: Run) -> Mixture | None:
     """The density that was fitted before, if one was.
 
     Raises:
         UserError: its file is damaged.
     """
-    path = density_path(run)
+    path = mixture_path(run)
     if not path.exists():
         return None
-    return Mixture.from_bytes(path.read_bytes(), stamp_of(run), path)
+    return Mixture.from_bytes(path.read_bytes(), mixture_stamp(run), path)
 
 
-def density(run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None) -> Mixture:
+def load_or_fit_mixture(
+    run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None
+) -> Mixture:
     """The density kept with the run; fitted now if there is none.
 
     Args:
@@ -69,7 +71,7 @@ def density(run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lamb
     """
     if run.model.latent not in ("vector", "map"):
         raise run.model.not_defined("encode")
-    held = stored_density(run)
+    held = load_mixture(run)
     if held is not None:
         return held
     index = data()
@@ -79,10 +81,10 @@ def density(run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lamb
             f"fit it first, with `vaedist-sample {run.folder} --sampler gmm`"
         )
     count = index.split(run.job.data.train_split).count
-    return fit_density(run, index, bar("latents of the training images", count))
+    return fit_and_store_mixture(run, index, bar("latents of the training images", count))
 
 
-def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None = None) -> Mixture:
+def fit_and_store_mixture(run: Run, index: Index, progress: Callable[[int], None] | None = None) -> Mixture:
     """Fit the density to the training split's latents and store it with the run.
 
     Args:
@@ -99,10 +101,12 @@ def fit_density(run: Run, index: Index, progress: Callable[[int], None] | None =
         index, run.job.data.train_split, run.job, device=next(run.model.parameters()).device
     )
     latents = collect_latents(run.model, batches, seed=run.job.seed, progress=progress)
-    mixture = fit(latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed)
-    path = density_path(run)
+    mixture = fit_mixture(
+        latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed
+    )
+    path = mixture_path(run)
     try:
-        write_atomic(path, mixture.to_bytes(stamp_of(run)))
+        write_atomic(path, mixture.to_bytes(mixture_stamp(run)))
     except UserError as error:  # a run that only its owner may write to can still be sampled
         log.warning("%s: the density is fitted anew each time", error)
     return mixture

@@ -1,27 +1,30 @@
-"""What a launcher and the loop tell each other. It loads without torch, because a launcher needs none."""
+"""What a launcher gives to the training loop, and what it gets back. It loads no torch: a launcher needs none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vaedist.runs.startup_timings import StartupTimings
+
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What the launcher says of this attempt; none of it changes the numbers.
+    """Options of one attempt, from the launcher; none of them changes the numbers.
 
     Attributes:
         override: Allow changes of `override` settings on resume.
         token: Token of the run's lock where the launcher holds it; None: rank 0 takes the lock itself.
-        attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run. Who started the launcher may
-            name it ($VAEDIST_ATTEMPT), else the launcher does.
+        attempt: Name of this attempt; a stop file that holds it (or `any`) stops the run. It comes from
+            $VAEDIST_ATTEMPT, else from the launcher.
         quiet: No console output.
         engine: For the start-up summary.
         threads: CPU threads per process where the job does not say; None: this process's CPUs / processes on the node.
         command: The command line, for the record; empty: this process's own.
-        hang_seconds: After how long a stalled rank is ended (`vaedist.distributed.liveness.stalls`); 0: never.
+        hang_seconds: After how long a stalled rank is killed (`vaedist.distributed.liveness.stalls`); 0: never.
         verbose: On the console also the libraries, and each checkpoint.
-        phases: Of this start so far (`vaedist.runs.startup_timings`); None: it replaces a group that was lost.
+        startup: The stages of this start so far (`vaedist.runs.startup_timings`); None: this attempt replaces a group
+            that was lost.
     """
 
     override: bool = False
@@ -32,7 +35,7 @@ class FitOptions:
     threads: int | None = None
     command: tuple[str, ...] = ()
     hang_seconds: float = 0.0
-    phases: tuple[tuple[str, float], ...] | None = None
+    startup: StartupTimings | None = None
     verbose: bool = False
 
 

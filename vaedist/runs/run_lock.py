@@ -73,7 +73,7 @@ class Owner:
             boot=_text("/proc/sys/kernel/random/boot_id"),
             namespaces=_namespaces(),
             pid=os.getpid(),
-            started=started(os.getpid()) or 0,
+            started=process_start_ticks(os.getpid()) or 0,
             user=os.getuid(),
             since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             slurm_cluster=cluster,
@@ -86,7 +86,7 @@ class Owner:
         return f"{job}process {self.pid} on {self.host}, since {self.since}"
 
 
-class Held(UserError):
+class RunLocked(UserError):
     """Another process holds the lock and cannot be shown to have gone."""
 
     def __init__(self, sentence: str, owner: Owner) -> None:
@@ -105,7 +105,7 @@ class RunLock:
         """Take the run's lock.
 
         Raises:
-            Held: another process holds it and cannot be shown to have gone.
+            RunLocked: another process holds it and cannot be shown to have gone.
             UserError: the folder takes no files.
         """
         me = Owner.this_process()
@@ -247,9 +247,9 @@ def _read(path: Path) -> Owner | None:
         ) from None
 
 
-def _refusal(path: Path, owner: Owner) -> Held:
+def _refusal(path: Path, owner: Owner) -> RunLocked:
     stop = f"scancel {owner.slurm_job}" if owner.slurm_job else f"kill {owner.pid} on {owner.host}"
-    return Held(
+    return RunLocked(
         f"the run {path.parent} is being trained by {owner}: wait for it or stop it ({stop}); if you are sure "
         f"that it has gone, remove {path}",
         owner,
@@ -260,7 +260,7 @@ def _refusal(path: Path, owner: Owner) -> Held:
 
 
 def _ended(owner: Owner) -> str | None:
-    begun = started(owner.pid)
+    begun = process_start_ticks(owner.pid)
     if begun is not None:
         return None if begun == owner.started else f"process {owner.pid} is another one now"
     try:
@@ -270,10 +270,10 @@ def _ended(owner: Owner) -> str | None:
     except PermissionError:
         return None  # /proc hides other users' processes here
     # Between the two looks it appeared, or it is our own zombie: dead, only not yet waited for.
-    return f"process {owner.pid} has ended" if started(owner.pid) is None else None
+    return f"process {owner.pid} has ended" if process_start_ticks(owner.pid) is None else None
 
 
-def started(pid: int) -> int | None:
+def process_start_ticks(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot; None if it has ended or is hidden from us."""
     try:
         # The command's name stands in brackets and may hold spaces and brackets itself.

@@ -1,7 +1,7 @@
-"""Asking a run to stop: signals, and a file for those who cannot send one.
+"""Asking a run to stop: signals, and a file for processes that cannot send one.
 
 SIGTERM, SIGUSR1 and Ctrl-C to any rank, or a file `stop` in the run folder that names this attempt (or `any`),
-only raise a flag here. The loop carries the flag to all ranks at the next step boundary, where they save and leave
+only set a flag here. At the next step boundary the loop shares the flag with all ranks, which save and exit
 together. A second Ctrl-C interrupts at once.
 """
 
@@ -18,19 +18,19 @@ from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 1.0
-"""How long a run may go without looking for its stop file."""
-NAME = "stop"
+"""How often a run looks for its stop file."""
+STOP_FILE = "stop"
 
 
-def ask(run_folder: Path, attempt: str) -> None:
+def write_stop_file(run_folder: Path, attempt: str) -> None:
     """Write the stop file of `run_folder` for one attempt, whole or not at all."""
-    scratch = run_folder / f".{NAME}-{os.getpid()}"
+    scratch = run_folder / f".{STOP_FILE}-{os.getpid()}"
     scratch.write_text(f"{attempt}\n")
-    scratch.replace(run_folder / NAME)
+    scratch.replace(run_folder / STOP_FILE)
 
 
 class StopRequest:
-    """Whether this process has been asked to stop; a context manager that listens while it is open.
+    """Whether this process has been asked to stop; a context manager that handles signals while it is open.
 
     Args:
         file: The stop file to look at (rank 0 only), or None.
@@ -46,7 +46,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         if not self._signalled and self._file and time.monotonic() - self._looked >= POLL_SECONDS:
-            # The clock only spares the file system: what is seen here is acted on where all ranks agree.
+            # The interval only spares the file system: ranks act on the flag where all of them agree.
             self._looked = time.monotonic()
             with contextlib.suppress(OSError):
                 self._signalled = self._file.read_text().strip() in {self._attempt or "any", "any"}
@@ -56,7 +56,7 @@ class StopRequest:
         # Python allows handlers in the main thread alone; inside a Ray worker the driver writes the file.
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -65,7 +65,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signalled = True

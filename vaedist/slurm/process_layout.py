@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vaedist.cli.train_options import train_parser
+from vaedist.cli.train_options import build_parser
 from vaedist.config.job import load_job
 from vaedist.config.site import Site
 from vaedist.core.errors import UserError
@@ -112,7 +112,7 @@ def _train(job: SlurmJob, site: Site, options: argparse.Namespace, command: list
 
 def train_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
     """vaedist-train's command line; None where it does not train (`--help`, a mistake): the command itself answers."""
-    parser = train_parser()
+    parser = build_parser()
     parser.set_defaults(engine=None)  # to tell an engine that was asked for from the default
     try:
         with (

@@ -54,7 +54,7 @@ from vaedist.core.errors import (
 )
 from vaedist.runs import stop_request
 from vaedist.runs.run_folder import RunFolder
-from vaedist.runs.startup_timings import handed_on, process_began
+from vaedist.runs.startup_timings import process_start_time, timings_to_environment
 from vaedist.slurm.batch_job import SlurmJob, log
 from vaedist.slurm.cleanup import clean_this_node
 from vaedist.slurm.process_layout import RAY_END_FILE, RAY_NODES_MODULE, ProcessLayout, plan_processes
@@ -221,7 +221,9 @@ class _Supervisor:
         environment = os.environ | {"VAEDIST_ATTEMPT": self.layout.attempt}
         if losses == 0:
             stage = "srun" if self.layout.command[0] == "srun" else "start"
-            environment |= handed_on((("supervisor", process_began()), (stage, time.time())))
+            environment |= timings_to_environment(
+                (("supervisor", process_start_time()), (stage, time.time()))
+            )
         with contextlib.ExitStack() as exits:
             cluster = ray_nodes = None
             if self.layout.ray_cluster is not None:
@@ -265,7 +267,7 @@ class _Supervisor:
         log("asked to stop: saving a checkpoint" if self.layout.run_folder else "asked to stop")
         if self.layout.run_folder is not None:
             RunFolder.make(self.layout.run_folder)
-            stop_request.ask(self.layout.run_folder, self.layout.attempt)
+            stop_request.write_stop_file(self.layout.run_folder, self.layout.attempt)
         else:
             child.terminate()
 

@@ -27,11 +27,13 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from vaedist.config.job import InitFrom, Job
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, model_config
-from vaedist.runs.checkpoint import Loaded, Source, load_source, source_from
+from vaedist.models.contract import Variant
+from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
+from vaedist.runs.init_from import SourceRun, source_from_bytes, source_to_bytes
 from vaedist.training.step import Phase
 
 
@@ -90,7 +92,7 @@ class Initialization:
             phase.load(state, self.sched.get(phase.name))
 
 
-def init_weights(model: Variant, job: Job, found: Loaded | None, group: Group) -> Initialization:
+def init_weights(model: Variant, job: Job, found: LoadedCheckpoint | None, group: Group) -> Initialization:
     """Give a freshly built model its first weights. Collective.
 
     Args:
@@ -115,8 +117,8 @@ def init_weights(model: Variant, job: Job, found: Loaded | None, group: Group) -
 
     # Another run's weights, tensor by tensor.
     path, optimizer = expand(wanted.run, "init_from"), job.imports_optimizer
-    found_there = group.from_leader(lambda: load_source(path, wanted.weights, optimizer=optimizer))
-    source = source_from(found_there, wanted.run)
+    found_there = group.from_leader(lambda: source_to_bytes(path, wanted.weights, optimizer=optimizer))
+    source = source_from_bytes(found_there, wanted.run)
     model.check_source(model_config(source.model, source.run), wanted.map, f"init_from={source.run}")
     own = model.state_dict()
     rows = transfer(source.weights, own, wanted, tuple(borrowed))
@@ -142,7 +144,7 @@ def init_weights(model: Variant, job: Job, found: Loaded | None, group: Group) -
     )
 
 
-def _resume(model: Variant, job: Job, found: Loaded) -> Initialization:
+def _resume(model: Variant, job: Job, found: LoadedCheckpoint) -> Initialization:
     try:
         model.load_state_dict(found.state["model"])
     except RuntimeError as error:
@@ -160,9 +162,9 @@ def _resume(model: Variant, job: Job, found: Loaded) -> Initialization:
     )
 
 
-def _borrow(model: Variant, name: str, run: str, group: Group) -> Source:
+def _borrow(model: Variant, name: str, run: str, group: Group) -> SourceRun:
     path = expand(run, f"model.{name}")
-    source = source_from(group.from_leader(lambda: load_source(path)), run)
+    source = source_from_bytes(group.from_leader(lambda: source_to_bytes(path)), run)
     try:
         model.get_submodule(name).load_state_dict(source.weights)
     except RuntimeError as error:
@@ -171,12 +173,12 @@ def _borrow(model: Variant, name: str, run: str, group: Group) -> Source:
     return source
 
 
-def _told(source: Source) -> str:
+def _told(source: SourceRun) -> str:
     which = f"{Path(source.path).name}, {source.which} weights, sha256 {source.sha256[:12]}"
     return f"{source.run} ({which})"
 
 
-def _record(source: Source) -> dict[str, Any]:
+def _record(source: SourceRun) -> dict[str, Any]:
     return {
         "checkpoint": source.path,
         "step": source.step,

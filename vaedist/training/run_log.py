@@ -27,7 +27,7 @@ from vaedist.config.job import Job
 from vaedist.core.files import disk_errors, temporary
 from vaedist.core.imaging import figure
 from vaedist.core.terminal import colored, progress_bar
-from vaedist.runs.metrics_csv import Table
+from vaedist.runs.metrics_csv import MetricsCsv
 from vaedist.runs.run_folder import RunFolder
 
 SPEED = frozenset({"images_per_second", "data_wait"})
@@ -106,7 +106,7 @@ class RunLog(SilentLog):
         self.quiet, self.console = quiet, console or sys.stdout
         self._rows = run.metrics.open("a", buffering=1, encoding="utf-8")
         with disk_errors("the log", run.path):
-            self._table = Table(run.table, lambda: read_metrics(run.metrics))
+            self._table = MetricsCsv(run.table, lambda: read_metrics(run.metrics))
         # The purge mark is for a TensorBoard that is running and holds in memory what `cut` took from the files.
         self._board: Any = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self._bar: Any = None

@@ -153,7 +153,7 @@ class SearchController:
         """
         with self._lock:
             self.running.discard(number)
-            (self.folder_of(number) / stop_request.NAME).unlink(
+            (self.folder_of(number) / stop_request.STOP_FILE).unlink(
                 missing_ok=True
             )  # it has left: whoever trains on must not
             trial = self.record.trials[number]
@@ -185,7 +185,7 @@ class SearchController:
         """Ask a trial that runs to save and leave; nothing happens before its run folder is there."""
         with self._lock, contextlib.suppress(FileNotFoundError):
             if number in self.running:
-                stop_request.ask(self.folder_of(number), "any")
+                stop_request.write_stop_file(self.folder_of(number), "any")
 
     def stop_all(self) -> None:
         """Start nothing more."""

@@ -24,7 +24,7 @@ import vaedist
 from vaedist.config.job import Job, one_length
 from vaedist.config.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
 from vaedist.core.errors import UserError, did_you_mean
-from vaedist.runs.run_folder import Change
+from vaedist.runs.provenance import Change
 from vaedist.tuning.dimensions import Categorical, Dimension, LogUniform, Setting, Uniform
 
 SHIPPED = Path(vaedist.__file__).parent / "spaces"

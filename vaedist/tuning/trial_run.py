@@ -15,7 +15,7 @@ from vaedist.config.job import Job
 from vaedist.core.errors import Diverged, OutOfMemory, UserError, WorkerLost
 from vaedist.runs import stop_request
 from vaedist.runs.fit_options import Outcome
-from vaedist.runs.run_lock import Held
+from vaedist.runs.run_lock import RunLocked
 from vaedist.tuning.trial_log import Record, run_folder
 
 _LOCK_WAIT_SECONDS = 60.0
@@ -49,7 +49,7 @@ def run_trial(
     step, status = trial.halted or 0, "stopped early"
     try:
         if trial.halted is None:
-            (place / stop_request.NAME).unlink(missing_ok=True)  # asked of an attempt that has ended
+            (place / stop_request.STOP_FILE).unlink(missing_ok=True)  # asked of an attempt that has ended
             outcome = _train(job, place, train)
             step, status = outcome.step, "finished"
             if outcome.status == "stopped":
@@ -71,7 +71,7 @@ def _train(job: Job, place: Path, train: Callable[[Job, Path], Outcome]) -> Outc
     while True:
         try:
             return train(job, place)
-        except Held:
+        except RunLocked:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)

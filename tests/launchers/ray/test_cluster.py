@@ -183,10 +183,10 @@ def test_of_rays_own_errors_only_the_anonymous_death_is_left_out(capfd: pytest.C
 def test_a_process_is_killed_through_ray_only_while_it_is_the_one_that_was_meant() -> None:
     from vaedist.launchers.ray.cluster import current_node, run_on_node
     from vaedist.launchers.ray.heartbeat import kill_process
-    from vaedist.runs.run_lock import started
+    from vaedist.runs.run_lock import process_start_ticks
 
     with subprocess.Popen(["sleep", "600"]) as process:
-        since = started(process.pid)
+        since = process_start_ticks(process.pid)
         assert since is not None
         try:
             assert not kill_process(process.pid, str(int(since) - 1)), "its number was another's before"

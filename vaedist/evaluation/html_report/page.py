@@ -11,9 +11,9 @@ from pathlib import Path
 import vaedist
 from vaedist.core.errors import UserError
 from vaedist.evaluation.comparison import SEEDS, Comparison, RunEvaluation
-from vaedist.evaluation.html_report.sections import HtmlTable, RunReport
+from vaedist.evaluation.html_report.content import HtmlTable, RunReport
 from vaedist.runs.open_run import Run
-from vaedist.runs.run_folder import RunFolder
+from vaedist.runs.provenance import read_starts
 
 _HERE = Path(__file__).parent
 
@@ -60,7 +60,7 @@ def _made_by(runs: Sequence[Run]) -> Iterator[HtmlTable]:
     libraries: dict[str, str] = {}
     for run in runs:
         try:
-            starts = RunFolder(run.folder).starts()
+            starts = read_starts(run.folder)
         except UserError:  # a damaged record of starts takes nothing from what was measured
             starts = []
         for start in starts:

@@ -1,7 +1,7 @@
 """The model card of an export: what it is, what it was trained on, what it reaches, and what it is not for.
 
-After Mitchell et al., "Model cards for model reporting" (2019). What nobody has said (licences, intended use) stands
-there as not stated, to be filled in by hand; nothing is guessed.
+After Mitchell et al., "Model cards for model reporting" (2019). Facts that vaedist does not know (licences,
+intended use) are `not stated`, to be filled in by hand; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vaedist.evaluation.metrics.tables import metrics_rows
-from vaedist.inference.export.programs import example
+from vaedist.inference.export.programs import usage_example
 from vaedist.runs.open_run import Run
-from vaedist.runs.run_folder import RunFolder
+from vaedist.runs.provenance import read_starts
 
 NOT_STATED = "not stated"
 
 
-def card(
+def model_card(
     run: Run, *, licence: str, data_licence: str, missing: Mapping[str, str] | None, onnx: bool = False
 ) -> str:
     """Markdown.
@@ -33,7 +33,7 @@ def card(
     shape = " x ".join(str(axis) for axis in run.spec.image_shape)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     about = (
-        f"A `{run.job.model['kind']}` of {shape} images (channels, height, width), {parameters:,} parameters, trained "
+        f"A `{run.kind}` of {shape} images (channels, height, width), {parameters:,} parameters, trained "
         f"with vaedist for {run.step:,} steps; `{run.weights}` weights."
     )
     parts = [
@@ -121,12 +121,12 @@ def _files(run: Run, missing: Mapping[str, str] | None, onnx: bool) -> str:
     files |= {f"`{name}` is not there": reason for name, reason in missing.items()}
     text = _lines(files)
     if not missing:
-        text += f"\n\n```python\n{example(run.model, run.spec.image_shape)}\n```"
+        text += f"\n\n```python\n{usage_example(run.model, run.spec.image_shape)}\n```"
     return text
 
 
 def _made(run: Run) -> str:
-    starts = RunFolder(run.folder).starts()
+    starts = read_starts(run.folder)
     if not starts:
         return "No record of its training lies beside the checkpoint."
     last = starts[-1]

@@ -5,7 +5,7 @@
 | `encoder.pt2` | `image` uint8 (n, C, H, W) | the posterior's mean (n, *latent), or int64 codes (n, h, w) |
 | `decoder.pt2` | `latent` as the encoder gives it | images (n, C, H, W) in [0, 1] |
 
-A model that is told the class takes `label`, int64 (n,), too. n is free. What a variant cannot do is left out.
+A conditional model takes `label`, int64 (n,), too. n is free. Operations that a variant does not define are left out.
 
 `encoder.onnx` and `decoder.onnx` are the same programs for other runtimes (https://onnx.ai), made of torch.export's
 graph by torch.onnx and checked by running them in ONNX Runtime.
@@ -56,7 +56,7 @@ class _Decoder(nn.Module):
         return self.model.decode(latent, label).mean
 
 
-def check(*, onnx: bool) -> None:
+def check_programs(*, onnx: bool) -> None:
     """Whether programs can be written and checked here.
 
     Args:
@@ -80,7 +80,7 @@ def check(*, onnx: bool) -> None:
 def write_programs(
     model: Variant, shape: tuple[int, ...], folder: Path, *, onnx: bool = False
 ) -> dict[str, str]:
-    """Write the programs that there are; for each name of a file that there is not, the reason.
+    """Write the programs that the variant defines; by file name, the reason for each that it does not.
 
     Args:
         model: In evaluation mode, on the CPU.
@@ -89,11 +89,11 @@ def write_programs(
         onnx: Also as ONNX.
 
     Raises:
-        UserError: a program does not compute what the model does, or cannot be said in ONNX.
+        UserError: a program does not compute what the model does, or cannot be expressed in ONNX.
     """
     numbers = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (max(_ROWS), *shape), generator=numbers, dtype=torch.uint8)
-    label = {"label": torch.zeros(max(_ROWS), dtype=torch.int64)} if _is_told(model) else {}
+    label = {"label": torch.zeros(max(_ROWS), dtype=torch.int64)} if _takes_label(model) else {}
     missing: dict[str, str] = {}
     suffixes = (".pt2", ".onnx") if onnx else (".pt2",)
     encoder, decoder = _Encoder(model).eval(), _Decoder(model).eval()
@@ -112,7 +112,7 @@ def write_programs(
     return missing
 
 
-def _is_told(model: Variant) -> bool:
+def _takes_label(model: Variant) -> bool:
     """Whether encoder and decoder take the class; what makes and reads codes does not."""
     return model.conditional and model.latent != "codes"
 
@@ -137,9 +137,9 @@ def _write(part: nn.Module, inputs: dict[str, Tensor], path: Path, output: str, 
             f"{native.name}: torch {torch.__version__} cannot write this program ({reason:.200}): install a newer "
             "torch, or give --no-programs"
         ) from None
-    _agree(part, read, inputs, native, "--no-programs")
+    _check_agreement(part, read, inputs, native, "--no-programs")
     if onnx:
-        _agree(
+        _check_agreement(
             part, _onnx(program, inputs, path.with_suffix(".onnx"), output), inputs, path.with_suffix(".onnx")
         )
 
@@ -152,26 +152,26 @@ def _onnx(
 
     try:
         with _quiet():
-            made = torch.onnx.export(
+            exported = torch.onnx.export(
                 program, kwargs=inputs, dynamo=True, output_names=[output], verbose=False
             )
-            assert made is not None, "torch gives back what it was not told to write"
-            made.save(path)
+            assert exported is not None, "torch returns what it is given no file for"
+            exported.save(path)
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path.name}: torch cannot say this model in ONNX ({reason}): leave --onnx out"
+            f"{path.name}: torch cannot express this model in ONNX ({reason}): leave --onnx out"
         ) from None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(**few: Tensor) -> Tensor:
-        (found,) = session.run([output], {name: value.numpy() for name, value in few.items()})
-        return torch.as_tensor(found)
+        (output_array,) = session.run([output], {name: value.numpy() for name, value in few.items()})
+        return torch.as_tensor(output_array)
 
     return run
 
 
-def _agree(
+def _check_agreement(
     part: nn.Module,
     program: Callable[..., Tensor],
     inputs: dict[str, Tensor],
@@ -189,7 +189,7 @@ def _agree(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export and torch.onnx warn of what they do themselves."""
+    """Without the warnings of torch.export and torch.onnx about their own code."""
     log = logging.getLogger("torch.onnx")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -201,10 +201,10 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def example(model: Variant, shape: tuple[int, ...]) -> str:
+def usage_example(model: Variant, shape: tuple[int, ...]) -> str:
     """Lines of Python that use the programs."""
     size = ", ".join(str(axis) for axis in shape)
-    label = ", label=torch.zeros(4, dtype=torch.int64)" if _is_told(model) else ""
+    label = ", label=torch.zeros(4, dtype=torch.int64)" if _takes_label(model) else ""
     return "\n".join(
         [
             "import torch",

@@ -21,7 +21,7 @@ from typing import Any
 
 from vaedist.distributed.liveness.silence import SilenceClock, heartbeat
 from vaedist.launchers.ray.cluster import current_node, run_on_node
-from vaedist.runs.run_lock import started
+from vaedist.runs.run_lock import process_start_ticks
 
 
 def _beats(work: Path, number: int) -> Path:
@@ -36,7 +36,7 @@ def _death(work: Path, number: int) -> Path:
 def heartbeat_file(work: Path, number: int) -> Iterator[None]:
     """Send the heartbeats of a trial; for the trial's process."""
     path, counter = _beats(work, number), itertools.count(1)
-    process = {"pid": os.getpid(), "started": started(os.getpid()), "node": current_node()}
+    process = {"pid": os.getpid(), "started": process_start_ticks(os.getpid()), "node": current_node()}
     try:
         with heartbeat(lambda: path.write_text(json.dumps({**process, "beat": next(counter)}))):
             yield
@@ -104,7 +104,7 @@ def _kill(process: dict[str, Any]) -> bool:
 
 def kill_process(pid: int, since: int) -> bool:
     """Kill the process of this machine that has this number and start time; whether it was there."""
-    if started(pid) != since:
+    if process_start_ticks(pid) != since:
         return False
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)

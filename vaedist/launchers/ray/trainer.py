@@ -52,14 +52,15 @@ from vaedist.config.settings import expand
 from vaedist.core import errors
 from vaedist.core.errors import UserError
 from vaedist.core.files import replace_file
-from vaedist.launchers.local import HANG_SECONDS
-from vaedist.launchers.ray.cluster import ResourceRequest, cluster, environment, nodes
+from vaedist.distributed.liveness.silence import HANG_SECONDS
+from vaedist.launchers.environment import temporary_environment
+from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
 from vaedist.launchers.ray.driver_log import BUGS, STUCK, DriverLog, named
-from vaedist.runs import stop_request as stop
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.run_lock import RunLock
-from vaedist.runs.startup_timings import process_began
+from vaedist.runs.startup_timings import process_start_time
+from vaedist.runs.stop_request import StopRequest, write_stop_file
 
 _WORK = ".ray"
 """Folder inside the run folder for one attempt's console and errors, seen by the workers of every node."""
@@ -120,18 +121,18 @@ def run(
     }
     # Ray installs a SIGTERM handler of its own when it starts: listen before, and again on top of it.
     with contextlib.ExitStack() as exits:
-        early = exits.enter_context(stop.StopRequest(None, ""))
-        began = ("driver", process_began()), ("Ray", time.time())
+        early = exits.enter_context(StopRequest(None, ""))
+        began = ("driver", process_start_time()), ("Ray", time.time())
         lock = exits.enter_context(RunLock.acquire(run_folder))
         found = exits.enter_context(cluster(request))
-        exits.enter_context(environment(knobs))
+        exits.enter_context(temporary_environment(knobs))
         gpus, room = request.fit(nodes())
-        asked = exits.enter_context(stop.StopRequest(None, ""))
+        asked = exits.enter_context(StopRequest(None, ""))
         work = exits.enter_context(work_folder(run_folder))
         attempt = options.attempt or secrets.token_hex(4)
         options = replace(options, token=lock.token, attempt=attempt, engine="ray", hang_seconds=hang_seconds)
-        if options.phases is not None:
-            options = replace(options, phases=(*options.phases, *began, ("Ray Train", time.time())))
+        if options.startup is not None:
+            options = replace(options, startup=(*options.startup, *began, ("Ray Train", time.time())))
         if not options.quiet:
             kind = "one GPU" if gpus else "CPU" if request.cpus == 1 else f"{request.cpus} CPUs"
             count = str(least) if least == most else f"{least} to {most} ({room} now)"
@@ -157,7 +158,7 @@ def run(
             watch.look()
             if not passed_on and (early.requested or asked.requested):
                 passed_on = True
-                stop.ask(run_folder, attempt)
+                write_stop_file(run_folder, attempt)
         watch.look()
         if failure.exists():
             told = json.loads(failure.read_bytes())
@@ -356,7 +357,7 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     stages = work / "stages.jsonl"
     options = FitOptions(**orders["options"])
     if stages.exists():
-        options = replace(options, phases=None)  # not the first group
+        options = replace(options, startup=None)  # not the first group
 
     def reached(stage: str) -> None:
         if rank == 0:
@@ -383,9 +384,9 @@ def _work(orders: dict[str, Any]) -> dict[str, Any] | None:
     from vaedist.training.loop import fit
 
     reached("imported")
-    if options.phases is not None:
+    if options.startup is not None:
         here = ("imports", begun), ("rendezvous", time.time())
-        options = replace(options, phases=(*options.phases, *here))
+        options = replace(options, startup=(*options.startup, *here))
     with contextlib.ExitStack() as exits:
         if rank == 0:
             console: TextIO = exits.enter_context((work / "console.txt").open("a", buffering=1))

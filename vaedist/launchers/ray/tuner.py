@@ -33,13 +33,14 @@ from typing import Any
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.launchers.local import HANG_SECONDS
+from vaedist.distributed.liveness.silence import HANG_SECONDS
+from vaedist.launchers.environment import temporary_environment
 from vaedist.launchers.ray import trainer as trains
-from vaedist.launchers.ray.cluster import ResourceRequest, cluster, environment, nodes
+from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
 from vaedist.launchers.ray.heartbeat import HeartbeatMonitor, heartbeat_file, record_death
-from vaedist.runs import stop_request as stop
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_lock import RunLock
+from vaedist.runs.stop_request import StopRequest
 from vaedist.training.run_log import read_metrics
 from vaedist.tuning.controller import SearchController
 from vaedist.tuning.space import Space
@@ -99,12 +100,12 @@ def run(
     folder = folder.absolute()
     # Ray installs a SIGTERM handler of its own when it starts: listen before, and again on top of it.
     with contextlib.ExitStack() as exits:
-        early = exits.enter_context(stop.StopRequest(None, ""))
+        early = exits.enter_context(StopRequest(None, ""))
         exits.enter_context(RunLock.acquire(folder))
         sweep = SearchController.open(folder, space, index, tell)
         if not sweep.left:
             return sweep
-        exits.enter_context(environment(_KNOBS))
+        exits.enter_context(temporary_environment(_KNOBS))
         request = ResourceRequest(workers, _ANY_NUMBER, space.resources.cpus, space.resources.gpus, device)
         try:
             found = exits.enter_context(cluster(request))
@@ -113,7 +114,7 @@ def run(
         except UserError:
             sweep.record.discard()
             raise
-        asked = exits.enter_context(stop.StopRequest(None, ""))
+        asked = exits.enter_context(StopRequest(None, ""))
         work = exits.enter_context(trains.work_folder(folder))
         orders = {
             "search": str(folder),
@@ -288,8 +289,8 @@ def _drive(
     sweep: SearchController,
     tuner: Any,
     heartbeats: HeartbeatMonitor,
-    early: stop.StopRequest,
-    asked: stop.StopRequest,
+    early: StopRequest,
+    asked: StopRequest,
 ) -> None:
     driving = _Driving(tuner)
     driving.start()

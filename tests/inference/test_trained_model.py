@@ -16,8 +16,8 @@ from tests.commands.conftest import MLP, pack_phantom, trained
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.core.imaging import to_uint8
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
-from vaedist.inference.trained import Trained
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
+from vaedist.inference.trained_model import TrainedModel
 from vaedist.sample import main as sample
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -37,18 +37,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Trained]:
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, TrainedModel]:
     folder = tmp_path_factory.mktemp("runs")
     return {name: vaedist.load(trained(folder / name, data, model)) for name, model in SMALL.items()}
 
 
 @pytest.fixture(scope="module")
 def images(data: Path) -> torch.Tensor:
-    (batch,) = EvaluationStream(Index.open(data), "test", batch_size=21)
+    (batch,) = EvaluationStream(Index.open(data), "test", EvaluationStreamConfig(batch_size=21))
     return batch["image"]
 
 
-def test_samples_are_those_of_the_door(runs: dict[str, Trained], tmp_path: Path) -> None:
+def test_samples_are_those_of_the_door(runs: dict[str, TrainedModel], tmp_path: Path) -> None:
     run = runs["vae"]
     made = run.sample(5, seed=3, temperature=0.7)
     assert (made.shape, made.dtype) == ((5, 1, 16, 16), torch.float32)
@@ -65,7 +65,9 @@ def test_samples_are_those_of_the_door(runs: dict[str, Trained], tmp_path: Path)
     assert repr(run).startswith("<vae of 1x16x16 images, step 4, ema weights, ")
 
 
-def test_what_is_given_as_an_array_comes_back_as_one(runs: dict[str, Trained], images: torch.Tensor) -> None:
+def test_what_is_given_as_an_array_comes_back_as_one(
+    runs: dict[str, TrainedModel], images: torch.Tensor
+) -> None:
     run = runs["vae"]
     model = run.run.model
     with torch.no_grad():
@@ -85,7 +87,7 @@ def test_what_is_given_as_an_array_comes_back_as_one(runs: dict[str, Trained], i
     assert isinstance(decoded, np.ndarray) and (decoded == expected.numpy()).all()
 
 
-def test_classes_by_name_and_number(runs: dict[str, Trained], images: torch.Tensor) -> None:
+def test_classes_by_name_and_number(runs: dict[str, TrainedModel], images: torch.Tensor) -> None:
     run = runs["cvae"]
     name = run.classes[1]
     assert torch.equal(run.sample(4, classes=name), run.sample(4, classes=[1, "1", name, 1]))
@@ -95,7 +97,7 @@ def test_classes_by_name_and_number(runs: dict[str, Trained], images: torch.Tens
     assert torch.equal(run.decode(z, classes=1), run.reconstruct(images, classes=1))
 
 
-def test_codes_go_there_and_back(runs: dict[str, Trained], images: torch.Tensor) -> None:
+def test_codes_go_there_and_back(runs: dict[str, TrainedModel], images: torch.Tensor) -> None:
     run = runs["vqvae"]
     codes = run.encode(images)
     assert (codes.shape, codes.dtype) == ((21, 4, 4), torch.int64)
@@ -119,12 +121,12 @@ def test_codes_go_there_and_back(runs: dict[str, Trained], images: torch.Tensor)
         (lambda run: run.decode(np.zeros((2, 4))), r"shape \(2, 4\) and the model decodes \(n, 3\)"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(runs: dict[str, Trained], call: Any, told: str) -> None:
+def test_mistakes_are_one_sentence(runs: dict[str, TrainedModel], call: Any, told: str) -> None:
     with pytest.raises(UserError, match=told):
         call(runs["vae"])
 
 
-def test_wrong_classes_are_named(runs: dict[str, Trained]) -> None:
+def test_wrong_classes_are_named(runs: dict[str, TrainedModel]) -> None:
     with pytest.raises(UserError, match="knows no class 'elbow'; it knows "):
         runs["cvae"].sample(2, classes="elbow")
     with pytest.raises(UserError, match="3 classes are given for 2 images"):
@@ -133,10 +135,10 @@ def test_wrong_classes_are_named(runs: dict[str, Trained]) -> None:
         vaedist.load("nowhere")
 
 
-def test_a_name_that_is_a_number_is_the_name(runs: dict[str, Trained]) -> None:
+def test_a_name_that_is_a_number_is_the_name(runs: dict[str, TrainedModel]) -> None:
     """Folders may be called 1 and 0: text is a name first, a number is the place."""
     run = runs["cvae"]
-    other = Trained(run.run._replace(classes=("1", "0")))
+    other = TrainedModel(run.run._replace(classes=("1", "0")))
     assert torch.equal(other.sample(3, classes="1"), run.sample(3, classes=0))
     assert torch.equal(other.sample(3, classes=1), run.sample(3, classes=1))
 
@@ -145,7 +147,7 @@ def test_a_density_is_fitted_to_the_data_of_the_run_alone(tmp_path: Path, data: 
     run = trained(tmp_path / "run", data, SMALL["vae"])
     other = pack_phantom(tmp_path / "other", seed=5)
     moved = vaedist.load(run)
-    moved = Trained(moved.run._replace(data_path=str(other)))
+    moved = TrainedModel(moved.run._replace(data_path=str(other)))
     with pytest.raises(UserError, match="holds others"):
         moved.sample(2, sampler="gmm")
     assert not (run / "density").exists()

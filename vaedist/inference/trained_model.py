@@ -8,7 +8,7 @@
     z = run.encode(images)                    # means of the posterior, or the codes of a VQ-VAE
     pictures = run.decode(z)
 
-It is what the doors use: number i of `sample(n, seed=s)` is image i of `vaedist-sample --seed s`, before it is
+The commands use the same code: number i of `sample(n, seed=s)` is image i of `vaedist-sample --seed s`, before it is
 rounded to a picture's 256 levels. Nothing is trained, and nothing is written but the density of `sampler="gmm"`, once.
 
 Images are (n, C, H, W), or (n, H, W) where the model has one channel: uint8 from 0 to 255, or floating from 0 to 1.
@@ -29,8 +29,8 @@ from torch import Tensor
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs, rows_at_once
-from vaedist.inference.sampling import TOGETHER, Sampler
-from vaedist.inference.stored_mixture import density
+from vaedist.inference.sampling import SAMPLE_BATCH, Sampler
+from vaedist.inference.stored_mixture import load_or_fit_mixture
 from vaedist.models.contract import Variant
 from vaedist.runs.open_run import Run, open_run
 
@@ -38,21 +38,20 @@ Numbers = TypeVar("Numbers", Tensor, NDArray[Any])
 """A tensor, or an array: what comes back is of the same kind as what was given."""
 
 
-class Trained:
+class TrainedModel:
     """A trained model with what it knows of itself: see the module. Made by `vaedist.load`.
 
     Attributes:
-        run: What the doors hold: the model (`run.model`, a torch module), the job, the checkpoint.
+        run: What the commands use: the model (`run.model`, a torch module), the job, the checkpoint.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._device = next(run.model.parameters()).device
         self._inputs = Inputs(run.job)
         self._rows = rows_at_once(run.spec)
 
     @classmethod
-    def open(cls, path: str | Path, *, weights: str | None = None, device: str = "cpu") -> Trained:
+    def open(cls, path: str | Path, *, weights: str | None = None, device: str = "cpu") -> TrainedModel:
         """As `vaedist.load`."""
         return cls(open_run(path, weights=weights, device=device))
 
@@ -63,7 +62,7 @@ class Trained:
     @property
     def kind(self) -> str:
         """`vae`, `vqvae`, `pixelcnn`, ..."""
-        return str(self.run.job.model["kind"])
+        return self.run.kind
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,16 +114,14 @@ class Trained:
             raise UserError(f"n is {n}: ask for at least 1 image")
         mixture = None
         if sampler == "gmm":
-            mixture = density(self.run, lambda: Index.open(self.run.data_path))
-        drawing = Sampler(
-            self.run.model, seed=seed, temperature=temperature, options=options, mixture=mixture
-        )
+            mixture = load_or_fit_mixture(self.run, lambda: Index.open(self.run.data_path))
+        drawer = Sampler(self.run.model, seed=seed, temperature=temperature, options=options, mixture=mixture)
         labels = self._labels(classes, n)
         parts = []
-        for start in range(0, n, TOGETHER):  # as the door draws them
-            count = min(TOGETHER, n - start)
-            told = None if labels is None else labels[start : start + count]
-            parts.append(drawing.images(count, first + start, told))
+        for start in range(0, n, SAMPLE_BATCH):  # as vaedist-sample draws them
+            count = min(SAMPLE_BATCH, n - start)
+            some = None if labels is None else labels[start : start + count]
+            parts.append(drawer.images(count, first + start, some))
         return torch.cat(parts).float().cpu()
 
     def reconstruct(self, images: Numbers, classes: str | int | Sequence[str | int] | None = None) -> Numbers:
@@ -173,15 +170,15 @@ class Trained:
             expected = ", ".join(str(axis) for axis in ("n", *model.latent_shape))
             raise UserError(f"latents are of shape {tuple(z.shape)} and the model decodes ({expected})")
         labels = self._labels(classes, len(z))
-        made = []
+        parts = []
         for start in range(0, len(z), self._rows):
-            part = z[start : start + self._rows].to(self._device)
-            label = self._told(labels, start, len(part))
+            part = z[start : start + self._rows].to(self.run.device)
+            label = self._label_part(labels, start, len(part))
             if model.latent == "codes":
-                made.append(model.decode_codes(part.long()).mean)
+                parts.append(model.decode_codes(part.long()).mean)
             else:
-                made.append(model.decode(part.to(next(model.parameters()).dtype), label).mean)
-        return _as(latents, torch.cat(made).float())
+                parts.append(model.decode(part.to(next(model.parameters()).dtype), label).mean)
+        return _as(latents, torch.cat(parts).float())
 
     # Around it
 
@@ -194,14 +191,14 @@ class Trained:
     ) -> Numbers:
         pixels = self._pixels(torch.as_tensor(images))
         labels = self._labels(classes, len(pixels))
-        made = []
+        parts = []
         for start in range(0, len(pixels), self._rows):
             part = pixels[start : start + self._rows]
             keys = [str(number) for number in range(start, start + len(part))]
-            shown = self._inputs.binarised(part.to(self._device), keys)
-            made.append(network(shown, self._told(labels, start, len(part))))
-        found = torch.cat(made)
-        return _as(images, found.float() if found.is_floating_point() else found)
+            shown = self._inputs.binarize(part.to(self.run.device), keys)
+            parts.append(network(shown, self._label_part(labels, start, len(part))))
+        result = torch.cat(parts)
+        return _as(images, result.float() if result.is_floating_point() else result)
 
     def _pixels(self, images: Tensor) -> Tensor:
         """uint8 (n, C, H, W)."""
@@ -232,16 +229,16 @@ class Trained:
         if len(given) != n:
             raise UserError(f"{len(given)} classes are given for {n} images: give one, or one for each")
         names = {name: number for number, name in enumerate(self.classes)}
-        numbers = [one if isinstance(one, int) else names.get(one, _number(one)) for one in given]
-        wrong = [one for one, number in zip(given, numbers, strict=True) if not 0 <= number < len(names)]
+        numbers = [name if isinstance(name, int) else names.get(name, _number(name)) for name in given]
+        wrong = [name for name, number in zip(given, numbers, strict=True) if not 0 <= number < len(names)]
         if wrong:
             raise UserError(f"the model knows no class {wrong[0]!r}; it knows {', '.join(self.classes)}")
         return numbers
 
-    def _told(self, labels: list[int] | None, start: int, count: int) -> Tensor | None:
+    def _label_part(self, labels: list[int] | None, start: int, count: int) -> Tensor | None:
         if labels is None:
             return None
-        return torch.tensor(labels[start : start + count], dtype=torch.int64, device=self._device)
+        return torch.tensor(labels[start : start + count], dtype=torch.int64, device=self.run.device)
 
 
 def _number(text: str) -> int:
@@ -249,6 +246,6 @@ def _number(text: str) -> int:
     return int(text) if text.isdecimal() else -1
 
 
-def _as(given: Numbers, made: Tensor) -> Numbers:
-    """`made` as a tensor where `given` is one (on its device), else as an array."""
-    return made.to(given.device) if isinstance(given, Tensor) else made.cpu().numpy()
+def _as(given: Numbers, result: Tensor) -> Numbers:
+    """`result` as a tensor where `given` is one (on its device), else as an array."""
+    return result.to(given.device) if isinstance(given, Tensor) else result.cpu().numpy()
