@@ -45,11 +45,13 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pack_phantom(folder: Path, size: int) -> Path:
     """A small packed phantom of any size."""
-    from vaedist.data.packing.pack import Packing, pack
-    from vaedist.data.sources import Settings
+    from vaedist.data.packing.pack import PackingConfig, pack
+    from vaedist.data.sources import SourceSettings
 
     count = {"train": 64, "validate": 32, "test": 32}
-    pack(Packing(input="phantom", out=folder, size=size, settings=Settings(size=size, count=count)))
+    pack(
+        PackingConfig(input="phantom", out=folder, size=size, settings=SourceSettings(size=size, count=count))
+    )
     return folder
 
 

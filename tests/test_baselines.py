@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from tests.run_commands import ROOT, load_tool
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import SourceSettings
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def tool() -> ModuleType:
 
 
 def test_both_sides_see_the_same_images_and_are_measured(tmp_path: Path) -> None:
-    settings = Settings(size=16, count={"train": 128, "validate": 32, "test": 32})
-    pack(Packing(input="phantom", out=tmp_path / "shards" / "mnist", size=16, settings=settings))
+    settings = SourceSettings(size=16, count={"train": 128, "validate": 32, "test": 32})
+    pack(PackingConfig(input="phantom", out=tmp_path / "shards" / "mnist", size=16, settings=settings))
     command = [ROOT / "tools/baselines", "cvae_mnist", "vae_faces", "--seeds", "0", "--images", "128"]
     places = ["--data", tmp_path / "shards", "--runs", tmp_path / "runs", "--out", tmp_path / "docs"]
     done = subprocess.run(

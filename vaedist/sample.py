@@ -10,7 +10,7 @@ from vaedist.core.errors import NotDefined, cli_command
 from vaedist.core.terminal import ProgressBars, colored, echo_unless
 
 if TYPE_CHECKING:
-    from vaedist.data.format.image_files import Fit
+    from vaedist.data.format.resize import Fit
     from vaedist.inference.picture_files import PictureResult
     from vaedist.inference.sampling import Sampler
     from vaedist.runs.open_run import Run
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         instead = ""
         if mode == "samples" and run.model.reconstructs and not run.model.samples:
             instead = "; its reconstructions are: --reconstruct FILE ..."
-        raise NotDefined(f"{run.folder} ({run.kind}): {error}{instead}") from None
+        raise NotDefined(f"{run.folder} ({run.job.kind}): {error}{instead}") from None
     tell("\n".join([*result.lines, *(f"wrote {path}" for path in result.files)]))
     return 0
 

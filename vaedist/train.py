@@ -78,11 +78,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(job: Job, run_folder: Path, arguments: argparse.Namespace, options: FitOptions) -> Outcome:
     """Train under the engine that the arguments name."""
+    from vaedist.distributed.liveness.silence import HANG_SECONDS
     from vaedist.launchers import local
 
     device, workers = arguments.device, arguments.workers
     failures = 3 if arguments.max_failures is None else arguments.max_failures
-    hang_seconds = local.HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout
+    hang_seconds = HANG_SECONDS if arguments.hang_timeout is None else arguments.hang_timeout
     if arguments.engine == "local":
         return local.run(
             job,

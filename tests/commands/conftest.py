@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from vaedist.config.job import Job
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import SourceSettings
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
@@ -21,8 +21,8 @@ COUNT = {"train": 48, "validate": 8, "test": 21}
 
 
 def pack_phantom(folder: Path, seed: int = 0, size: int = SIZE) -> Path:
-    settings = Settings(seed=seed, size=size, count=COUNT)
-    pack(Packing(input="phantom", out=folder, seed=seed, size=size, settings=settings))
+    settings = SourceSettings(seed=seed, size=size, count=COUNT)
+    pack(PackingConfig(input="phantom", out=folder, seed=seed, size=size, settings=settings))
     return folder
 
 

@@ -16,7 +16,7 @@ from vaedist.core.context import SampleContext
 from vaedist.core.imaging import to_uint8
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.evaluate import main
 from vaedist.evaluation.metrics.code_priors import TokenBaselines
 from vaedist.evaluation.metrics.features import default_extractor
@@ -47,7 +47,7 @@ def test_a_vqvae_is_evaluated_whole(vqvae: Path, data: Path, capsys: pytest.Capt
 
     # The numbers, once more by hand.
     run = open_run(vqvae)
-    (batch,) = EvaluationStream(Index.open(data), "test", batch_size=21)
+    (batch,) = EvaluationStream(Index.open(data), "test", EvaluationStreamConfig(batch_size=21))
     shown = to_uint8(run.model.reconstruct(batch["image"]))
     rows = [pair_metrics(a, b) for a, b in zip(batch["image"].numpy(), shown, strict=True)]
     for name in ("ssim", "ssim_foreground", "ssim_default", "psnr", "mse", "mae"):
@@ -249,8 +249,8 @@ def test_a_prior_stands_beside_counts(
     # Once more by hand: codes, counts, and the image's bound under the tokenizer's Gaussian.
     opened = open_run(run)
     tokenizer = open_run(vqvae).model
-    (batch,) = EvaluationStream(Index.open(data), "test", batch_size=21)
-    (training,) = EvaluationStream(Index.open(data), "train", batch_size=48)
+    (batch,) = EvaluationStream(Index.open(data), "test", EvaluationStreamConfig(batch_size=21))
+    (training,) = EvaluationStream(Index.open(data), "train", EvaluationStreamConfig(batch_size=48))
     codes = tokenizer.codes(batch["image"])
     counted = TokenBaselines(tokenizer.codes(training["image"]).numpy(), 8).nats(codes.numpy())
     for name, nats in counted.items():
@@ -266,7 +266,7 @@ def test_a_prior_stands_beside_counts(
     )
 
     assert document["codes"]["vectors"] == 21 * 16
-    assert document["tokenizer"] == opened.config.tokenizer.sha256
+    assert document["tokenizer"] == opened.job.model.tokenizer.sha256
     assert set(document["samples"]["metrics"]) == {"this run", "per-position draws", "training images"}
     assert "neighbour bigram" in told
     assert "image: codes + decoder" in told

@@ -17,7 +17,7 @@ from vaedist import evaluate, train
 from vaedist.core.imaging import channels_last, code_maps, grid, to_uint8
 from vaedist.core.terminal import ProgressBars
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.inference import sample_files
 from vaedist.inference.export.export_run import export_run
 from vaedist.runs.open_run import open_run
@@ -102,7 +102,7 @@ def test_a_priors_codes_stand_beside_its_images(prior: Path) -> None:
 def test_a_prior_is_given_away_with_its_tokenizer(prior: Path, vqvae: Path) -> None:
     folder = export_run(prior, "given/prior")
     assert torch.equal(open_run(folder).model.sample(2, seed=4), open_run(prior).model.sample(2, seed=4))
-    assert open_run(folder).job.model["tokenizer"]["run"] == vqvae.name
+    assert open_run(folder).job.model.tokenizer.run == vqvae.name
     assert str(vqvae.parent).encode() not in (folder / "state.pt").read_bytes()
 
 
@@ -216,7 +216,7 @@ def test_large_runs_are_drawn_in_parts(
     assert pixels("samples.png").shape == (8 * 18 + 2, 8 * 18 + 2)
     told = capsys.readouterr().out.splitlines()
     assert told[-4:] == ["the picture shows the first 64", "wrote samples.png", "wrote s.npz", "wrote tars"]
-    [batch] = EvaluationStream(Index.open("tars"), "train", batch_size=150, workers=0)
+    [batch] = EvaluationStream(Index.open("tars"), "train", EvaluationStreamConfig(batch_size=150, workers=0))
     assert (batch["image"].numpy() == found).all()
 
 

@@ -73,7 +73,7 @@ def test_every_option_reaches_the_packer(tmp_path: Path) -> None:
     (tmp_path / "map.csv").write_text((tmp_path / "map.csv").read_text() + "cat_x,p0\n")
     assert main(arguments) == 0
     index = Index.open(tmp_path / "out")
-    assert (index.shape, index.codec, index.classes) == ((1, 8, 8), "npy", ("cat", "dog"))
+    assert (index.shape, index.info.codec, index.classes) == ((1, 8, 8), "npy", ("cat", "dog"))
     assert index.source["seed"] == 3
     assert index.source["order"] == "source"
     assert index.source["fit"] == "crop"
@@ -104,7 +104,7 @@ def test_limits_are_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["phantom", "--out", "OUT", "--fit", "pad", "--size", "8"], "--fit has no meaning"),
         (["OUT", "--verify"], "is not a packed folder"),
         (["OUT", "--verify", "--size", "8"], "--size has no meaning with --verify"),
-        (["OUT", "--strike", "a", "--gray"], "--gray or --rgb has no meaning with --strike"),
+        (["OUT", "--remove-samples", "a", "--gray"], "--gray or --rgb has no meaning with --remove-samples"),
         (["OUT", "--index", "--samples-per-shard", "8"], "--samples-per-shard has no meaning with --index"),
     ],
 )
@@ -136,7 +136,7 @@ def test_values_that_make_no_sense(option: str, capsys: pytest.CaptureFixture[st
     assert option.split("=")[0] in capsys.readouterr().err
 
 
-def test_verify_and_strike(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_and_remove_samples(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(packed), "--verify"]) == 0
     assert "sound" in lines(capsys)
     index = Index.open(packed)
@@ -149,17 +149,28 @@ def test_verify_and_strike(packed: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([str(packed), "--verify"]) == 3
     printed = capsys.readouterr()
     assert f"sample {columns.keys[3]!r} at byte {offset}" in printed.err
-    assert f"vaedist-shard {packed} --verify --strike" in printed.err
-    assert main([str(packed), "--verify", "--strike"]) == 0
+    assert f"vaedist-shard {packed} --verify --remove-samples" in printed.err
+    assert main([str(packed), "--verify", "--remove-samples"]) == 0
     told = lines(capsys)
     assert told["train"].startswith("31 images")
-    assert told["struck"].startswith("1 now, 1 in all")
+    assert told["removed"].startswith("1 now, 1 in all")
     assert main([str(packed), "--verify"]) == 0
     (packed.parent / "keys").write_text(f"{columns.keys[0]}\n")
-    assert main([str(packed), "--strike", columns.keys[1], "--strike-file", str(packed.parent / "keys")]) == 0
-    assert len(Index.open(packed).struck) == 3
-    assert main([str(packed), "--strike"]) == 2
-    assert main([str(packed), "--strike", "nobody"]) == 2
+    assert (
+        main(
+            [
+                str(packed),
+                "--remove-samples",
+                columns.keys[1],
+                "--remove-samples-file",
+                str(packed.parent / "keys"),
+            ]
+        )
+        == 0
+    )
+    assert len(Index.open(packed).info.removed) == 3
+    assert main([str(packed), "--remove-samples"]) == 2
+    assert main([str(packed), "--remove-samples", "nobody"]) == 2
 
 
 def test_index(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +211,7 @@ def test_without_a_size_one_that_models_can_halve_is_advised(
     assert main([*arguments, "--size", "16"]) == 0, "the same folder takes the corrected command"
 
 
-def test_black_bars_that_nobody_asked_for_are_told(
+def test_black_borders_that_were_not_asked_for_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bright, dark = rectangles(tmp_path / "bright", 255), rectangles(tmp_path / "dark", 0)

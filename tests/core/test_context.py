@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vaedist.core.context import LaneContext, SampleContext
-from vaedist.data.loading.stream import slice_bounds
+from vaedist.data.loading.order import slice_bounds
 
 
 def lanes(*rows: int, **changes: object) -> LaneContext:

@@ -16,7 +16,10 @@ import webdataset
 from PIL import Image
 
 from tests.data.node_local import SPLITS
-from vaedist.data.format.index import Index, Shard, identity, pixel_digest, write_columns, write_index
+from vaedist.data.format.columns import SampleRow, write_columns
+from vaedist.data.format.identity import data_identity, pixel_digest
+from vaedist.data.format.index import DatasetInfo, Index, write_index
+from vaedist.data.format.split import Shard
 
 Pack = Callable[..., Index]
 
@@ -66,43 +69,26 @@ def pack() -> Pack:
                 with tarfile.open(tar) as archive:
                     members = {member.name: member.offset_data for member in archive}
                 raw = tar.read_bytes()
-                offsets, sizes, crcs = [], [], []
+                rows = []
                 for n in numbers:
-                    offset = members[f"{split}-{n:05d}.{codec}"]
+                    key, label = f"{split}-{n:05d}", n % len(classes) if classes else -1
+                    offset = members[f"{key}.{codec}"]
                     size = len(_encoded(picture(split, n, shape), codec))
                     if codec == "npy":
                         pixels = int(np.prod(shape))
                         offset, size = offset + size - pixels, pixels
-                    offsets.append(offset)
-                    sizes.append(size)
-                    crcs.append(zlib.crc32(raw[offset : offset + size]))
-                keys = [f"{split}-{n:05d}" for n in numbers]
-                labels = [n % len(classes) if classes else -1 for n in numbers]
-                digests = [pixel_digest(picture(split, n, shape)) for n in numbers]
-                digest = write_columns(
-                    columns,
-                    tar=tar,
-                    keys=keys,
-                    offsets=offsets,
-                    sizes=sizes,
-                    crcs=crcs,
-                    labels=labels,
-                    subjects=[f"subject {n // 4}" for n in numbers],
-                    pixels=digests,
-                )
-                samples += [(split, *row) for row in zip(keys, labels, digests, strict=True)]
+                    crc, digest = (
+                        zlib.crc32(raw[offset : offset + size]),
+                        pixel_digest(picture(split, n, shape)),
+                    )
+                    rows.append(SampleRow(key, offset, size, crc, label, f"subject {n // 4}", digest))
+                    samples.append((split, key, label, digest))
+                columns_sha = write_columns(columns, tar, rows)
                 sha = hashlib.sha256(raw).hexdigest()
-                shards[split].append(Shard(tar, columns, count, len(raw), sha, digest))
+                shards[split].append(Shard(tar, columns, count, len(raw), sha, columns_sha))
                 number += count
-        write_index(
-            folder,
-            identity=identity(samples, shape),
-            shape=shape,
-            codec=codec,
-            classes=classes,
-            splits=shards,
-            source={"kind": "test"},
-        )
+        info = DatasetInfo(shape, codec, tuple(classes), {"kind": "test"})
+        write_index(folder, shards, info, data_identity(samples, shape))
         return Index.open(folder)
 
     return write
@@ -133,7 +119,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What was warned of since the last look."""
     caplog.set_level(logging.WARNING, "vaedist")
 

@@ -14,7 +14,12 @@ import pytest
 
 from tests.ranks import ROOT
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 
 SPLITS = {"train": [5, 7, 4], "validate": [6], "test": [3]}
 BOTH = ("train", "validate")
@@ -33,11 +38,13 @@ def copies(folder: Path) -> dict[str, tuple[int, int]]:
 
 def seen(index: Index) -> list[Any]:
     """What training sees in two epochs, and what validation sees."""
-    stream = TrainingStream(index, "train", batch_size=4, seed=3)
+    stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=3))
     with contextlib.closing(stream):
         batches = stream.batches()
         rows = [next(batches) for _ in range(2 * stream.steps_per_epoch)]
-    with contextlib.closing(EvaluationStream(index, "validate", batch_size=4)) as held_out:
+    with contextlib.closing(
+        EvaluationStream(index, "validate", EvaluationStreamConfig(batch_size=4))
+    ) as held_out:
         rows += list(held_out)
     return [(batch["key"], batch["label"].tolist(), batch["image"].tolist()) for batch in rows]
 
@@ -50,13 +57,13 @@ ONE = """
 import json, logging, sys, time
 from pathlib import Path
 from vaedist.data.format.index import Index
-from vaedist.data.loading.staging import staged
+from vaedist.data.loading.staging import stage_shards
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 folder, gate, hold = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 blocks = 0
 
-def tell(line):
+def report(line):
     print(line, flush=True)
     while hold == "copying" in line and not gate.exists():
         time.sleep(0.01)
@@ -69,7 +76,7 @@ def stopped():
         time.sleep(60)
     return False
 
-with staged(Index.open(folder), ("train", "validate"), tell=tell, stopped=stopped) as near:
+with stage_shards(Index.open(folder), ("train", "validate"), report=report, stopped=stopped) as near:
     print("staged" if near.split("train").shards[0].original else "shared", flush=True)
     while hold == "using" and not gate.exists():
         time.sleep(0.01)

@@ -12,15 +12,15 @@ import pytest
 
 from tests.ranks import run_ranks
 from vaedist.core.errors import DataError
-from vaedist.data.loading import cache as module
-from vaedist.data.loading.cache import available_memory, fill_memory
-from vaedist.data.loading.stream import TrainingStream
+from vaedist.data.loading import cache
+from vaedist.data.loading.cache import available_memory, fill_cache
+from vaedist.data.loading.stream import TrainingStream, TrainingStreamConfig
 
 RANK = """
 import hashlib, itertools, json, logging, os, sys
 from vaedist.data.loading import cache
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import TrainingStream
+from vaedist.data.loading.stream import TrainingStream, TrainingStreamConfig
 from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
 
@@ -34,10 +34,11 @@ if nodes > 1:  # as if the ranks were spread over several nodes
     group.local_rank, group.local_world = group.rank % each, each
 index = Index.open(folder)
 try:
-    stream = TrainingStream(
-        index, "train", batch_size=6, seed=0, rank=group.rank, world=group.world, cache="memory",
-        memory_limit=limit, node=group,
+    config = TrainingStreamConfig(
+        batch_size=6, seed=0, rank=group.rank, world=group.world, cache="memory",
+        memory_limit=limit, group=group,
     )
+    stream = TrainingStream(index, "train", config)
 except UserError as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
 else:
@@ -57,7 +58,7 @@ def ranks(folder, world, limit=2**30, nodes=1):
 
 
 def plain(index):
-    stream = TrainingStream(index, "train", batch_size=6, seed=0, workers=0)
+    stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=6, seed=0, workers=0))
     batches = [batch["image"].numpy() for batch in itertools.islice(stream.batches(4), 3)]
     stream.close()
     return batches
@@ -67,11 +68,11 @@ def plain(index):
 def test_processes_of_a_node_share_one_nameless_memory(tmp_path, pack, world, nodes):
     index = pack(tmp_path, {"train": [9, 17, 14]})
     before = set(os.listdir("/dev/shm"))
-    told, _ = ranks(tmp_path, world=world, nodes=nodes)
+    outputs, _ = ranks(tmp_path, world=world, nodes=nodes)
     parts = [np.split(batch, [6 * rank // world for rank in range(1, world)]) for batch in plain(index)]
-    for rank, one in enumerate(told):
+    for rank, one in enumerate(outputs):
         assert one["images"] == [batch[rank].tobytes().hex() for batch in parts]
-    inodes = [one["memory"] for one in told]
+    inodes = [one["memory"] for one in outputs]
     assert all(len(memory) == 1 for memory in inodes)
     assert len({memory[0] for memory in inodes}) == nodes, "one memory per node"
     assert set(os.listdir("/dev/shm")) <= before
@@ -79,10 +80,10 @@ def test_processes_of_a_node_share_one_nameless_memory(tmp_path, pack, world, no
 
 def test_too_little_memory_is_said_once_and_shards_are_read(tmp_path, pack):
     index = pack(tmp_path, {"train": [9, 17, 14]})
-    told, lines = ranks(tmp_path, world=2, limit=100)
-    assert [one["memory"] for one in told] == [[], []]
+    outputs, lines = ranks(tmp_path, world=2, limit=100)
+    assert [one["memory"] for one in outputs] == [[], []]
     halves = [np.split(batch, 2) for batch in plain(index)]
-    assert [one["images"] for one in told] == [[b[r].tobytes().hex() for b in halves] for r in (0, 1)]
+    assert [one["images"] for one in outputs] == [[b[r].tobytes().hex() for b in halves] for r in (0, 1)]
     assert lines[1] == [] and len(lines[0]) == 1 and "reading shards instead" in lines[0][0]
 
 
@@ -92,36 +93,36 @@ def test_damage_that_one_process_meets_stops_all(tmp_path, pack):
     data = bytearray(tar.read_bytes())
     data[-20_000] ^= 1
     tar.write_bytes(data)
-    told, _ = ranks(tmp_path, world=2)
-    assert told[0]["error"] == told[1]["error"], "whichever process is heard, it names the sample"
-    assert told[0]["error"].startswith("DataError")
-    assert "train-000001.tar: sample 'train-000" in told[0]["error"]
+    outputs, _ = ranks(tmp_path, world=2)
+    assert outputs[0]["error"] == outputs[1]["error"], "whichever process is heard, it names the sample"
+    assert outputs[0]["error"].startswith("DataError")
+    assert "train-000001.tar: sample 'train-000" in outputs[0]["error"]
 
 
 def test_one_process_needs_no_group(tmp_path, pack, expected, caplog):
     index = pack(tmp_path, {"train": [9, 4]})
-    images = fill_memory(index, index.split("train"), workers=3)
+    images = fill_cache(index, index.split("train"), workers=3)
     assert images is not None and not images.flags.writeable
     assert np.array_equal(images, expected("train", range(13)))
     with caplog.at_level(logging.WARNING, logger="vaedist"):
-        assert fill_memory(index, index.split("train"), memory_limit=13 * 64 - 1) is None
+        assert fill_cache(index, index.split("train"), memory_limit=13 * 64 - 1) is None
     assert "cache: memory needs 0.0 MiB for the split 'train'" in caplog.text
-    assert fill_memory(index, index.split("train"), memory_limit=13 * 64) is not None
+    assert fill_cache(index, index.split("train"), memory_limit=13 * 64) is not None
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_images_are_finished_once_each_by_their_own_keys(tmp_path, pack, expected, monkeypatch, workers):
-    monkeypatch.setattr(module, "_VALUES", 4 * 64)
+def test_images_are_transformed_once_each_by_their_own_keys(tmp_path, pack, expected, monkeypatch, workers):
+    monkeypatch.setattr(cache, "_VALUES", 4 * 64)
     seen = []
 
-    def finish(images, keys):
+    def transform(images, keys):
         assert len(images) == len(keys) <= 4
         seen.extend(keys)
         for image, key in zip(images, keys, strict=True):
             image[0, 0, 0] = int(key[-2:])
 
     index = pack(tmp_path, {"train": [9, 4]})
-    images = fill_memory(index, index.split("train"), finish=finish, workers=workers)
+    images = fill_cache(index, index.split("train"), transform=transform, workers=workers)
     wanted = expected("train", range(13)).copy()
     wanted[:, 0, 0, 0] = range(13)
     assert np.array_equal(images, wanted)
@@ -132,7 +133,7 @@ def test_damage_ends_all_filling_threads(tmp_path, pack):
     index = pack(tmp_path, {"train": [9, 9, 9]})
     index.split("train").shards[1].tar.unlink()
     with pytest.raises(DataError, match=r"train-000001\.tar"):
-        fill_memory(index, index.split("train"), workers=3)
+        fill_cache(index, index.split("train"), workers=3)
 
 
 GIB = 2**30

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from vaedist.core.errors import DataError, UserError
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import SourceSettings
 
 STAMP = {"tokenizer": "ab" * 32, "images": "cd" * 32}
 
@@ -26,8 +26,8 @@ STAMP = {"tokenizer": "ab" * 32, "images": "cd" * 32}
 def images(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """Several shards per split, with classes and subjects."""
     folder = tmp_path_factory.mktemp("codes") / "images"
-    settings = Settings(size=8, count={"train": 20, "validate": 7, "test": 5})
-    pack(Packing(input="phantom", out=folder, size=8, per_shard=6, settings=settings))
+    settings = SourceSettings(size=8, count={"train": 20, "validate": 7, "test": 5})
+    pack(PackingConfig(input="phantom", out=folder, size=8, samples_per_shard=6, settings=settings))
     return Index.open(folder)
 
 
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_row_for_row(
         expected = np.concatenate(
             [grids(images, name, shard, num_codes) for shard in range(len(split.shards))]
         )
-        batches = list(EvaluationStream(codes, name, batch_size=4, workers=0))
+        batches = list(EvaluationStream(codes, name, EvaluationStreamConfig(batch_size=4, workers=0)))
         got = torch.cat([batch["codes"][batch["mask"]] for batch in batches])
         assert got.dtype == torch.int64 and np.array_equal(got.numpy(), expected)
         for sample in range(split.count):
@@ -116,8 +116,8 @@ def test_codes_of_other_weights_or_other_shards_are_refused(images: Index, tmp_p
     with pytest.raises(UserError, match=r"do not come from this tokenizer .*\(tokenizer differs\)"):
         open_codes(codes.folder, {**STAMP, "tokenizer": "ef" * 32}, images)
     repacked = tmp_path / "repacked"
-    settings = Settings(size=8, count={"train": 20, "validate": 7, "test": 5})
-    pack(Packing(input="phantom", out=repacked, size=8, per_shard=20, settings=settings))
+    settings = SourceSettings(size=8, count={"train": 20, "validate": 7, "test": 5})
+    pack(PackingConfig(input="phantom", out=repacked, size=8, samples_per_shard=20, settings=settings))
     with pytest.raises(UserError, match=r"are not those of .*split 'train' differs"):
         open_codes(codes.folder, STAMP, Index.open(repacked))
     assert codes_folder(tmp_path, STAMP) != codes_folder(tmp_path, {**STAMP, "images": "ef" * 32})
@@ -131,13 +131,15 @@ def test_damage_is_found(images: Index, tmp_path: Path) -> None:
     split.shards[0].tar.chmod(0o644)
     split.shards[0].tar.write_bytes(content)
     with pytest.raises(DataError, match=f"sample '{split.key(2)}' .*CRC-32 differs"):
-        list(EvaluationStream(codes, "test", batch_size=5, workers=0))
+        list(EvaluationStream(codes, "test", EvaluationStreamConfig(batch_size=5, workers=0)))
 
 
 @pytest.mark.parametrize(("first", "limit"), [(0, None), (3, None), (3, 2), (19, None), (6, 6)])
 def test_a_part_of_a_split_is_evaluated_in_order(first: int, limit: int | None, images: Index) -> None:
     stop = 20 if limit is None else first + limit
-    stream = EvaluationStream(images, "train", batch_size=4, workers=0, first=first, limit=limit)
+    stream = EvaluationStream(
+        images, "train", EvaluationStreamConfig(batch_size=4, workers=0, first=first, limit=limit)
+    )
     batches = list(stream)
     assert len(batches) == len(stream) == -(-(stop - first) // 4) and stream.count == stop - first
     seen = [
@@ -148,6 +150,6 @@ def test_a_part_of_a_split_is_evaluated_in_order(first: int, limit: int | None, 
     ]
     assert seen == list(range(first, stop))
     assert max(sample for batch in batches for sample in batch["sample"]) == stop - 1
-    whole = next(iter(EvaluationStream(images, "train", batch_size=20, workers=0)))
+    whole = next(iter(EvaluationStream(images, "train", EvaluationStreamConfig(batch_size=20, workers=0))))
     got = torch.cat([batch["image"][batch["mask"]] for batch in batches])
     assert torch.equal(got, whole["image"][first:stop])

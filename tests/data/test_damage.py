@@ -14,10 +14,17 @@ import pytest
 from PIL import Image
 
 from vaedist.core.errors import DataError
-from vaedist.data.format.decoding import Rows
-from vaedist.data.format.index import Index, pixel_digest, write_columns
-from vaedist.data.loading.cache import fill_memory
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream
+from vaedist.data.format.columns import SampleRow, write_columns
+from vaedist.data.format.identity import pixel_digest
+from vaedist.data.format.index import Index
+from vaedist.data.format.shard_reader import ShardReader
+from vaedist.data.loading.cache import fill_cache
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 
 COUNT, HURT = 12, 5  # samples in the one shard, and the row that is damaged
 NAME = f"'train-{HURT:05d}'"
@@ -35,7 +42,7 @@ def places(index: Index) -> tuple[int, int, int]:
     columns = index.split("train").columns(0)
     start = int(columns.offset[HURT])
     header = (start // 512 - 1) * 512
-    if index.codec == "npy":  # numpy's own header lies between
+    if index.info.codec == "npy":  # numpy's own header lies between
         raw = index.split("train").shards[0].tar.read_bytes()
         header = raw.rindex(b"train-00005.npy", 0, start)
     return start, start + int(columns.size[HURT]), header
@@ -108,19 +115,19 @@ def test_damage_stops_every_reader_with_sample_shard_and_offset(sound, tmp_path,
         data = bytearray(tar.read_bytes())
         damage(data, *places(index))
         tar.write_bytes(data)
-    says = rf"train-000000\.tar: sample {DAMAGE[damage]} at byte \d+: .*(copy the shard|--strike)"
+    says = rf"train-000000\.tar: sample {DAMAGE[damage]} at byte \d+: .*(copy the shard|--remove-samples)"
 
     for workers in (0, 2):
-        stream = TrainingStream(index, "train", batch_size=4, seed=0, workers=workers)
+        stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=0, workers=workers))
         with pytest.raises(DataError, match=says):
             list(itertools.islice(stream.batches(0), 3))
         with pytest.raises(DataError, match=says):
-            list(EvaluationStream(index, "train", batch_size=COUNT, workers=workers))
+            list(EvaluationStream(index, "train", EvaluationStreamConfig(batch_size=COUNT, workers=workers)))
     with pytest.raises(DataError, match=says):
-        fill_memory(index, index.split("train"), memory_limit=2**30)
+        fill_cache(index, index.split("train"), memory_limit=2**30)
     # Read batch by batch, evaluation may meet it at another sample, but never misses it.
     with pytest.raises(DataError, match=r"train-000000\.tar: sample 'train-\d+' at byte \d+"):
-        list(EvaluationStream(index, "train", batch_size=1, workers=0))
+        list(EvaluationStream(index, "train", EvaluationStreamConfig(batch_size=1, workers=0)))
 
 
 def test_the_offset_is_where_the_damage_is(sound, tmp_path):
@@ -134,7 +141,7 @@ def test_the_offset_is_where_the_damage_is(sound, tmp_path):
     tar.write_bytes(data)
     out = np.empty(index.shape, np.uint8)
     with pytest.raises(DataError, match=rf"at byte {start}: its {end - start} bytes changed"):
-        Rows(index, index.split("train"), 0).decode(HURT, out)
+        ShardReader(index, index.split("train"), 0).decode(HURT, out)
 
 
 def test_any_single_flipped_bit_is_noticed(sound, tmp_path):
@@ -149,24 +156,16 @@ def test_any_single_flipped_bit_is_noticed(sound, tmp_path):
         data[place] ^= 1 << int(generator.integers(8))
         tar.write_bytes(data)
         with pytest.raises(DataError, match=re.escape(str(tar))):
-            list(EvaluationStream(index, "train", batch_size=5, workers=0))
+            list(EvaluationStream(index, "train", EvaluationStreamConfig(batch_size=5, workers=0)))
 
 
-def _strange(folder: Path, index: Index, data: bytes) -> Index:
-    """`index` with a shard of one sample whose bytes are `data`, with sound checksums: a stranger's tar."""
+def _with_one_sample(folder: Path, index: Index, data: bytes) -> Index:
+    """`index` with a shard of one sample whose bytes are `data`, with correct checksums, as an external tar may be."""
     shard = index.split("train").shards[0]
     shard.tar.write_bytes(b"h" * 512 + data)
-    digest = write_columns(
-        shard.columns_path,
-        tar=shard.tar,
-        keys=["odd"],
-        offsets=[512],
-        sizes=[len(data)],
-        crcs=[zlib.crc32(data)],
-        labels=[0],
-        subjects=[""],
-        pixels=[pixel_digest(np.zeros((1, 8, 8), np.uint8))],
-    )
+    pixels = pixel_digest(np.zeros((1, 8, 8), np.uint8))
+    row = SampleRow("odd", 512, len(data), zlib.crc32(data), 0, "", pixels)
+    digest = write_columns(shard.columns_path, shard.tar, [row])
     text = (folder / "index.json").read_text()
     text = text.replace(shard.columns_sha256, digest).replace(
         f'"bytes": {shard.bytes}', f'"bytes": {512 + len(data)}'
@@ -201,13 +200,13 @@ def _bomb() -> bytes:
     ],
     ids=["size", "mode", "format", "cut", "bomb", "empty"],
 )
-def test_a_strangers_image_is_refused_before_it_is_decoded(tmp_path, pack, data, says):
-    index = _strange(tmp_path, pack(tmp_path, {"train": [1]}), data)
+def test_an_unfit_image_is_refused_before_it_is_decoded(tmp_path, pack, data, says):
+    index = _with_one_sample(tmp_path, pack(tmp_path, {"train": [1]}), data)
     with pytest.raises(DataError, match=rf"sample 'odd' at byte 512: .*({says})"):
-        list(EvaluationStream(index, "train", batch_size=1))
+        list(EvaluationStream(index, "train", EvaluationStreamConfig(batch_size=1)))
 
 
 def test_raw_bytes_of_another_length_are_refused(tmp_path, pack):
-    index = _strange(tmp_path, pack(tmp_path, {"train": [1]}, codec="npy"), bytes(63))
+    index = _with_one_sample(tmp_path, pack(tmp_path, {"train": [1]}, codec="npy"), bytes(63))
     with pytest.raises(DataError, match=r"63 bytes are not a sample of shape \(1, 8, 8\)"):
-        list(EvaluationStream(index, "train", batch_size=1))
+        list(EvaluationStream(index, "train", EvaluationStreamConfig(batch_size=1)))

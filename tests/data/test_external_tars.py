@@ -15,11 +15,11 @@ from PIL import Image
 
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.data.packing.external_tars import index_tars, split_of
-from vaedist.data.packing.maintenance import verify
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.packing.verify import verify
+from vaedist.data.sources import SourceSettings
 
 
 def picture(i: int, shape: tuple[int, ...] = (12, 12)) -> np.ndarray:
@@ -53,7 +53,9 @@ def test_tars_of_shard_writer(tmp_path: Path, codec: str, shape: tuple[int, ...]
     assert verify(index) == []
     assert {path: path.read_bytes() for path in tmp_path.glob("*.tar")} == tars
     stream = EvaluationStream(
-        Index.open(tmp_path), "train", batch_size=25, rank=0, world=1, workers=0, device="cpu"
+        Index.open(tmp_path),
+        "train",
+        EvaluationStreamConfig(batch_size=25, rank=0, world=1, workers=0, device="cpu"),
     )
     (batch,) = list(stream)
     expected = picture(3, shape)
@@ -64,8 +66,8 @@ def test_tars_of_shard_writer(tmp_path: Path, codec: str, shape: tuple[int, ...]
 
 
 def test_our_own_tars_get_their_index_back(tmp_path: Path) -> None:
-    settings = Settings(count={"train": 40, "validate": 10, "test": 10})
-    index = pack(Packing("phantom", tmp_path, size=16, per_shard=15, settings=settings)).index
+    settings = SourceSettings(count={"train": 40, "validate": 10, "test": 10})
+    index = pack(PackingConfig("phantom", tmp_path, size=16, samples_per_shard=15, settings=settings)).index
     for path in [*tmp_path.glob("*.cols"), *tmp_path.glob("*.json"), *tmp_path.glob("*.png")]:
         path.unlink()
     again, _ = index_tars(tmp_path)
@@ -87,7 +89,7 @@ def test_our_own_tars_get_their_index_back(tmp_path: Path) -> None:
         ("restraint-0.tar", "train"),
     ],
 )
-def test_splits_are_told_by_names(path: str, split: str) -> None:
+def test_splits_follow_from_names(path: str, split: str) -> None:
     assert split_of(path) == split
 
 
@@ -139,7 +141,7 @@ def test_samples_that_cannot_be_read_in_place(tmp_path: Path, bad: dict[str, Any
     assert verify(index) == []
 
 
-def test_keys_of_strangers_become_safe(tmp_path: Path) -> None:
+def test_keys_of_external_tars_become_safe(tmp_path: Path) -> None:
     write_shards(tmp_path, "train", [{"__key__": "../../etc/cron", "png": picture(0)}])
     index, _ = index_tars(tmp_path)
     assert index.split("train").key(0) == "etc_cron"

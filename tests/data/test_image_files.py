@@ -11,15 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaedist.data.format.image_files import (
-    BadImage,
-    Limits,
-    decode,
-    encode,
-    fit_square,
-    read_file,
-    to_channels,
-)
+from vaedist.data.format.image_files import BadImage, Limits, decode, read_file
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
@@ -167,56 +159,3 @@ def test_files_are_read_within_the_byte_limit(tmp_path: Path) -> None:
         read_file(path, Limits(bytes=99))
     with pytest.raises(BadImage, match="cannot be read"):
         read_file(tmp_path / "b", Limits())
-
-
-def test_channels() -> None:
-    assert (to_channels(RAMP, 3, convert=False) == RAMP[..., None]).all()
-    assert to_channels(rgb(), 3, convert=False) is not None
-    luma = 0.299 * rgb()[..., 0] + 0.587 * rgb()[..., 1] + 0.114 * rgb()[..., 2]
-    assert np.abs(to_channels(rgb(), 1, convert=True) - luma).max() <= 1
-    with pytest.raises(BadImage, match="colour"):
-        to_channels(rgb(), 1, convert=False)
-
-
-def test_pad_keeps_everything_on_black() -> None:
-    picture = np.full((4, 8), 200, np.uint8)
-    square = fit_square(picture, 8, "pad")
-    assert (square[2:6] == 200).all()
-    assert (square[:2] == 0).all()
-    assert (square[6:] == 0).all()
-
-
-def test_crop_takes_the_middle() -> None:
-    picture = np.repeat(np.arange(8, dtype=np.uint8)[None] * 10, 4, axis=0)
-    assert (fit_square(picture, 4, "crop") == picture[:, 2:6]).all()
-
-
-def test_stretch_scales_both_sides() -> None:
-    picture = np.repeat(np.array([[0, 255]], np.uint8), 4, axis=0).repeat(4, axis=1)
-    square = fit_square(picture, 16, "stretch")
-    assert square.shape == (16, 16)
-    assert square[:, 0].max() < 20
-    assert square[:, -1].min() > 235
-
-
-@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
-@pytest.mark.parametrize("shape", [(7, 5), (1, 300), (300, 1), (64, 64, 3), (33, 70, 3)])
-def test_every_fit_makes_a_square_of_any_shape(fit: str, shape: tuple[int, ...]) -> None:
-    square = fit_square(np.full(shape, 9, np.uint8), 16, fit)  # type: ignore[arg-type]
-    assert square.shape == (16, 16, *shape[2:])
-    assert square.max() == 9
-
-
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
-    picture = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (16, 16), dtype=np.uint8)
-    assert (fit_square(picture, 16, "pad") == picture).all()
-
-
-@pytest.mark.parametrize("picture", [RAMP, rgb()])
-def test_both_codecs_are_lossless(picture: np.ndarray) -> None:
-    member, skip = encode(picture, "png")
-    assert skip == 0
-    assert (decode(member) == picture).all()
-    member, skip = encode(picture, "npy")
-    assert (np.frombuffer(member[skip:], np.uint8).reshape(picture.shape) == picture).all()
-    assert (np.load(io.BytesIO(member)) == picture).all()

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from vaedist.core.errors import DataError, UserError
-from vaedist.data.format.columns import Columns
-from vaedist.data.format.index import Index, identity, write_columns
+from vaedist.data.format.columns import Columns, SampleRow, write_columns
+from vaedist.data.format.identity import data_identity, sample_digests
+from vaedist.data.format.index import Index
 
 
 def test_what_was_written_is_read(tmp_path, pack):
     index = pack(tmp_path, {"train": [5, 3], "test": [2]}, shape=(3, 4, 6))
-    assert index.spec == (3, 4, 6, 3) and index.classes == ("a", "b", "c") and index.codec == "png"
+    assert index.spec == (3, 4, 6, 3) and index.classes == ("a", "b", "c") and index.info.codec == "png"
     train = index.split("train")
     assert train.count == 8 and train.counts.tolist() == [5, 3] and train.starts.tolist() == [0, 5, 8]
     assert [train.locate(n) for n in (0, 4, 5, 7)] == [(0, 0), (0, 4), (1, 0), (1, 2)]
@@ -25,23 +26,17 @@ def test_what_was_written_is_read(tmp_path, pack):
     assert [train.subject(n) for n in (3, 4, 7)] == ["subject 0", "subject 1", "subject 1"]
     assert [train.label(n) for n in range(4)] == [0, 1, 2, 0]
     assert index.split("test").columns(0).keys[:] == ["test-00000", "test-00001"]
-    assert identity(index.samples(), index.shape) == index.identity
+    assert data_identity(sample_digests(index.splits.values()), index.shape) == index.identity
 
 
 def test_columns_are_laid_out_as_documented(tmp_path):
     tar = tmp_path / "x.tar"
     tar.write_bytes(b"..abc.defg...")
-    write_columns(
-        tmp_path / "x.cols",
-        tar=tar,
-        keys=["k", "øl"],
-        offsets=[2, 6],
-        sizes=[3, 4],
-        crcs=[crc32(b"abc"), crc32(b"defg")],
-        labels=[-1, 7],
-        subjects=["s", "s"],
-        pixels=[b"p" * 32, b"q" * 32],
-    )
+    rows = [
+        SampleRow("k", 2, 3, crc32(b"abc"), -1, "s", b"p" * 32),
+        SampleRow("øl", 6, 4, crc32(b"defg"), 7, "s", b"q" * 32),
+    ]
+    write_columns(tmp_path / "x.cols", tar, rows)
     wanted = b"vaecols1" + struct.pack("<4Q", 2, 1, 4, 1)
     wanted += struct.pack("<2Q2Q2q2Q1Q", 2, 6, 3, 4, -1, 7, 1, 4, 1)
     wanted += struct.pack("<2I", crc32(b"abc"), crc32(b"defg"))
@@ -56,16 +51,8 @@ def test_columns_are_laid_out_as_documented(tmp_path):
 def test_a_tar_that_was_not_written_as_it_should_be_gets_no_columns(tmp_path):
     tar = tmp_path / "x.tar"
     tar.write_bytes(b"..abc")
-    rows = {
-        "keys": ["k"],
-        "offsets": [2],
-        "sizes": [3],
-        "labels": [0],
-        "subjects": [""],
-        "pixels": [b"p" * 32],
-    }
     with pytest.raises(DataError, match=r"x\.tar: sample 'k' at byte 2"):
-        write_columns(tmp_path / "x.cols", tar=tar, crcs=[1], **rows)
+        write_columns(tmp_path / "x.cols", tar, [SampleRow("k", 2, 3, 1, 0, "", b"p" * 32)])
     assert not (tmp_path / "x.cols").exists()
 
 
@@ -97,15 +84,15 @@ def test_identity_sees_content_and_nothing_else(tmp_path, pack):
     plain = pack(tmp_path / "a", {"train": [6, 2]})
     again = pack(tmp_path / "b", {"train": [1, 3, 4]}, codec="npy")
     assert plain.identity == again.identity, "neither shards nor the codec count"
-    rows = list(plain.samples())
-    assert identity(reversed(rows), plain.shape) == plain.identity, "nor does the order"
+    rows = list(sample_digests(plain.splits.values()))
+    assert data_identity(reversed(rows), plain.shape) == plain.identity, "nor does the order"
     split, key, label, digest = rows[3]
     changes = [(split + "x", key, label, digest), (split, key + "x", label, digest), (split, key, 5, digest)]
     changes.append((split, key, label, bytes(32)))
     for change in changes:
-        assert identity([*rows[:3], change, *rows[4:]], plain.shape) != plain.identity
-    assert identity(rows[1:], plain.shape) != plain.identity
-    assert identity(rows, (1, 4, 16)) != plain.identity
+        assert data_identity([*rows[:3], change, *rows[4:]], plain.shape) != plain.identity
+    assert data_identity(rows[1:], plain.shape) != plain.identity
+    assert data_identity(rows, (1, 4, 16)) != plain.identity
 
 
 def test_writing_is_deterministic(tmp_path, pack):

@@ -15,13 +15,14 @@ from tests.ranks import run_ranks
 from tests.run_commands import curve, small_job
 from tests.training.test_equality import furthest
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import Batch, LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import EvaluationInputs, Inputs, poisson, poisson_table, static_bits
-from vaedist.data.loading.stream import EvaluationStream
-from vaedist.models.contract import build, model_config
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
@@ -140,17 +141,20 @@ def test_a_cache_holds_binarised_images_and_nothing_draws_for_them_again(
     rows = batch(random_images())
     shown = Inputs(job(law, flip=0.5))(rows, lanes())["image"]
     held = rows["image"].clone().numpy()
-    finish = Inputs(job(law)).finish
-    assert finish is not None
-    finish(held, rows["key"])
+    transform = Inputs(job(law)).static_transform
+    assert transform is not None
+    transform(held, rows["key"])
     assert set(np.unique(held)) == {0, 255}
-    monkeypatch.setattr(Inputs, "binarised", None)
-    again = Inputs(job(law, flip=0.5), finished=True)({**rows, "image": torch.from_numpy(held)}, lanes())
+    monkeypatch.setattr(Inputs, "binarize", None)
+    again = Inputs(job(law, flip=0.5), transformed=True)({**rows, "image": torch.from_numpy(held)}, lanes())
     assert torch.equal(again["image"], shown)
 
 
 def test_what_differs_from_step_to_step_is_not_held() -> None:
-    assert Inputs(job("none", flip=0.5)).finish is None and Inputs(job("dynamic")).finish is None
+    assert (
+        Inputs(job("none", flip=0.5)).static_transform is None
+        and Inputs(job("dynamic")).static_transform is None
+    )
 
 
 def test_threshold() -> None:
@@ -298,7 +302,9 @@ def test_codes_are_not_pixels() -> None:
 
 
 def test_a_split_is_presented_the_same_again(phantom: Path) -> None:
-    stream = EvaluationStream(Index.open(phantom), "validate", batch_size=5, workers=0)
+    stream = EvaluationStream(
+        Index.open(phantom), "validate", EvaluationStreamConfig(batch_size=5, workers=0)
+    )
     shown = EvaluationInputs(stream, job("static", denoise=True, gaussian=0.2))
     first, second = list(shown), list(shown)
     assert shown.count == 32 and len(first) == 7
@@ -317,7 +323,8 @@ RUN = """
 import sys
 from pathlib import Path
 from vaedist.config.job import Job
-from vaedist.models.contract import build, model_config
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 fit(Job.model_validate_json(sys.argv[1]), Path(sys.argv[2]), options=FitOptions(quiet=True))

@@ -16,8 +16,8 @@ from PIL import Image
 
 from vaedist.core.errors import UserError
 from vaedist.data.format.image_files import Limits
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import SourceSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -48,7 +48,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-def many(out: Path) -> tuple[list[str], Packing]:
+def many(out: Path) -> tuple[list[str], PackingConfig]:
     """One packing into many shards, as arguments of the door and as options: the two are the same."""
     arguments = [
         "phantom",
@@ -61,7 +61,9 @@ def many(out: Path) -> tuple[list[str], Packing]:
         "--count",
         "train=400",
     ]
-    return arguments, Packing("phantom", out, size=32, per_shard=25, settings=Settings(count={"train": 400}))
+    return arguments, PackingConfig(
+        "phantom", out, size=32, samples_per_shard=25, settings=SourceSettings(count={"train": 400})
+    )
 
 
 def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
@@ -88,7 +90,9 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
 def test_a_begun_folder_takes_only_the_same_plan(tmp_path: Path) -> None:
     source = images(tmp_path / "in", 12)
     (source / "cat" / "zz.png").write_text("hello")
-    options = Packing(str(source), tmp_path / "out", per_shard=3, order="source", validation=0.0)
+    options = PackingConfig(
+        str(source), tmp_path / "out", samples_per_shard=3, order="source", validation_fraction=0.0
+    )
     with pytest.raises(UserError, match=r"cat/zz\.png"):
         pack(options)
     assert len(list((tmp_path / "out").glob("*.tar"))) == 4, "whole shards are kept"
@@ -102,9 +106,15 @@ def test_shards_written_under_other_limits_are_written_again(tmp_path: Path) -> 
     source = images(tmp_path / "in", 9)
     Image.new("L", (40, 40)).save(source / "cat" / "large.png")
     (source / "cat" / "zz.png").write_text("hello")
-    small = Settings(limits=Limits(pixels=1000))
-    options = Packing(
-        str(source), tmp_path / "out", size=12, channels=1, per_shard=2, order="source", validation=0.0
+    small = SourceSettings(limits=Limits(pixels=1000))
+    options = PackingConfig(
+        str(source),
+        tmp_path / "out",
+        size=12,
+        channels=1,
+        samples_per_shard=2,
+        order="source",
+        validation_fraction=0.0,
     )
 
     def stop(done: int, total: int) -> None:
@@ -171,9 +181,11 @@ def test_a_folder_without_a_shard_takes_another_plan(tmp_path: Path) -> None:
     """The command that was wrong left no work behind: its correction need not be told to clear up first."""
     source = images(tmp_path / "in", 12)
     Image.new("L", (40, 40)).save(source / "cat" / "zz.png")
-    options = Packing(str(source), tmp_path / "out", channels=1, validation=0.0, skip_bad=False)
-    options = replace(options, size=12, settings=Settings(limits=Limits(pixels=1000)))
+    options = PackingConfig(
+        str(source), tmp_path / "out", channels=1, validation_fraction=0.0, skip_bad=False
+    )
+    options = replace(options, size=12, settings=SourceSettings(limits=Limits(pixels=1000)))
     with pytest.raises(UserError, match=r"zz\.png announces"):
         pack(options)
-    report = pack(replace(options, size=16, settings=Settings()))
+    report = pack(replace(options, size=16, settings=SourceSettings()))
     assert report.index.shape == (1, 16, 16)

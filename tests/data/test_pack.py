@@ -18,16 +18,18 @@ from PIL import Image
 from vaedist.core.errors import UserError
 from vaedist.data.format.image_files import decode
 from vaedist.data.format.index import Index
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import SourceSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = {"train": 48, "validate": 16, "test": 16}
 
 
-def phantom(out: Path, **options: object) -> Packing:
+def phantom(out: Path, **options: object) -> PackingConfig:
     count = options.pop("count", COUNT)
-    packing = Packing("phantom", out, size=16, per_shard=20, settings=Settings(count=count))  # type: ignore[arg-type]
+    packing = PackingConfig(
+        "phantom", out, size=16, samples_per_shard=20, settings=SourceSettings(count=count)
+    )  # type: ignore[arg-type]
     return replace(packing, **options)  # type: ignore[arg-type]
 
 
@@ -56,7 +58,7 @@ def pictures(index: Index, split: str) -> dict[str, np.ndarray]:
         for row, key in enumerate(columns.keys):
             start = int(columns.offset[row])
             piece = data[start : start + int(columns.size[row])]
-            if index.codec == "npy":
+            if index.info.codec == "npy":
                 channels, height, width = index.shape
                 shape = (height, width) if channels == 1 else (height, width, channels)
                 picture = np.frombuffer(piece, np.uint8).reshape(shape)
@@ -115,7 +117,7 @@ def test_identity_is_that_of_the_content(tmp_path: Path) -> None:
     base = pack(phantom(tmp_path / "a")).index.identity
     same = [
         {"codec": "npy"},
-        {"per_shard": 7},
+        {"samples_per_shard": 7},
         {"order": "source"},
         {"workers": 2},
     ]
@@ -147,7 +149,7 @@ def test_members_have_fixed_dates_and_owners(tmp_path: Path) -> None:
 
 def test_the_packed_folder_is_read_only_and_names_nothing_of_this_machine(tmp_path: Path) -> None:
     source = images(tmp_path / "faces", {"cat": 5, "dog": 5})
-    pack(Packing(str(source), tmp_path / "out"))
+    pack(PackingConfig(str(source), tmp_path / "out"))
     assert all(path.stat().st_mode & 0o222 == 0 for path in (tmp_path / "out").iterdir())
     assert str(tmp_path) not in (tmp_path / "out" / "index.json").read_text()
     assert not any(str(tmp_path).encode() in data for data in content(tmp_path / "out").values())
@@ -155,7 +157,7 @@ def test_the_packed_folder_is_read_only_and_names_nothing_of_this_machine(tmp_pa
 
 def test_contact_sheets_show_what_was_packed(tmp_path: Path) -> None:
     source = images(tmp_path / "faces", {"cat": 50, "dog": 50}, size=(40, 40))
-    pack(Packing(str(source), tmp_path / "out", channels=3))
+    pack(PackingConfig(str(source), tmp_path / "out", channels=3))
     with Image.open(tmp_path / "out" / "contact-train.png") as sheet:
         assert sheet.width == 8 * (120 + 2) + 2
         assert sheet.height == 26 + 8 * (120 + 15 + 2) + 2
@@ -185,9 +187,9 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
     ("change", "told"),
     [
         ({"fit": "crop"}, "--fit has no meaning for the source 'phantom'"),
-        ({"settings": Settings(axis=1)}, "--axis has no meaning"),
+        ({"settings": SourceSettings(axis=1)}, "--axis has no meaning"),
         ({"source": "nmist"}, "did you mean 'mnist'"),
-        ({"validation": 0.1}, "split 'validate' of its own"),
+        ({"validation_fraction": 0.1}, "split 'validate' of its own"),
     ],
 )
 def test_settings_without_effect_are_refused(tmp_path: Path, change: dict[str, object], told: str) -> None:
@@ -216,10 +218,10 @@ def test_one_bad_file_ends_the_run_with_a_sentence(tmp_path: Path, name: str) ->
     source = images(tmp_path / "in", {"ant": 8, "cat": 8, "dog": 8})
     _BAD[name](source / name)
     with pytest.raises(UserError, match=rf"{name} .*--skip-bad") as told:
-        pack(Packing(str(source), tmp_path / "out"))
+        pack(PackingConfig(str(source), tmp_path / "out"))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out" / "index.json").exists()
-    report = pack(Packing(str(source), tmp_path / "out", skip_bad=True))
+    report = pack(PackingConfig(str(source), tmp_path / "out", skip_bad=True))
     left_out = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [one["file"] for one in left_out] == [name]
     assert report.rejected == 1
@@ -231,7 +233,9 @@ def test_all_bad_files_at_once_are_listed(tmp_path: Path) -> None:
     for name, make in _BAD.items():
         make(source / name)
     for i, workers in enumerate((1, 2)):
-        options = Packing(str(source), tmp_path / f"out{i}", skip_bad=True, per_shard=5, workers=workers)
+        options = PackingConfig(
+            str(source), tmp_path / f"out{i}", skip_bad=True, samples_per_shard=5, workers=workers
+        )
         assert pack(options).rejected == len(_BAD)
     lines = (tmp_path / "out0" / "rejected.jsonl").read_text().splitlines()
     assert {json.loads(line)["file"] for line in lines} == set(_BAD)
@@ -242,21 +246,21 @@ def test_nothing_usable_is_an_error_even_when_bad_files_are_skipped(tmp_path: Pa
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_text("hello")
     with pytest.raises(UserError, match=r"none of 1 files is an image: a.png is not an image"):
-        pack(Packing(str(tmp_path / "in"), tmp_path / "out", skip_bad=True))
+        pack(PackingConfig(str(tmp_path / "in"), tmp_path / "out", skip_bad=True))
 
 
 def test_rectangles_need_a_size(tmp_path: Path) -> None:
     source = images(tmp_path / "in", {"cat": 8}, size=(10, 14))
     with pytest.raises(UserError, match="14 x 10 pixels and models take squares"):
-        pack(Packing(str(source), tmp_path / "out"))
-    assert pack(Packing(str(source), tmp_path / "out", size=8, fit="crop")).index.shape == (1, 8, 8)
+        pack(PackingConfig(str(source), tmp_path / "out"))
+    assert pack(PackingConfig(str(source), tmp_path / "out", size=8, fit="crop")).index.shape == (1, 8, 8)
 
 
 def test_gray_and_colour(tmp_path: Path) -> None:
     source = images(tmp_path / "in", {"cat": 20})
     Image.new("RGB", (12, 12), (255, 0, 0)).save(source / "cat" / "red.png")
-    assert pack(Packing(str(source), tmp_path / "gray", channels=1)).index.channels == 1
-    index = pack(Packing(str(source), tmp_path / "rgb", channels=3)).index
+    assert pack(PackingConfig(str(source), tmp_path / "gray", channels=1)).index.shape[0] == 1
+    index = pack(PackingConfig(str(source), tmp_path / "rgb", channels=3)).index
     everything = pictures(index, "train") | pictures(index, "validate")
     assert everything["cat_red"][:, 0, 0].tolist() == [255, 0, 0]
     assert (everything["cat_3"][0] == everything["cat_3"][2]).all()
@@ -266,15 +270,15 @@ def test_colour_that_was_not_seen_at_first_is_not_lost_silently(tmp_path: Path) 
     source = images(tmp_path / "in", {"cat": 100})
     Image.new("RGB", (12, 12), (255, 0, 0)).save(source / "cat" / "1.png")
     with pytest.raises(UserError, match=r"cat/1\.png is in colour and the set is gray: say --gray"):
-        pack(Packing(str(source), tmp_path / "out"))
+        pack(PackingConfig(str(source), tmp_path / "out"))
 
 
-def test_twins_across_splits_are_counted(tmp_path: Path) -> None:
+def test_duplicates_across_splits_are_counted(tmp_path: Path) -> None:
     for split in ("train", "test"):
         images(tmp_path / "in" / split, {"cat": 5})
     images(tmp_path / "in" / "test" / "more", {"dog": 3})
-    report = pack(Packing(str(tmp_path / "in"), tmp_path / "out", validation=0.0))
-    assert report.twins == 5
+    report = pack(PackingConfig(str(tmp_path / "in"), tmp_path / "out", validation_fraction=0.0))
+    assert report.duplicates == 5
 
 
 def test_subjects_from_a_map(tmp_path: Path) -> None:
@@ -286,7 +290,7 @@ def test_subjects_from_a_map(tmp_path: Path) -> None:
             Image.fromarray(picture).save(folder / f"case_{case:03d}_slice_{i}.nii.png")
     table = tmp_path / "CASES.txt"
     table.write_text("# case scan patient split\ncase_001 a P1 x\ncase_002 b P2 x\ncase_003 c P1 x\n")
-    options = Packing(str(tmp_path / "in"), tmp_path / "out", subjects=table, validation=0.0)
+    options = PackingConfig(str(tmp_path / "in"), tmp_path / "out", subjects=table, validation_fraction=0.0)
     told = r"subject P1, who occurs in test \(4 images\) and train \(4 images\)"
     with pytest.raises(UserError, match=told):
         pack(options)
@@ -299,7 +303,7 @@ def test_subjects_from_a_map(tmp_path: Path) -> None:
 @pytest.mark.shared
 def test_real_slices_by_patient(tmp_path: Path, shared_data: Path) -> None:
     folder = shared_data / "mri_oasis_layout"
-    options = Packing(str(folder), tmp_path / "out", size=32, subjects=folder / "CASES.txt")
+    options = PackingConfig(str(folder), tmp_path / "out", size=32, subjects=folder / "CASES.txt")
     report = pack(options)
     assert {name: split.count for name, split in report.index.splits.items()} == {
         "train": 855,
@@ -320,7 +324,9 @@ def test_volumes_are_split_by_subject(tmp_path: Path) -> None:
         nibabel.save(
             nibabel.Nifti1Image(data, np.eye(4)), tmp_path / "in" / f"OAS1_000{i // 2}_MR{i % 2}.nii.gz"
         )
-    report = pack(Packing(str(tmp_path / "in"), tmp_path / "out", size=16, validation=0.3, workers=2))
+    report = pack(
+        PackingConfig(str(tmp_path / "in"), tmp_path / "out", size=16, validation_fraction=0.3, workers=2)
+    )
     subjects = {
         name: {split.subject(i) for i in range(split.count)} for name, split in report.index.splits.items()
     }

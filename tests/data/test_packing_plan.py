@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +10,12 @@ import pytest
 from vaedist.core.errors import UserError
 from vaedist.data.packing.packing_plan import (
     SHARD_BYTES,
-    Bad,
     choose_splits,
     make_plan,
-    map_subjects,
-    part_subjects,
-    read_subject_map,
     samples_per_shard,
-    usable,
+    usable_items,
 )
+from vaedist.data.packing.rejections import Rejections
 from vaedist.data.sources import Item, Problem
 
 
@@ -40,7 +36,7 @@ def counts(items: list[Item]) -> dict[str | None, int]:
     return dict(Counter(item.split for item in items))
 
 
-# Subjects ----------------------------------------------------------------------------------------------------
+# Splits ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -90,63 +86,6 @@ def test_too_few_subjects_for_a_share() -> None:
     assert counts(choose_splits(items_of(10, per_subject=10), None, None, 0)) == {"train": 10}
 
 
-def test_a_subject_in_two_splits() -> None:
-    items = [
-        *(Item(f"a{i}", "train", None, "p1", f"a{i}") for i in range(3)),
-        Item("b", "test", None, "p1", "b"),
-        Item("c", "test", None, "p2", "c"),
-    ]
-    told = r"b belongs to subject p1, who occurs in test \(1 images\) and train \(3 images\)"
-    with pytest.raises(UserError, match=told):
-        part_subjects(items, Bad(skip=False))
-    bad = Bad(skip=True)
-    assert [item.key for item in part_subjects(items, bad)] == ["a0", "a1", "a2", "c"]
-    assert [problem.origin for problem in bad.problems] == ["b"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "# case  scan  patient  split\ncase_001 x P1 train\ncase_002 y P2 test\n",
-        "case,patient_id\ncase_001,P1\ncase_002,P2\n",
-        "case;site;Subject\ncase_001;here;P1\ncase_002;there;P2\n",
-        "case_001 P1\ncase_002 P2\n",
-        "# a remark\ncase_001\tP1\n\ncase_002\tP2\n",
-    ],
-)
-def test_subject_maps(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "map"
-    path.write_text(text)
-    table = read_subject_map(path)
-    assert table == {"case_001": "P1", "case_002": "P2"}
-    items = [Item(f"case_00{i}_slice_1", None, None, f"case_00{i}", "x") for i in (1, 2)]
-    assert [item.subject for item in map_subjects(items, table, path)] == ["P1", "P2"]
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("", "is empty"),
-        ("a b c\n", "two columns"),
-        ("a P1\na P2\n", "two subjects, P1 and P2"),
-        ("case patient\na\n", "no subject"),
-    ],
-)
-def test_subject_maps_that_do_not_tell(tmp_path: Path, text: str, told: str) -> None:
-    path = tmp_path / "map"
-    path.write_text(text)
-    with pytest.raises(UserError, match=told):
-        read_subject_map(path)
-
-
-def test_a_prefix_ends_at_a_word() -> None:
-    item = Item("case_0010_slice_1", None, None, "", "case_0010_slice_1.png")
-    with pytest.raises(UserError, match=r"map tells no subject for case_0010_slice_1.png"):
-        map_subjects([item], {"case_001": "P1"}, Path("map"))
-    longest = {"case": "A", "case_0010": "B"}
-    assert map_subjects([item], longest, Path("map"))[0].subject == "B"
-
-
 # Keys, order, shards -----------------------------------------------------------------------------------------
 
 
@@ -157,31 +96,31 @@ def test_duplicate_keys() -> None:
         Problem("x", "is broken"),
     ]
     with pytest.raises(UserError, match=r"a.jpg has the same key as a.png \(a\)"):
-        usable(listing, Bad(skip=False))
-    bad = Bad(skip=True)
-    assert [item.origin for item in usable(listing, bad)] == ["a.png"]
-    assert [problem.origin for problem in bad.problems] == ["a.jpg", "x"]
+        usable_items(listing, Rejections(skip_bad=False))
+    rejections = Rejections(skip_bad=True)
+    assert [item.origin for item in usable_items(listing, rejections)] == ["a.png"]
+    assert [problem.origin for problem in rejections.problems] == ["a.jpg", "x"]
 
 
 def test_random_order_mixes_a_class_sorted_folder() -> None:
     # 10 classes in 2,000 images, sorted: in batches of 100, no class should be far from 10 images.
     items = items_of(2000, split="train", labels=10)
     plan = make_plan(items, per_shard=400, order="random", seed=0, settings={})
-    order = [item.label for part in plan.parts for item in part.items]
+    order = [item.label for shard in plan.shards for item in shard.items]
     batches = np.array([[order[i : i + 100].count(f"c{c}") for c in range(10)] for i in range(0, 2000, 100)])
     assert batches.max() <= 22, "expected 10, standard deviation 3"
     assert batches.min() >= 1
-    assert len({item.key for part in plan.parts for item in part.items}) == 2000
+    assert len({item.key for shard in plan.shards for item in shard.items}) == 2000
     # The same bound is broken by the source's own order, so it says something.
     plan = make_plan(items, per_shard=400, order="source", seed=0, settings={})
-    assert [item.label for item in plan.parts[0].items[:100]] == ["c0"] * 100
-    assert [item.key for part in plan.parts for item in part.items] == [item.key for item in items]
+    assert [item.label for item in plan.shards[0].items[:100]] == ["c0"] * 100
+    assert [item.key for shard in plan.shards for item in shard.items] == [item.key for item in items]
 
 
 def test_every_shard_mixes_the_classes() -> None:
     plan = make_plan(items_of(2000, labels=10), per_shard=400, order="random", seed=1, settings={})
-    for part in plan.parts:
-        shares = Counter(item.label for item in part.items)
+    for shard in plan.shards:
+        shares = Counter(item.label for item in shard.items)
         assert min(shares.values()) >= 20, "expected 40 of each class"
 
 
@@ -204,7 +143,7 @@ def test_shard_names_and_split_order() -> None:
         Item(f"{split}{i}", split, None, "", "") for split in ("test", "extra", "train") for i in range(3)
     ]
     plan = make_plan(items, per_shard=2, order="random", seed=0, settings={})
-    assert [part.name for part in plan.parts] == [
+    assert [shard.name for shard in plan.shards] == [
         *("train-000000", "train-000001", "test-000000", "test-000001", "extra-000000", "extra-000001")
     ]
 

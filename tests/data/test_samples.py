@@ -13,7 +13,7 @@ import webdataset
 
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.inference.sample_shards import SampleShards
 
 SOURCE = {"source": "vaedist-sample", "run": "toy"}
@@ -41,7 +41,7 @@ def test_the_stream_reads_what_was_written(channels: int, tmp_path: Path) -> Non
     split = index.split("train")
     assert split.counts.tolist() == [4, 4, 4] and index.classes == ("cat", "dog")
     assert index.source == SOURCE
-    [batch] = EvaluationStream(index, "train", batch_size=12, workers=0)
+    [batch] = EvaluationStream(index, "train", EvaluationStreamConfig(batch_size=12, workers=0))
     assert torch.equal(batch["image"], torch.from_numpy(images(channels)))
     assert batch["key"][:2] == ["sample-9-000000000", "sample-9-000000001"]
     assert [split.label(i) for i in range(12)] == LABELS

@@ -15,7 +15,17 @@ from PIL import Image
 
 from vaedist.core.errors import UserError
 from vaedist.data.format.image_files import BadImage
-from vaedist.data.sources import Item, Problem, Settings, Source, clean_key, detect, find, names, phantom
+from vaedist.data.sources import (
+    ImageSource,
+    Item,
+    Problem,
+    SourceSettings,
+    clean_key,
+    detect,
+    find,
+    names,
+    phantom,
+)
 
 
 def write_png(path: Path, value: int = 100, size: tuple[int, int] = (8, 8)) -> Path:
@@ -24,11 +34,11 @@ def write_png(path: Path, value: int = 100, size: tuple[int, int] = (8, 8)) -> P
     return path
 
 
-def opened(path: Path, name: str | None = None, **settings: object) -> Source:
-    return find(name or detect(path)).open_source(path, Settings(**settings))  # type: ignore[arg-type]
+def opened(path: Path, name: str | None = None, **settings: object) -> ImageSource:
+    return find(name or detect(path)).open_source(path, SourceSettings(**settings))  # type: ignore[arg-type]
 
 
-def listed(source: Source) -> tuple[list[Item], list[Problem]]:
+def listed(source: ImageSource) -> tuple[list[Item], list[Problem]]:
     found = list(source.items())
     return [one for one in found if isinstance(one, Item)], [one for one in found if isinstance(one, Problem)]
 
@@ -313,7 +323,7 @@ def test_phantom_shows_the_same_head_at_any_size() -> None:
 def test_phantom_classes_can_be_told_apart() -> None:
     # Old heads have wide ventricles: the middle of a low slice is darker.
     items, pictures = phantom_of(16 * 40, size=48)
-    low = [i for i, item in enumerate(items) if item.place[2] == 4]
+    low = [i for i, item in enumerate(items) if item.location[2] == 4]
     middle = {
         label: [pictures[i][18:30, 16:32].mean() for i in low if items[i].label == label]
         for label in ("young", "old")
@@ -342,7 +352,7 @@ def test_phantom_is_fast_enough() -> None:
 
 
 def test_phantom_module_has_no_layout() -> None:
-    assert phantom.recognises(Path("/")) == 0
+    assert phantom.recognizes(Path("/")) == 0
 
 
 # Loading --------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ from tests.data.test_code_shards import written
 from tests.ranks import run_ranks
 from tests.run_commands import curve, small_job, train, write_job
 from vaedist.core.errors import DataError
-from vaedist.data.format.decoding import Rows
 from vaedist.data.format.index import Index
+from vaedist.data.format.shard_reader import ShardReader
 from vaedist.data.loading import staging
-from vaedist.data.loading.staging import staged
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.staging import stage_shards
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 
 # What it is good for ----------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ from vaedist.data.loading.stream import EvaluationStream
 def test_the_same_bytes_in_the_same_order_from_the_nodes_own_disk(index: Index, place: Path) -> None:
     expected, lines = seen(index), list[str]()
     shared = {path: path.read_bytes() for path in index.folder.iterdir()}
-    with staged(index, BOTH, tell=lines.append) as near:
+    with stage_shards(index, BOTH, report=lines.append) as near:
         assert is_copied(near, place)
         assert near.identity == index.identity and near.spec == index.spec
         for path in index.folder.iterdir():
@@ -52,11 +52,11 @@ def test_the_same_bytes_in_the_same_order_from_the_nodes_own_disk(index: Index, 
 def test_later_jobs_use_what_is_there_whatever_their_folder_is_called(
     index: Index, place: Path, tmp_path: Path
 ) -> None:
-    with staged(index, BOTH):
+    with stage_shards(index, BOTH):
         before = copies(the_set(place))
     elsewhere = shutil.copytree(index.folder, tmp_path / "another name")
     lines: list[str] = []
-    with staged(Index.open(elsewhere), BOTH, tell=lines.append) as near:
+    with stage_shards(Index.open(elsewhere), BOTH, report=lines.append) as near:
         assert is_copied(near, place) and seen(near) == seen(index)
     assert len(lines) == 1 and lines[0].endswith("(copied before)")
     assert copies(the_set(place)) == before
@@ -64,11 +64,11 @@ def test_later_jobs_use_what_is_there_whatever_their_folder_is_called(
 
 def test_codes_are_staged_alike(pack: Pack, place: Path, tmp_path: Path) -> None:
     codes = written(tmp_path / "codes", pack(tmp_path / "images", SPLITS))
-    with staged(codes, BOTH) as near:
+    with stage_shards(codes, BOTH) as near:
         assert is_copied(near, place)
         for one, other in zip(
-            EvaluationStream(codes, "train", batch_size=5),
-            EvaluationStream(near, "train", batch_size=5),
+            EvaluationStream(codes, "train", EvaluationStreamConfig(batch_size=5)),
+            EvaluationStream(near, "train", EvaluationStreamConfig(batch_size=5)),
             strict=True,
         ):
             assert one["codes"].tolist() == other["codes"].tolist() and one["key"] == other["key"]
@@ -78,7 +78,7 @@ def test_nothing_happens_without_the_variable(
     index: Index, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VAEDIST_NODE_LOCAL")
-    with staged(index, BOTH) as same:
+    with stage_shards(index, BOTH) as same:
         assert same is index
     assert list(place.iterdir()) == []
 
@@ -88,7 +88,7 @@ def test_variables_in_the_path_are_those_of_the_node(
 ) -> None:
     monkeypatch.setenv("VAEDIST_NODE_LOCAL", f"{place}/job-$SLURM_JOB_ID")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         assert is_copied(near, place / "job-17")
 
 
@@ -113,20 +113,20 @@ def test_a_job_that_copies_and_does_not_get_on_is_not_waited_for(
     index: Index,
     place: Path,
     tmp_path: Path,
-    told: Callable[[], list[str]],
+    warnings: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(staging, "_PATIENCE_S", 0.5)
     with another(index, tmp_path / "gate", "copying") as first:
         until(first, "staging: copying")
-        with staged(index, BOTH) as same:
+        with stage_shards(index, BOTH) as same:
             assert same is index
-    [line] = told()
+    [line] = warnings()
     assert "does not get on" in line and line.endswith(f"reading {index.folder} itself")
 
 
-def test_kill_in_the_middle_leaves_temporary_files_that_the_next_sweeps(
-    index: Index, place: Path, tmp_path: Path, told: Callable[[], list[str]]
+def test_kill_in_the_middle_leaves_temporary_files_that_the_next_removes(
+    index: Index, place: Path, tmp_path: Path, warnings: Callable[[], list[str]]
 ) -> None:
     with another(index, tmp_path / "gate", "torn") as killed:
         until(killed, "half way")
@@ -135,27 +135,28 @@ def test_kill_in_the_middle_leaves_temporary_files_that_the_next_sweeps(
     folder = the_set(place)
     whole, torn = copies(folder), list(folder.glob(".tmp-*"))
     assert torn and 0 < len(whole) < 8
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         assert is_copied(near, place) and seen(near) == seen(index)
     assert not list(folder.glob(".tmp-*"))
     now = copies(folder)
     assert len(now) == 8 and whole == {name: now[name] for name in whole}, "what was whole served on"
-    assert told() == []
+    assert warnings() == []
 
 
 RANK = """
 import hashlib, logging, os, sys
 from vaedist.data.format.index import Index
-from vaedist.data.loading.staging import staged
-from vaedist.data.loading.stream import TrainingStream
+from vaedist.data.loading.staging import stage_shards
+from vaedist.data.loading.stream import TrainingStream, TrainingStreamConfig
 from vaedist.distributed.process_group import Group
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 group = Group.join("cpu")
 if group.rank:
     del os.environ["VAEDIST_GROUP"]  # its variables do not count for whether, only for where
-with staged(Index.open(sys.argv[1]), ("train", "validate"), node=group, tell=print) as near:
-    stream = TrainingStream(near, "train", batch_size=6, seed=0, rank=group.rank, world=group.world)
+with stage_shards(Index.open(sys.argv[1]), ("train", "validate"), group=group, report=print) as near:
+    config = TrainingStreamConfig(batch_size=6, seed=0, rank=group.rank, world=group.world)
+    stream = TrainingStream(near, "train", config)
     batches, digest = stream.batches(), hashlib.sha256()
     for _ in range(4):
         digest.update(next(batches)["image"].numpy().tobytes())
@@ -207,9 +208,9 @@ def flip(path: Path, at: int) -> None:
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("suffix", [".tar", ".cols"])
 def test_a_copy_that_was_damaged_since_is_replaced(
-    damage: str, suffix: str, index: Index, place: Path, told: Callable[[], list[str]]
+    damage: str, suffix: str, index: Index, place: Path, warnings: Callable[[], list[str]]
 ) -> None:
-    with staged(index, BOTH):
+    with stage_shards(index, BOTH):
         before = copies(the_set(place))
     hurt = next(path for path in the_set(place).iterdir() if path.suffix == suffix)
     content = hurt.read_bytes()
@@ -220,19 +221,19 @@ def test_a_copy_that_was_damaged_since_is_replaced(
         hurt.write_bytes(content[:-1])
     else:
         hurt.unlink()
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         assert is_copied(near, place) and seen(near) == seen(index)
-    assert hurt.read_bytes() == content and told() == []
+    assert hurt.read_bytes() == content and warnings() == []
     after = copies(the_set(place))
     assert [name for name in before if before[name] != after[name]] == [hurt.name]
 
 
 @pytest.mark.parametrize("place_of_damage", ["image", "header", "columns"])
 def test_a_copy_that_goes_bad_while_it_is_read(
-    place_of_damage: str, index: Index, place: Path, told: Callable[[], list[str]]
+    place_of_damage: str, index: Index, place: Path, warnings: Callable[[], list[str]]
 ) -> None:
     expected = seen(index)
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         shard, offset = near.split("train").shards[1], int(index.split("train").columns(1).offset[2])
         if place_of_damage == "columns":
             hurt, at = shard.columns_path, 100
@@ -240,29 +241,29 @@ def test_a_copy_that_goes_bad_while_it_is_read(
             hurt, at = shard.tar, offset + 20 if place_of_damage == "image" else offset - 300
         flip(hurt, at)
         assert seen(near) == expected
-        [line] = told()
+        [line] = warnings()
         assert str(hurt) in line and line.endswith(f"reading {index.folder} itself")
         assert not hurt.exists()
     lines: list[str] = []
-    with staged(index, BOTH, tell=lines.append) as near:
+    with stage_shards(index, BOTH, report=lines.append) as near:
         assert is_copied(near, place) and hurt.exists() and seen(near) == expected
-    assert told() == [] and "copying" in lines[0]
+    assert warnings() == [] and "copying" in lines[0]
 
 
 def test_a_disk_that_is_wiped_while_it_is_read(
-    index: Index, place: Path, told: Callable[[], list[str]]
+    index: Index, place: Path, warnings: Callable[[], list[str]]
 ) -> None:
     expected = seen(index)
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         shutil.rmtree(place)
         assert seen(near) == expected
-    assert len(told()) == 2, "one line for each split, not for each shard"
+    assert len(warnings()) == 2, "one line for each split, not for each shard"
 
 
 def test_after_a_restart_of_the_machine_copies_are_read_back(
-    index: Index, place: Path, told: Callable[[], list[str]]
+    index: Index, place: Path, warnings: Callable[[], list[str]]
 ) -> None:
-    with staged(index, BOTH):
+    with stage_shards(index, BOTH):
         before = copies(the_set(place))
     record = the_set(place) / "verified.json"
     content = json.loads(record.read_text())
@@ -272,7 +273,7 @@ def test_after_a_restart_of_the_machine_copies_are_read_back(
     found = hurt.stat()
     content["files"][hurt.name] = [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
     record.write_text(json.dumps(content | {"boot": "another"}))
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         assert is_copied(near, place) and seen(near) == seen(index)
     after = copies(the_set(place))
     assert [name for name in before if before[name] != after[name]] == [hurt.name]
@@ -280,24 +281,24 @@ def test_after_a_restart_of_the_machine_copies_are_read_back(
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\x00\xff", b'{"boot": 1, "files": 3}'])
 def test_a_record_that_is_nonsense_vouches_for_nothing(content: bytes, index: Index, place: Path) -> None:
-    with staged(index, BOTH):
+    with stage_shards(index, BOTH):
         before = copies(the_set(place))
     (the_set(place) / "verified.json").write_bytes(content)
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         assert is_copied(near, place)
     assert copies(the_set(place)) == before
     assert json.loads((the_set(place) / "verified.json").read_text())["copied_from"] == str(index.folder)
 
 
-def test_damage_in_the_shared_folder_is_told_by_the_stream(
-    index: Index, place: Path, told: Callable[[], list[str]]
+def test_damage_in_the_shared_folder_is_reported_by_the_stream(
+    index: Index, place: Path, warnings: Callable[[], list[str]]
 ) -> None:
     offset = int(index.split("train").columns(1).offset[2])
     tar = index.split("train").shards[1].tar
     flip(tar, offset + 20)
-    with staged(index, BOTH) as same:
+    with stage_shards(index, BOTH) as same:
         assert same is index
-        [line] = told()
+        [line] = warnings()
         assert line == (
             f"staging: {tar} is not what its index says (SHA-256 differs); reading {index.folder} itself"
         )
@@ -307,9 +308,9 @@ def test_damage_in_the_shared_folder_is_told_by_the_stream(
 
 
 def test_an_original_that_is_bad_too_is_named(index: Index, place: Path) -> None:
-    with staged(index, BOTH) as near:
+    with stage_shards(index, BOTH) as near:
         split = near.split("train")
         for shard in (split.shards[0], index.split("train").shards[0]):
             flip(shard.tar, 600)
         with pytest.raises(DataError, match=str(index.folder)):
-            Rows(near, split, 0).decode(0, None)  # type: ignore[arg-type]
+            ShardReader(near, split, 0).decode(0, None)  # type: ignore[arg-type]

@@ -10,8 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vaedist.core.errors import DataError, UserError
-from vaedist.data.loading.order import Order
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream, _in_order
+from vaedist.data.loading.order import TrainingOrder
+from vaedist.data.loading.prefetch import prefetch
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 
 COUNTS = [7, 1, 12, 4, 9]  # 33 samples
 
@@ -32,8 +38,10 @@ def readers() -> list[str]:
 )
 def test_batches_hold_the_right_images(tmp_path, pack, expected, cache, workers, codec, shape):
     index = pack(tmp_path, {"train": COUNTS}, codec=codec, shape=shape)
-    stream = TrainingStream(index, "train", batch_size=6, lanes=3, seed=1, cache=cache, workers=workers)
-    order = Order(COUNTS, seed=1, batch_size=6, lanes=3)
+    stream = TrainingStream(
+        index, "train", TrainingStreamConfig(batch_size=6, lanes=3, seed=1, cache=cache, workers=workers)
+    )
+    order = TrainingOrder(COUNTS, seed=1, batch_size=6, lanes=3)
     assert stream.steps_per_epoch == 5
     for step, batch in zip(range(3, 14), stream.batches(3), strict=False):
         wanted = order.rows(step).tolist()
@@ -63,19 +71,21 @@ def test_the_global_batch_is_the_same_for_every_world(
     index, expected, world, step, batch_size, workers, cache, data
 ):
     lanes = data.draw(st.sampled_from([n for n in range(1, batch_size + 1) if batch_size % n == 0]))
-    order = Order(COUNTS, seed=3, batch_size=batch_size, lanes=lanes)
+    order = TrainingOrder(COUNTS, seed=3, batch_size=batch_size, lanes=lanes)
     images: list[list[np.ndarray]] = [[], [], []]
     for rank in range(world):
         stream = TrainingStream(
             index,
             "train",
-            batch_size=batch_size,
-            lanes=lanes,
-            seed=3,
-            rank=rank,
-            world=world,
-            cache=cache,
-            workers=workers,
+            TrainingStreamConfig(
+                batch_size=batch_size,
+                lanes=lanes,
+                seed=3,
+                rank=rank,
+                world=world,
+                cache=cache,
+                workers=workers,
+            ),
         )
         for place, batch in zip(range(3), stream.batches(step), strict=False):
             images[place].append(batch["image"].numpy())
@@ -86,7 +96,7 @@ def test_the_global_batch_is_the_same_for_every_world(
 
 
 def test_an_epoch_has_each_sample_once(index):
-    stream = TrainingStream(index, "train", batch_size=4, seed=0)
+    stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=0))
     for epoch in range(3):
         batches = itertools.islice(stream.batches(epoch * 8), 8)
         seen = [n for batch in batches for n in batch["sample"]]
@@ -95,7 +105,7 @@ def test_an_epoch_has_each_sample_once(index):
 
 
 def test_batches_do_not_share_memory(index):
-    stream = TrainingStream(index, "train", batch_size=4, seed=0, cache="memory")
+    stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=0, cache="memory"))
     batches = list(itertools.islice(stream.batches(0), 3))
     kept = [batch["image"].clone() for batch in batches]
     batches[1]["image"].zero_()
@@ -106,7 +116,7 @@ def test_batches_do_not_share_memory(index):
 
 def test_a_resumed_rank_opens_only_the_shards_of_its_next_batches(tmp_path, pack):
     index = pack(tmp_path, {"train": [8] * 12})
-    order = Order([8] * 12, seed=5, batch_size=8, lanes=4)
+    order = TrainingOrder([8] * 12, seed=5, batch_size=8, lanes=4)
     step, world, rank = 7, 2, 1
     needed = {index.split("train").locate(int(n))[0] for t in (step, step + 1) for n in order.rows(t, 4, 8)}
     assert len(needed) < 6
@@ -114,7 +124,9 @@ def test_a_resumed_rank_opens_only_the_shards_of_its_next_batches(tmp_path, pack
         if number not in needed:
             shard.tar.unlink()
             shard.columns_path.unlink()
-    stream = TrainingStream(index, "train", batch_size=8, lanes=4, seed=5, rank=rank, world=world, workers=0)
+    stream = TrainingStream(
+        index, "train", TrainingStreamConfig(batch_size=8, lanes=4, seed=5, rank=rank, world=world, workers=0)
+    )
     batches = stream.batches(step)
     assert [next(batches)["sample"], next(batches)["sample"]] == [
         order.rows(t, 4, 8).tolist() for t in (step, step + 1)
@@ -127,16 +139,18 @@ def test_each_shard_is_read_once_per_lane_and_resident_shards_are_bounded(tmp_pa
 
     opened = []
 
-    class Counted(module.Rows):
+    class Counted(module.ShardReader):
         def __init__(self, index, split, shard):
             opened.append(shard)
             super().__init__(index, split, shard)
 
-    monkeypatch.setattr(module, "Rows", Counted)
+    monkeypatch.setattr(module, "ShardReader", Counted)
     index = pack(tmp_path, {"train": [24] * 16})
     for workers, spare in ((0, 1), (1, 2), (3, 4)):
         opened.clear()
-        stream = TrainingStream(index, "train", batch_size=8, lanes=4, seed=5, workers=workers)
+        stream = TrainingStream(
+            index, "train", TrainingStreamConfig(batch_size=8, lanes=4, seed=5, workers=workers)
+        )
         for _ in itertools.islice(stream.batches(0), stream.steps_per_epoch - 1):
             pass
         stream.close()
@@ -150,7 +164,7 @@ def test_a_reader_thread_s_error_is_the_consumer_s(tmp_path, pack):
     for shard in index.split("train").shards:
         shard.tar.unlink()
     for workers in (0, 2):
-        stream = TrainingStream(index, "train", batch_size=4, seed=0, workers=workers)
+        stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=0, workers=workers))
         batches = stream.batches(0)
         with pytest.raises(
             DataError, match=r"train-00000.\.tar: sample 'train-000\d\d' at byte 0: .*cannot be read"
@@ -161,7 +175,7 @@ def test_a_reader_thread_s_error_is_the_consumer_s(tmp_path, pack):
 
 
 def test_close_ends_iterators_and_joins_threads(index):
-    stream = TrainingStream(index, "train", batch_size=4, seed=0, workers=2)
+    stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=0, workers=2))
     batches = stream.batches(0)
     next(batches)
     assert readers() != []
@@ -175,7 +189,7 @@ def test_close_ends_iterators_and_joins_threads(index):
 def test_no_class_is_shown_as_zero(tmp_path, pack):
     index = pack(tmp_path, {"train": [4]}, classes=())
     assert index.split("train").label(2) == -1 and index.spec.classes == 0
-    stream = TrainingStream(index, "train", batch_size=4, seed=0, workers=0)
+    stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=4, seed=0, workers=0))
     assert next(stream.batches(0))["label"].tolist() == [0, 0, 0, 0]
 
 
@@ -192,7 +206,7 @@ def test_no_class_is_shown_as_zero(tmp_path, pack):
 )
 def test_what_does_not_fit_says_what_would(index, options, says):
     with pytest.raises(UserError, match=says):
-        TrainingStream(index, "train", seed=0, **options)
+        TrainingStream(index, "train", TrainingStreamConfig(seed=0, **options))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -203,7 +217,11 @@ def test_evaluation_sees_every_sample_once(index, expected, world, batch_size, l
     seen, lengths, shapes = [], set(), []
     for rank in range(world):
         stream = EvaluationStream(
-            index, "train", batch_size=batch_size, rank=rank, world=world, limit=limit, workers=rank % 2
+            index,
+            "train",
+            EvaluationStreamConfig(
+                batch_size=batch_size, rank=rank, world=world, limit=limit, workers=rank % 2
+            ),
         )
         batches = list(stream)
         lengths.add(len(batches))
@@ -219,7 +237,7 @@ def test_evaluation_sees_every_sample_once(index, expected, world, batch_size, l
 
 
 def test_evaluation_can_be_iterated_again(index):
-    stream = EvaluationStream(index, "test", batch_size=2, workers=2)
+    stream = EvaluationStream(index, "test", EvaluationStreamConfig(batch_size=2, workers=2))
     assert [batch["key"] for batch in stream] == [batch["key"] for batch in stream]
     assert stream.wait_seconds > 0
 
@@ -230,7 +248,9 @@ def test_sums_over_masked_rows_do_not_depend_on_processes(tmp_path, pack):
     for world, batch_size in ((1, 64), (2, 64), (3, 64), (3, 50), (5, 7)):
         total = count = 0
         for rank in range(world):
-            for batch in EvaluationStream(index, "test", batch_size=batch_size, rank=rank, world=world):
+            for batch in EvaluationStream(
+                index, "test", EvaluationStreamConfig(batch_size=batch_size, rank=rank, world=world)
+            ):
                 kept = batch["image"][batch["mask"]]
                 total, count = total + int(kept.long().sum()), count + len(kept)
         totals.add((total, count))
@@ -242,5 +262,5 @@ def test_readers_enter_the_gpu_that_is_meant(monkeypatch, device, wanted):
     entered = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", entered.append)
-    made = _in_order(lambda plan: plan, iter(range(6)), 2, torch.device(device))
+    made = prefetch(lambda task: task, iter(range(6)), 2, torch.device(device))
     assert [call() for call in made] == list(range(6)) and set(entered) == {wanted}

@@ -9,16 +9,16 @@ import nibabel
 import numpy as np
 import pytest
 
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Item, Problem, Settings, Source, detect, find
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import ImageSource, Item, Problem, SourceSettings, detect, find
 from vaedist.data.sources.volume import subjects_of
 
 
-def opened(path: Path, name: str | None = None, **settings: object) -> Source:
-    return find(name or detect(path)).open_source(path, Settings(**settings))  # type: ignore[arg-type]
+def opened(path: Path, name: str | None = None, **settings: object) -> ImageSource:
+    return find(name or detect(path)).open_source(path, SourceSettings(**settings))  # type: ignore[arg-type]
 
 
-def listed(source: Source) -> tuple[list[Item], list[Problem]]:
+def listed(source: ImageSource) -> tuple[list[Item], list[Problem]]:
     found = list(source.items())
     return [one for one in found if isinstance(one, Item)], [one for one in found if isinstance(one, Problem)]
 
@@ -115,7 +115,7 @@ def test_slice_range_and_axis(tmp_path: Path) -> None:
     assert source.load(items[0]).shape == (16, 24)
 
 
-def test_bad_volumes_are_told(tmp_path: Path) -> None:
+def test_bad_volumes_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     save_nifti(folder / "good.nii", head_volume())
     whole = (folder / "good.nii").read_bytes()
@@ -175,7 +175,11 @@ def test_contrasts_of_one_patient_stay_in_one_split(tmp_path: Path) -> None:
             save_nifti(
                 tmp_path / "in" / f"P{patient}" / f"{contrast}.nii", head_volume(10 * patient + number)
             )
-    index = pack(Packing(str(tmp_path / "in"), tmp_path / "out", size=16, validation=0.2, test=0.2)).index
+    index = pack(
+        PackingConfig(
+            str(tmp_path / "in"), tmp_path / "out", size=16, validation_fraction=0.2, test_fraction=0.2
+        )
+    ).index
     sides = [{split.subject(i) for i in range(split.count)} for split in index.splits.values()]
     assert len(sides) == 3 and sum(map(len, sides)) == 6
     assert set.union(*sides) == {f"P{patient}" for patient in range(6)}

@@ -123,14 +123,14 @@ def test_a_cut_shard_stops_all_ranks(stage: Stage, whole_of_two: Stage) -> None:
     assert code == DataError.exit_code
     told = only_line(err)
     assert re.search(rf"{tar.name}: sample '\S+' at byte \d+: ", told)
-    assert "copy the shard" in told or "--strike" in told
+    assert "copy the shard" in told or "--remove-samples" in told
     tar.write_bytes(sound)
     assert stage.go_on(*TWO, "-q")[::2] == (0, "")
     stage.note("told", told.replace(str(data), "..."))
     stage.equals(whole_of_two)
 
 
-@pytest.mark.faults(row="F15", fault="one bit of an image flipped; then the sample is struck from the index")
+@pytest.mark.faults(row="F15", fault="one bit of an image flipped; then the sample is removed from the index")
 def test_a_bad_image(stage: Stage) -> None:
     data = own_data(stage)
     index = Index.open(data)
@@ -142,9 +142,9 @@ def test_a_bad_image(stage: Stage) -> None:
     assert code == DataError.exit_code
     told = only_line(err)
     assert f"sample '{key}' at byte {places(index)[0]}" in told
-    code, out, err = shard(stage, str(data), "--strike", key)
+    code, out, err = shard(stage, str(data), "--remove-samples", key)
     assert (code, err) == (0, "")
-    assert "struck     1 now" in out
+    assert "removed    1 now" in out
     # What is left is other data, and a new run: both ranks see the same 63 samples and not one of them the bad one.
     shutil.rmtree(stage.run)
     for file in stage.witness.iterdir():

@@ -16,7 +16,7 @@ from tests.commands.conftest import MLP, pack_phantom, trained
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.core.imaging import to_uint8
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.inference.trained_model import TrainedModel
 from vaedist.sample import main as sample
 
@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Trai
 
 @pytest.fixture(scope="module")
 def images(data: Path) -> torch.Tensor:
-    (batch,) = EvaluationStream(Index.open(data), "test", batch_size=21)
+    (batch,) = EvaluationStream(Index.open(data), "test", EvaluationStreamConfig(batch_size=21))
     return batch["image"]
 
 

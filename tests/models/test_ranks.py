@@ -10,8 +10,9 @@ import torch
 
 from tests.ranks import run_ranks
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 
 MLP = {"kind": "mlp", "width": 16, "depth": 1}
 SHARED = {"encoder": MLP, "latent": 3}
@@ -39,7 +40,7 @@ RANK = """
 import json, sys
 import torch
 from tests.models.test_ranks import B, LANES, MASK, SECTIONS, batch, model_of, numbers
-from vaedist.data.loading.stream import slice_bounds
+from vaedist.data.loading.order import slice_bounds
 from vaedist.distributed.contexts import DistributedLaneContext, DistributedSampleContext
 from vaedist.distributed.process_group import Group
 

@@ -22,8 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 from vaedist.config.job import Job, Spec, load_job
 from vaedist.config.settings import apply_overrides, parse
 from vaedist.core.errors import UserError
-from vaedist.data.format.index import Index, write_index
-from vaedist.models.contract import build, model_config
+from vaedist.data.format.index import DatasetInfo, Index, write_index
+from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
 from vaedist.runs.open_run import open_run
@@ -52,10 +52,7 @@ def differences(*overrides: str, saved: Job | None = None, data: dict[str, Any] 
 def index(tmp_path: Path) -> Index:
     folder = tmp_path / "shards"
     folder.mkdir()
-    shape = (1, 8, 8)
-    write_index(
-        folder, identity="ab" * 32, shape=shape, codec="png", classes=["ill", "well"], splits={"train": []}
-    )
+    write_index(folder, {"train": []}, DatasetInfo((1, 8, 8), "png", ("ill", "well")), identity="ab" * 32)
     return Index.open(folder)
 
 
@@ -337,8 +334,8 @@ def trained(folder: Path, index: Index, *overrides: str) -> dict[str, dict[str, 
     store = Checkpoints(run.path)
     states = {}
     for step in (5, 10):
-        model = build(model_config(asked.model), index.spec, seed=step)
-        average = build(model_config(asked.model), index.spec, seed=100 + step)
+        model = build(asked.model, index.spec, seed=step)
+        average = build(asked.model, index.spec, seed=100 + step)
         if asked.train.precision == "fp64":
             model.double(), average.double()
         states[f"{step}"] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.run_commands import curve, small_job
-from vaedist.data.loading.cache import Cache, on_device
+from vaedist.data.loading.cache import Cache, copy_to_device
 from vaedist.training.loader_settings import LARGEST, LoaderSettings, choose_cache, choose_readers
 from vaedist.training.loop import fit
 
@@ -103,7 +103,7 @@ def test_a_gpu_without_room_leaves_them_in_the_nodes_memory(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * MIB, 9 * MIB))
-    assert on_device(np.zeros((2, 1, 1024, 1024), np.uint8), torch.device("cuda")) is None
+    assert copy_to_device(np.zeros((2, 1, 1024, 1024), np.uint8), torch.device("cuda")) is None
     assert "cache: device needs 2.0 MiB and 1.5 MiB of the GPU may be used for it" in caplog.text
     asked = LoaderSettings("device", "", {"none": 1, "memory": 0, "device": 0})
     assert asked.describe("memory") == "cache memory (no room on the device), read by the loop itself"

@@ -20,15 +20,21 @@ from tests.conftest import pack_phantom
 from tests.ranks import ROOT, run_ranks
 from tests.run_commands import curve, small_job
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
 from vaedist.distributed.process_group import Group
-from vaedist.models.bases.frozen_tokenizer import Tokenizer
-from vaedist.models.contract import build, model_config
+from vaedist.models.bases.code_prior_config import Tokenizer
+from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints, load_checkpoint
 from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -99,7 +105,9 @@ def test_a_prior_learns_from_the_codes_that_its_tokenizer_gives(
     codes = open_codes(codes_of(tokenizer), stamp, images)
     assert codes.shape == (1, 4, 4) and codes.dtype == np.uint16 and codes.classes == images.classes
     for split in images.splits:
-        streams = (EvaluationStream(one, split, batch_size=24) for one in (images, codes))
+        streams = (
+            EvaluationStream(one, split, EvaluationStreamConfig(batch_size=24)) for one in (images, codes)
+        )
         for shown, held in zip(*streams, strict=True):
             assert torch.equal(held["codes"], run.model.codes(shown["image"]))
             assert held["codes"].dtype == torch.int64 and "image" not in held
@@ -123,7 +131,7 @@ def test_the_order_of_training_is_that_of_the_images(tokenizer: Path, phantom: P
     both = Index.open(phantom), Index.open(codes_of(tokenizer), "codes")
     for cache in ("none", "memory", "device"):
         streams = [
-            TrainingStream(one, "train", batch_size=8, lanes=8, seed=3, cache=cache)  # type: ignore[arg-type]
+            TrainingStream(one, "train", TrainingStreamConfig(batch_size=8, lanes=8, seed=3, cache=cache))  # type: ignore[arg-type]
             for one in both
         ]
         for _, shown, held in zip(range(10), streams[0].batches(5), streams[1].batches(5), strict=False):
@@ -251,7 +259,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     """Nothing but the missing ones is made: a shard that is there is taken as it is, which another code shows."""
     job = prior_job(phantom, tokenizer, steps=1)
     images = Index.open(phantom)
-    described = resolve_tokenizer(job, images, Group.join("cpu")).model["tokenizer"]
+    described = resolve_tokenizer(job, images, Group.join("cpu")).model.tokenizer.model_dump(mode="json")
     stamp = {
         "made_by": "vaedist-train",
         "tokenizer": {name: value for name, value in described.items() if name != "run"},
@@ -267,7 +275,12 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     codes = Index.open(folder, "codes")
     assert codes.source == stamp
     for split in codes.splits:
-        values = torch.cat([batch["codes"] for batch in EvaluationStream(codes, split, batch_size=64)])
+        values = torch.cat(
+            [
+                batch["codes"]
+                for batch in EvaluationStream(codes, split, EvaluationStreamConfig(batch_size=64))
+            ]
+        )
         assert bool((values == 7).all()) == (split == first[0])
 
 
@@ -389,14 +402,18 @@ def test_a_binarised_tokenizer_codes_binarised_images(phantom: Path, tmp_path: P
     run = open_run(tmp_path / "tokenizer")
     inputs = Inputs(run.job)
     streams = (
-        EvaluationStream(Index.open(phantom), "test", batch_size=32),
-        EvaluationStream(Index.open(codes_of(tmp_path / "tokenizer"), "codes"), "test", batch_size=32),
+        EvaluationStream(Index.open(phantom), "test", EvaluationStreamConfig(batch_size=32)),
+        EvaluationStream(
+            Index.open(codes_of(tmp_path / "tokenizer"), "codes"),
+            "test",
+            EvaluationStreamConfig(batch_size=32),
+        ),
     )
     for shown, held in zip(*streams, strict=True):
-        seen = inputs.binarised(shown["image"], shown["key"])
+        seen = inputs.binarize(shown["image"], shown["key"])
         assert torch.equal(held["codes"], run.model.codes(seen)) and set(seen.unique().tolist()) <= {0, 255}
         assert torch.equal(
-            Inputs(open_run(tmp_path / "prior").job).binarised(shown["image"], shown["key"]), seen
+            Inputs(open_run(tmp_path / "prior").job).binarize(shown["image"], shown["key"]), seen
         )
     prior = open_run(tmp_path / "prior")
     assert (prior.config.tokenizer.binarise, prior.config.tokenizer.seed) == ("static", 11)  # type: ignore[attr-defined]
@@ -436,7 +453,7 @@ def test_what_is_borrowed_is_frozen_stays_in_evaluation_mode_and_is_not_averaged
 
 def test_a_tokenizers_section_is_checked_and_compares_equal_to_itself() -> None:
     short, full = (Tokenizer.model_validate(section()["tokenizer"]) for _ in range(2))
-    assert short == full and short.model["commitment"] == 0.25
+    assert short == full and short.model.commitment == 0.25
     with pytest.raises(UserError, match=r"unknown key 'model\.codebok'"):
         Tokenizer.model_validate(section(model={"kind": "vqvae", "codebok": {}})["tokenizer"])
     with pytest.raises(UserError, match="what that run is has not been read"):

@@ -10,9 +10,9 @@ import pytest
 from tests.ranks import run_ranks
 from tests.run_commands import small_job
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.sources import SourceSettings
 from vaedist.distributed.process_group import Group
 from vaedist.runs.fit_options import FitOptions
 from vaedist.runs.open_run import open_run
@@ -23,8 +23,9 @@ NUMBERS = """
 import json, sys
 from vaedist.config.job import Job
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
-from vaedist.models.contract import build, model_config
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 from vaedist.distributed.process_group import Group
 from vaedist.training.validation import validate
 import torch
@@ -32,7 +33,7 @@ torch.set_num_threads(1)
 job = Job.model_validate_json(sys.argv[1])
 group = Group.join("cpu", 60)
 index = Index.open(job.data.path)
-model = build(model_config(job.model), index.spec, 0).double()
+model = build(job.model, index.spec, 0).double()
 told = []
 for batch_size in (7, 128):
     stream = EvaluationStream(index, "train", batch_size=batch_size, rank=group.rank, world=group.world, limit=128)
@@ -47,8 +48,8 @@ group.close()
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images") / "shards"
-    settings = Settings(size=16, count={"train": 128, "validate": 8, "test": 8})
-    pack(Packing(input="phantom", out=folder, size=16, settings=settings))
+    settings = SourceSettings(size=16, count={"train": 128, "validate": 8, "test": 8})
+    pack(PackingConfig(input="phantom", out=folder, size=16, settings=settings))
     return folder
 
 
@@ -70,7 +71,7 @@ def test_after_200_steps_averaged_weights_are_no_worse_than_raw_ones(phantom: Pa
     raw = open_run(tmp_path / "run", weights="raw")
     group = Group.join("cpu")
     index = Index.open(phantom)
-    stream = EvaluationStream(index, job.data.validation_split, batch_size=16)
+    stream = EvaluationStream(index, job.data.validation_split, EvaluationStreamConfig(batch_size=16))
     numbers, _ = validate(raw.model, stream, raw.job, group, 200)
     # This loss is positive (Bernoulli): 5 % more would be worse.
     assert outcome.metrics["loss"] < 1.05 * numbers["loss"]

@@ -22,10 +22,10 @@ from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.core.imaging import GRAY, RED, framed
 from vaedist.data.format.index import Index
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.features import WEIGHTS
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.runs.metrics_csv import MetricsCsv
 from vaedist.runs.open_run import open_run
@@ -68,7 +68,7 @@ def test_a_numbered_picture_per_validation(run: Path, phantom: Path) -> None:
     ]
     assert all((tile[0] == RED).all() and (tile[:, -1] == RED).all() for tile in tiles[0]), "originals"
     assert all((tile[0] == GRAY).all() for row in tiles[1:] for tile in row)
-    stream = EvaluationStream(Index.open(phantom), "validate", batch_size=1)
+    stream = EvaluationStream(Index.open(phantom), "validate", EvaluationStreamConfig(batch_size=1))
     shown = {batch["sample"][0]: batch["image"][0, 0] for batch in stream}
     wanted = np.linspace(0, 31, 8).round().astype(int)
     for sample, tile in zip(wanted, tiles[0], strict=True):
@@ -105,7 +105,7 @@ def test_the_projector_opens_the_last_validation(run: Path, phantom: Path) -> No
     rows = [line.split("\t") for line in (board / embedding.tensor_path).read_text().splitlines()]
     assert len(rows) == 32 and {len(row) for row in rows} == {4}
     trained = open_run(run)
-    stream = EvaluationStream(Index.open(phantom), "validate", batch_size=32)
+    stream = EvaluationStream(Index.open(phantom), "validate", EvaluationStreamConfig(batch_size=32))
     (batch,) = list(stream)
     means = trained.model.encode(batch["image"]).mean
     assert np.array(rows, float) == pytest.approx(means.numpy(), rel=1e-4, abs=1e-5), "not of an earlier one"
@@ -128,8 +128,8 @@ def test_the_projector_holds_a_bounded_even_choice_of_small_thumbnails(
     monkeypatch.setattr("vaedist.training.validation.THUMBNAIL", 4)
     job = a_job(phantom)
     index = Index.open(phantom)
-    model = build(model_config(job.model), index.spec, 0).double()
-    stream = EvaluationStream(index, "validate", batch_size=7)
+    model = build(job.model, index.spec, 0).double()
+    stream = EvaluationStream(index, "validate", EvaluationStreamConfig(batch_size=7))
     _, seen = validate(model, stream, job, Group(torch.device("cpu")), 0)
     assert seen.latents["sample"].tolist() == [0, 8, 16, 23, 31]
     assert seen.latents["thumbnail"].shape == (5, 1, 4, 4) and seen.latents["mean"].shape == (5, 4)

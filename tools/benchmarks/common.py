@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vaedist.data.format.image_files import Codec
+    from vaedist.data.format.sample_codec import Codec
 
 BATCH = 32
 _TRAIN = "train: {batch_size: 32, steps: 1, optim: {main: {name: adam}}}"
@@ -66,21 +66,21 @@ def packed(
     folder: Path, *, size: int, train: int, codec: Codec = "png", per_shard: int | None = None
 ) -> Path:
     """A packed phantom; made once. Its tars hold `per_shard` images each, by default a twelfth of all."""
-    from vaedist.data.packing.pack import Packing, pack
-    from vaedist.data.sources import Settings
+    from vaedist.data.packing.pack import PackingConfig, pack
+    from vaedist.data.sources import SourceSettings
 
     out = folder / f"phantom-{size}-{train}-{codec}{f'-{per_shard}' if per_shard else ''}"
     if not (out / "index.json").exists():
         print(f"packing {train} phantom images of {size}x{size} as {codec}", file=sys.stderr)
-        settings = Settings(size=size, count={"train": train, "validate": 32, "test": 32})
+        settings = SourceSettings(size=size, count={"train": train, "validate": 32, "test": 32})
         # Several tars, so that webdataset's readers, who share out tars, all have work.
         pack(
-            Packing(
+            PackingConfig(
                 input="phantom",
                 out=out,
                 size=size,
                 codec=codec,
-                per_shard=per_shard or max(64, train // 12),
+                samples_per_shard=per_shard or max(64, train // 12),
                 workers=2,
                 settings=settings,
             )

@@ -183,10 +183,12 @@ def _tars(shards: Path) -> list[Path]:
 def ours(shards: Path, cache: Any, images: int, workers: int) -> Rate:
     """Each call reads one epoch."""
     from vaedist.data.format.index import Index
-    from vaedist.data.loading.stream import TrainingStream
+    from vaedist.data.loading.stream import TrainingStream, TrainingStreamConfig
 
     stream = TrainingStream(
-        Index.open(shards), "train", batch_size=BATCH, seed=0, cache=cache, workers=workers
+        Index.open(shards),
+        "train",
+        TrainingStreamConfig(batch_size=BATCH, seed=0, cache=cache, workers=workers),
     )
     epoch = iter(range(1 << 30))
 

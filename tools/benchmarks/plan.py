@@ -60,12 +60,12 @@ def opened(folder: Path) -> tuple[float, object]:
 def planned(folder: Path, steps: int | None = None) -> tuple[float, int]:
     """Seconds for so many steps of rank 7, and how many shards they are in."""
     from vaedist.data.format.index import Index
-    from vaedist.data.loading.order import Order, slice_bounds
+    from vaedist.data.loading.order import TrainingOrder, slice_bounds
 
     counts = Index.open(folder).split("train").counts
     start = time.perf_counter()
     batch = WORLD * ROWS
-    order = Order(counts, seed=0, batch_size=batch, lanes=WORLD)
+    order = TrainingOrder(counts, seed=0, batch_size=batch, lanes=WORLD)
     rows = slice_bounds(batch, 7, WORLD)
     shards: set[int] = set()
     for step in range(order.steps_per_epoch if steps is None else steps):

@@ -12,14 +12,14 @@ from benchmarks.common import BATCH, Question, Rate, packed
 
 def questions(folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
     from vaedist.data.format.index import Index
-    from vaedist.data.loading.stream import TrainingStream
+    from vaedist.data.loading.stream import TrainingStream, TrainingStreamConfig
 
     index = Index.open(packed(folder, size=64, train=20_000))
     steps = 20_000 // BATCH
 
     def first_batch_at(step: int) -> Rate:
         def seconds() -> float:
-            stream = TrainingStream(index, "train", batch_size=BATCH, seed=0, workers=2)
+            stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=BATCH, seed=0, workers=2))
             start = time.perf_counter()
             batches = stream.batches(step)
             next(batches)

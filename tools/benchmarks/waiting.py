@@ -59,7 +59,7 @@ def share(path: Path, shards: Path) -> Rate:
     from vaedist.runs.fit_options import FitOptions
     from vaedist.training.loop import fit
 
-    every = 4 if Index.open(shards).height >= LARGE else 20
+    every = 4 if Index.open(shards).shape[1] >= LARGE else 20
     steps = 4 * every
     told = [f"train.{name}={steps}" for name in ("steps", "validate_every", "save_every")]
     told += ["train.epochs=null", f"train.log_every={every}", f"data.path={shards}", "init_from=null"]

@@ -32,7 +32,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from vaedist.core import errors
 from vaedist.core.errors import UserError
-from vaedist.distributed.liveness.stalls import StallMonitor, StallReport
+from vaedist.distributed.liveness.stalls import StallMonitor, StallReport, print_to_stderr
 
 _PART = 256 << 20
 _STORE_SECONDS = 10.0
@@ -105,6 +105,7 @@ class Group:
             return cls(chosen, stall_monitor=stall_monitor)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+        _without_debug_detail(rank)
         store = _rendezvous(rank, world, timeout_s)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
@@ -293,6 +294,18 @@ def _device(device: str | torch.device, local_rank: int) -> torch.device:
     if device != "cpu":
         raise UserError(f"unknown device {device!r}; valid: auto, cpu, cuda")
     return torch.device("cpu")
+
+
+def _without_debug_detail(rank: int) -> None:
+    """Lower TORCH_DISTRIBUTED_DEBUG=DETAIL to INFO: torch 2.13's gloo crashes (SIGSEGV) under it."""
+    debug: Any = dist  # torch does not export these names to type checkers
+    if debug.get_debug_level() == debug.DebugLevel.DETAIL:
+        debug.set_debug_level(debug.DebugLevel.INFO)
+        os.environ["TORCH_DISTRIBUTED_DEBUG"] = "INFO"
+        if rank == 0:
+            print_to_stderr(
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL crashes torch's gloo, so the ranks use INFO instead"
+            )
 
 
 def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:

@@ -9,7 +9,7 @@ import torch
 
 from vaedist.core.errors import UserError
 from vaedist.core.imaging import channels_last, gif_bytes, grid, png_bytes, write_atomic
-from vaedist.data.format.image_files import Fit
+from vaedist.data.format.resize import Fit
 from vaedist.inference.latent_space import TRAVERSAL_REACH, interpolation, manifold, traversal
 from vaedist.inference.picture_files import PictureFiles, PictureResult
 from vaedist.inference.reconstructions import read_images

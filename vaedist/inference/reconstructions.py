@@ -10,7 +10,7 @@ import torch
 
 from vaedist.core.context import Batch
 from vaedist.core.imaging import Pixels, as_numpy, channels_last, code_maps, write_atomic
-from vaedist.data.format.image_files import Fit, open_fitting
+from vaedist.data.format.resize import Fit, open_fitting
 from vaedist.data.loading.inputs import Inputs
 from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
 from vaedist.evaluation.metrics.per_image import reconstruct
@@ -29,7 +29,7 @@ def read_images(run: Run, files: Sequence[str], fit: Fit = "pad") -> Pixels:
     read = np.stack([open_fitting(file, run.spec.image_shape, fit) for file in files])
     # For a model of binarised images: the static draw of each file's name.
     keys = [Path(file).name for file in files]
-    return Inputs(run.job).binarised(torch.from_numpy(read), keys).numpy()
+    return Inputs(run.job).binarize(torch.from_numpy(read), keys).numpy()
 
 
 def write_reconstructions(

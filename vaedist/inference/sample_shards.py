@@ -18,12 +18,14 @@ from typing import Any
 from vaedist.core.errors import UserError
 from vaedist.core.files import temporary, writable
 from vaedist.core.imaging import Pixels
-from vaedist.data.format.image_files import encode
-from vaedist.data.format.index import Index, Shard, pixel_digest
-from vaedist.data.packing.pack import shard_of, write_shard
+from vaedist.data.format.identity import pixel_digest
+from vaedist.data.format.index import DatasetInfo, Index
+from vaedist.data.format.sample_codec import encode
+from vaedist.data.format.split import Shard
 from vaedist.data.packing.packing_plan import samples_per_shard
 from vaedist.data.packing.preparation import Prepared
 from vaedist.data.packing.publish import publish
+from vaedist.data.packing.shard_writer import ShardWriter
 from vaedist.data.sources import Item
 
 SPLIT = "train"
@@ -47,7 +49,7 @@ class SampleShards:
 
     folder: Path
     shape: tuple[int, ...]
-    classes: Sequence[str]
+    classes: tuple[str, ...]
     source: Mapping[str, Any]
     seed: int
     per_shard: int | None = None
@@ -92,23 +94,17 @@ class SampleShards:
         with writable(self.folder):
             if self._waiting:
                 self._write()
-            publish(
-                self._scratch,
-                {SPLIT: self._shards},
-                shape=self.shape,
-                codec="png",
-                classes=self.classes,
-                source=self.source,
-            )
+            info = DatasetInfo(self.shape, "png", self.classes, self.source)
+            publish(self._scratch, {SPLIT: self._shards}, info)
             os.replace(self._scratch, self.folder)
         return Index.open(self.folder)
 
     def _write(self) -> None:
         name = f"{SPLIT}-{len(self._shards):06d}"
-        numbers = {label: number for number, label in enumerate(self.classes)}
+        writer = ShardWriter(self._scratch, self._scratch, "png", self.classes)
         with writable(self.folder):
-            receipt = write_shard(name, self._waiting, numbers, "png", self._scratch, self._scratch)
-        self._shards.append(shard_of(self._scratch, name, receipt))
+            receipt = writer.write(name, self._waiting)
+        self._shards.append(writer.shard(name, receipt))
         self._waiting = []
 
     def __enter__(self) -> SampleShards:

@@ -65,7 +65,7 @@ class TrainedModel:
     @property
     def kind(self) -> str:
         """`vae`, `vqvae`, `pixelcnn`, ..."""
-        return self.run.kind
+        return self.run.job.kind
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,7 +185,7 @@ class TrainedModel:
     def _encoded(self, images: Numbers, classes: Classes, network: _Network) -> Numbers:
         def shown(part: Tensor, label: Tensor | None, start: int) -> Tensor:
             keys = [str(number) for number in range(start, start + len(part))]
-            return network(self._inputs.binarised(part, keys), label)
+            return network(self._inputs.binarize(part, keys), label)
 
         return _as(images, self._in_parts(self._pixels(torch.as_tensor(images)), classes, shown))
 

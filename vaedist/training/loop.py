@@ -26,13 +26,19 @@ from vaedist.config.settings import expand
 from vaedist.core.errors import Diverged, UserError, did_you_mean
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.staging import staged
-from vaedist.data.loading.stream import EvaluationStream, TrainingStream, slice_bounds
+from vaedist.data.loading.order import slice_bounds
+from vaedist.data.loading.staging import stage_shards
+from vaedist.data.loading.stream import (
+    EvaluationStream,
+    EvaluationStreamConfig,
+    TrainingStream,
+    TrainingStreamConfig,
+)
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.runs.checkpoint import Best, Checkpoints, Committer
 from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -150,7 +156,7 @@ def _fit(
         return Outcome("already finished", start, progress.validation)
 
     # The model. Its weights are a function of (model, data shape, seed), or come from a checkpoint or another run.
-    model = build(model_config(job.model), index.spec, job.seed)
+    model = build(job.model, index.spec, job.seed)
     model.to(group.device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     _check_phases(job, model)
     check_monitor(job, model)
@@ -161,7 +167,9 @@ def _fit(
     if source is None:
         return _stopped_early(run, start, progress, tell)
     read = (job.data.train_split, job.data.validation_split)
-    source = exits.enter_context(staged(source, read, node=group, tell=tell, stopped=lambda: stop.requested))
+    source = exits.enter_context(
+        stage_shards(source, read, group=group, report=tell, stopped=lambda: stop.requested)
+    )
     how = choose_loader_settings(
         job.data, source, (total - start) * batch_size, group, torch.get_num_threads()
     )
@@ -169,20 +177,24 @@ def _fit(
     stream = TrainingStream(
         source,
         job.data.train_split,
-        batch_size=batch_size,
-        lanes=lanes,
-        seed=job.seed,
-        cache=how.cache,
-        finish=Inputs(job).finish if model.reads == "images" else None,
-        workers=how.readers[how.cache],
-        node=group,
-        **mine,
+        TrainingStreamConfig(
+            batch_size=batch_size,
+            lanes=lanes,
+            seed=job.seed,
+            cache=how.cache,
+            static_transform=Inputs(job).static_transform if model.reads == "images" else None,
+            workers=how.readers[how.cache],
+            group=group,
+            **mine,
+        ),
     )
     exits.callback(stream.close)
     stream.workers = how.readers[stream.cache]  # a cache may not have fitted
-    inputs = Inputs(job, finished=stream.finished)
+    inputs = Inputs(job, transformed=stream.transformed)
     held_out = EvaluationStream(
-        source, job.data.validation_split, batch_size=batch_size, workers=how.readers["none"], **mine
+        source,
+        job.data.validation_split,
+        EvaluationStreamConfig(batch_size=batch_size, workers=how.readers["none"], **mine),
     )
 
     check_monitored_term(job, model, held_out)
@@ -448,8 +460,7 @@ def _summary(
         "data": f"{index.folder}: {split.count} training images {'x'.join(map(str, spec.image_shape))}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
         "reads": how.describe(stream.cache),
-        "model": f"{job.model['kind']}, {parameters:,} parameters"
-        + (f", {frozen:,} of them frozen" * bool(frozen)),
+        "model": f"{job.kind}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
         "engine": options.engine,
         "batch": f"{train.batch_size} ({stream.steps_per_epoch} steps per epoch)",

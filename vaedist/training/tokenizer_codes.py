@@ -29,12 +29,12 @@ from vaedist.config.settings import expand, parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import INDEX_NAME, Index
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
-from vaedist.data.packing.pack import writing
+from vaedist.data.packing.shard_writer import explain_write_errors
 from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
-from vaedist.models.bases.frozen_tokenizer import Tokenizer
+from vaedist.models.bases.code_prior_config import Tokenizer, TokenizerConfig
 from vaedist.models.contract import Variant
 from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
 from vaedist.runs.open_run import open_run
@@ -64,20 +64,19 @@ def resolve_tokenizer(job: Job, index: Index, group: Group) -> Job:
         UserError: the tokenizer's run is not there, has no codes, takes other images, or is not the one that the
             job describes.
     """
-    asked = job.model.get("tokenizer")
+    asked: TokenizerConfig | None = getattr(job.model, "tokenizer", None)
     if asked is None:
         return job
-    run = asked if isinstance(asked, str) else asked["run"]
+    run = asked if isinstance(asked, str) else asked.run
     found = json.loads(group.from_leader(lambda: json.dumps(_describe(run, index)).encode()))
-    if not isinstance(asked, str) and asked["sha256"] != found["sha256"]:
+    if not isinstance(asked, str) and asked.sha256 != found["sha256"]:
         raise UserError(
             f"the tokenizer {run} has changed: its weights have the sha256 {found['sha256'][:12]}, and this job was "
-            f"begun with {asked['sha256'][:12]}: give the checkpoint that has those with model.tokenizer.run=..., or "
+            f"begun with {asked.sha256[:12]}: give the checkpoint that has those with model.tokenizer.run=..., or "
             f"begin anew with model.tokenizer={run} --new-run"
         )
-    content = job.model_dump(mode="json")
-    content["model"]["tokenizer"] = found
-    return parse(Job, content, where="the job with its tokenizer")
+    tokenizer = parse(Tokenizer, found, where=f"the tokenizer {run}")
+    return job.model_copy(update={"model": job.model.model_copy(update={"tokenizer": tokenizer})})
 
 
 def _describe(path: str, index: Index) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def _describe(path: str, index: Index) -> dict[str, Any]:
     model, shape = run.model, run.spec.image_shape
     if model.latent != "codes" or model.reads != "images":
         raise UserError(
-            f"model.tokenizer: {path} is a run of {run.job.model['kind']!r}, whose latent is not a map of codes: give "
+            f"model.tokenizer: {path} is a run of {run.job.kind!r}, whose latent is not a map of codes: give "
             "a run of a variant that has one, such as vqvae"
         )
     if shape != index.shape:
@@ -104,7 +103,7 @@ def _describe(path: str, index: Index) -> dict[str, Any]:
     return {
         "run": path,
         "sha256": weights_digest(model.state_dict()),
-        "model": run.job.model,
+        "model": run.job.model.model_dump(mode="json"),
         "codes": model.num_codes,
         "grid": list(grid),
         "binarise": run.job.data.binarise,
@@ -202,7 +201,7 @@ class _Making:
         orders: dict[str, Any] = {"folder": str(folder), "wait": False, "finished": True, "missing": []}
         if (folder / INDEX_NAME).exists():
             return json.dumps(orders).encode()
-        with writing(folder):
+        with explain_write_errors(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._locked(folder):
                 return json.dumps(orders | {"wait": True}).encode()
@@ -231,7 +230,7 @@ class _Making:
     def write(self, split: str, shard: int, codes: NDArray[np.int64]) -> bytes:
         assert self.writer is not None and self.lock is not None
         self.lock.check()
-        with writing(self.writer.folder):
+        with explain_write_errors(self.writer.folder):
             self.writer.write(split, shard, codes)
         self.left -= 1
         if time.monotonic() - self._told > _TELL_S:
@@ -242,7 +241,7 @@ class _Making:
     def finish(self) -> bytes:
         assert self.writer is not None and self.lock is not None
         self.lock.check()
-        with writing(self.writer.folder):
+        with explain_write_errors(self.writer.folder):
             self.writer.finish()
         return b""
 
@@ -264,15 +263,16 @@ def _encode(
     """Codes (n, h, w) of one shard's images, on every rank; none where a stop was asked for. Collective."""
     shards = images.split(split)
     first, count = int(shards.starts[number]), int(shards.counts[number])
-    rows = max(1, min(256, _PIXELS // (images.height * images.width)))
-    stream = EvaluationStream(
-        images, split, batch_size=rows * group.world, rank=group.rank, world=group.world, device=group.device,
+    rows = max(1, min(256, _PIXELS // (images.shape[1] * images.shape[2])))
+    config = EvaluationStreamConfig(
+        batch_size=rows * group.world, rank=group.rank, world=group.world, device=group.device,
         first=first, limit=count,
     )  # fmt: skip
+    stream = EvaluationStream(images, split, config)
     parts = []
     with contextlib.closing(stream):
         for batch in stream:
-            codes = tokenizer.codes(inputs.binarised(batch["image"], batch["key"]))
+            codes = tokenizer.codes(inputs.binarize(batch["image"], batch["key"]))
             parts.append(DistributedSampleContext(group, seed=0, samples=batch["sample"]).gather(codes).cpu())
             if _asked(stop, group):
                 return None

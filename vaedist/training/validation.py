@@ -24,7 +24,8 @@ from vaedist.core.context import SampleContext
 from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.core.imaging import as_numpy, to_uint8
 from vaedist.data.loading.inputs import Inputs
-from vaedist.data.loading.stream import EvaluationStream, slice_bounds
+from vaedist.data.loading.order import slice_bounds
+from vaedist.data.loading.stream import EvaluationStream
 from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.posterior_collapse import Usage, UsageCounter

@@ -28,9 +28,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,21 @@ MAGIC = b"vaecols1"
 _HEAD = len(MAGIC) + 4 * 8
 
 
-class Strings(Sequence[str]):
-    """Strings of one column, decoded when asked for."""
+class SampleRow(NamedTuple):
+    """One row of a shard's columns (see the module's table)."""
+
+    key: str
+    offset: int
+    size: int
+    crc: int
+    label: int
+    subject: str
+    digest: bytes
+    """SHA-256 of the decoded image, as `pixel_digest` makes it."""
+
+
+class StringColumn(Sequence[str]):
+    """The strings of one column, decoded when they are asked for."""
 
     def __init__(self, ends: NDArray[np.uint64], text: memoryview, where: str) -> None:
         self._ends, self._text, self._where = ends, text, where
@@ -63,8 +76,8 @@ class Strings(Sequence[str]):
         return self.take(np.array([i % len(self)]))[0]
 
     @classmethod
-    def joined(cls, parts: Sequence[Strings]) -> Strings:
-        """One column of several, one after the other; at least one."""
+    def concatenate(cls, parts: Sequence[StringColumn]) -> StringColumn:
+        """Several columns as one; at least one."""
         firsts = np.cumsum([0, *(len(part._text) for part in parts[:-1])], dtype=np.uint64)
         ends = np.concatenate([part._ends + first for part, first in zip(parts, firsts, strict=True)])
         return cls(ends, memoryview(b"".join(part._text for part in parts)), parts[0]._where)
@@ -80,15 +93,15 @@ class Strings(Sequence[str]):
             raise DataError(f"{self._where}: a text in it is not UTF-8; pack the data again") from None
 
 
-class Taken(Sequence[str]):
-    """Some strings of a column, decoded when the first of them is looked at: few steps of training ever look.
+class LazyStrings(Sequence[str]):
+    """Some strings of a column, decoded at the first access: few training steps read the keys.
 
     Args:
         strings: The column.
         rows: Which of it.
     """
 
-    def __init__(self, strings: Strings, rows: NDArray[np.integer]) -> None:
+    def __init__(self, strings: StringColumn, rows: NDArray[np.integer]) -> None:
         self._strings, self._rows = strings, rows
 
     @functools.cached_property
@@ -101,9 +114,9 @@ class Taken(Sequence[str]):
     @overload
     def __getitem__(self, i: int) -> str: ...
     @overload
-    def __getitem__(self, i: slice) -> Taken: ...
-    def __getitem__(self, i: int | slice) -> str | Taken:
-        return Taken(self._strings, self._rows[i]) if isinstance(i, slice) else self._texts[i]
+    def __getitem__(self, i: slice) -> LazyStrings: ...
+    def __getitem__(self, i: int | slice) -> str | LazyStrings:
+        return LazyStrings(self._strings, self._rows[i]) if isinstance(i, slice) else self._texts[i]
 
 
 class Columns:
@@ -130,12 +143,12 @@ class Columns:
         n, m, key_bytes, subject_bytes = (int(x) for x in np.frombuffer(data, "<u8", 4, len(MAGIC)))
         if len(data) != _HEAD + n * (4 * 8 + 3 * 4 + 32) + 4 + m * 8 + key_bytes + subject_bytes:
             raise broken
-        place = _HEAD
+        position = _HEAD
 
         def take(dtype: str, count: int) -> NDArray[Any]:
-            nonlocal place
-            column = np.frombuffer(data, dtype, count, place)
-            place += column.nbytes
+            nonlocal position
+            column = np.frombuffer(data, dtype, count, position)
+            position += column.nbytes
             return column
 
         self.offset: NDArray[np.uint64] = take("<u8", n)
@@ -155,16 +168,23 @@ class Columns:
             self.offset[1:] < (self.offset + self.size)[:-1]
         ).any():
             raise broken
-        text = memoryview(data)[place:]
-        self.keys = Strings(key_ends, text[:key_bytes], where)
-        self._subjects = Strings(subject_ends, text[key_bytes:], where)
+        text = memoryview(data)[position:]
+        self.keys = StringColumn(key_ends, text[:key_bytes], where)
+        self._subjects = StringColumn(subject_ends, text[key_bytes:], where)
 
     def __len__(self) -> int:
         return len(self.offset)
 
     def subject(self, i: int) -> str:
-        """Whose image sample `i` is; an empty string where the source does not tell."""
+        """Subject of sample `i`; an empty string where the source does not say."""
         return self._subjects[int(self._subject[i])]
+
+    def row(self, i: int) -> SampleRow:
+        """Sample `i` as `write_columns` takes it."""
+        offset, size, crc, label = (
+            int(column[i]) for column in (self.offset, self.size, self.crc, self.label)
+        )
+        return SampleRow(self.keys[i], offset, size, crc, label, self.subject(i), self.pixels[i].tobytes())
 
     @classmethod
     def read(cls, path: Path, sha256: str | None = None) -> Columns:
@@ -187,81 +207,56 @@ class Columns:
         return cls(data, str(path))
 
 
-def write_columns(
-    path: Path,
-    *,
-    tar: Path,
-    keys: Sequence[str],
-    offsets: Sequence[int] | NDArray[Any],
-    sizes: Sequence[int] | NDArray[Any],
-    crcs: Sequence[int] | NDArray[Any],
-    labels: Sequence[int] | NDArray[Any],
-    subjects: Sequence[str],
-    pixels: Sequence[bytes] | NDArray[np.uint8],
-) -> str:
+def write_columns(path: Path, tar: Path, rows: Iterable[SampleRow]) -> str:
     """Write the columns of one shard, atomically; the bytes are a function of the arguments alone.
 
     Args:
         path: Where to.
-        tar: The finished tar (its name may still be a temporary one): read back and checked against `crcs`.
-        keys, offsets, sizes, crcs, labels, subjects: n entries each, in the order of the tar (see the module's
-            table).
-        pixels: n digests of 32 bytes, as `pixel_digest` makes them.
+        tar: The finished tar (its name may still be a temporary one): read back and checked against the CRCs.
+        rows: In the order of the tar.
 
     Returns:
         SHA-256 of the file, for the index.
 
     Raises:
-        DataError: the tar does not hold what it should.
+        DataError: the tar does not hold what the rows say.
     """
-    n = len(keys)
-    lengths = {len(keys), len(offsets), len(sizes), len(crcs), len(labels), len(subjects), len(pixels)}
-    assert lengths == {n}, f"columns of different lengths: {sorted(lengths)}"
-    table = {subject: row for row, subject in enumerate(dict.fromkeys(subjects))}
-    key_texts, subject_texts = [key.encode() for key in keys], [subject.encode() for subject in table]
-    digests = pixels.tobytes() if isinstance(pixels, np.ndarray) else b"".join(pixels)
-    assert len(digests) == 32 * n, "a pixel digest has 32 bytes"
-
-    def ends(texts: list[bytes]) -> NDArray[np.uint64]:
-        return np.cumsum([len(text) for text in texts], dtype="<u8")
-
-    counts = (n, len(table), sum(map(len, key_texts)), sum(map(len, subject_texts)))
-    leads = _leads(tar, keys, offsets, sizes, crcs)
-    sections = (
-        np.asarray(counts, "<u8"),
-        np.asarray(offsets, "<u8"),
-        np.asarray(sizes, "<u8"),
-        np.asarray(labels, "<i8"),
-        ends(key_texts),
-        ends(subject_texts),
-        np.asarray(crcs, "<u4"),
-        np.asarray(leads, "<u4"),
-        np.asarray([table[subject] for subject in subjects], "<u4"),
+    rows = list(rows)
+    assert all(len(row.digest) == 32 for row in rows), "a pixel digest has 32 bytes"
+    table = {subject: number for number, subject in enumerate(dict.fromkeys(row.subject for row in rows))}
+    keys, subjects = [row.key.encode() for row in rows], [subject.encode() for subject in table]
+    key_ends, subject_ends = (
+        np.cumsum([len(text) for text in texts], dtype="<u8") for texts in (keys, subjects)
     )
-    data = b"".join(
-        [MAGIC, *(section.tobytes() for section in sections), digests, *key_texts, *subject_texts]
-    )
+    sections = [
+        np.asarray((len(rows), len(table), sum(map(len, keys)), sum(map(len, subjects))), "<u8"),
+        np.asarray([row.offset for row in rows], "<u8"),
+        np.asarray([row.size for row in rows], "<u8"),
+        np.asarray([row.label for row in rows], "<i8"),
+        key_ends,
+        subject_ends,
+        np.asarray([row.crc for row in rows], "<u4"),
+        np.asarray(_lead_crcs(tar, rows), "<u4"),
+        np.asarray([table[row.subject] for row in rows], "<u4"),
+    ]
+    digests = [row.digest for row in rows]
+    data = b"".join([MAGIC, *(section.tobytes() for section in sections), *digests, *keys, *subjects])
     replace_file(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def _leads(
-    tar: Path,
-    keys: Sequence[str],
-    offsets: Sequence[int] | NDArray[Any],
-    sizes: Sequence[int] | NDArray[Any],
-    crcs: Sequence[int] | NDArray[Any],
-) -> list[int]:
-    leads, place = [], 0
+def _lead_crcs(tar: Path, rows: Sequence[SampleRow]) -> list[int]:
+    """The `lead` column; checks each image's CRC on the way."""
+    leads, position = [], 0
     with open(tar, "rb") as file:
-        for key, offset, size, crc in zip(keys, offsets, sizes, crcs, strict=True):
-            assert int(offset) >= place, f"sample {key!r}: rows are not in the order of the tar"
-            leads.append(zlib.crc32(file.read(int(offset) - place)))
-            data = file.read(int(size))
-            place = int(offset) + int(size)
-            if len(data) != size or zlib.crc32(data) != crc:
+        for row in rows:
+            assert row.offset >= position, f"sample {row.key!r}: rows are not in the order of the tar"
+            leads.append(zlib.crc32(file.read(row.offset - position)))
+            data = file.read(row.size)
+            position = row.offset + row.size
+            if len(data) != row.size or zlib.crc32(data) != row.crc:
                 raise DataError(
-                    f"{tar}: sample {key!r} at byte {int(offset)} was not written as it should be"
+                    f"{tar}: sample {row.key!r} at byte {row.offset} was not written as it should be"
                 )
         leads.append(zlib.crc32(file.read()))
     return leads

@@ -1,16 +1,16 @@
 """The memory cache: every image of a split decoded once, in memory that a node's processes share.
 
-The memory has no name: it is a memfd, handed from the node's first process to the others over a socket, and it
-is gone when the last process is, however that ended. Nothing in /dev/shm can leak, and /dev/shm's size is no
-limit. Torchrun's children, the local engine's and Ray's workers are not related by fork, so the first process
-listens on an abstract Unix socket, also nameless on disk, whose address holds a secret that all ranks were told;
-only processes of the same user are answered.
+The memory is a memfd, which the node's first process passes to the others over a socket. A memfd has no name: the
+system frees it when the last process has ended, however that ended, so nothing can be left in /dev/shm, whose size is
+no limit either. Torchrun's children, the local engine's and Ray's workers are not related by fork, so the first process
+listens on an abstract Unix socket, which is no file either. Its address holds a secret that rank 0 sends to all ranks,
+and only processes of the same user are answered.
 
 All processes of the job take part, in the same order: agree on the secret, share the memory, decode (each its
-part of the node's copy), agree that all went well. The layer below torch.distributed may not use it, so what is
-needed of the process group comes in as `Node`; one process needs none.
+part of the node's copy), agree that all went well. This room may not import torch.distributed, so the process group
+is an argument (`Collectives`); one process needs none.
 
-What a job does to an image at every step alike (`Finish`) is done here, once.
+What a job does to an image at every step alike (`StaticTransform`) is done here, once.
 
 Where the memory is too small, the stream reads shards as without a cache, and says so in one sentence.
 
@@ -39,27 +39,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaedist.core.errors import DataError, UserError
-from vaedist.data.format.decoding import Rows
-from vaedist.data.format.index import Index, Split
+from vaedist.data.format.index import Index
+from vaedist.data.format.shard_reader import ShardReader
+from vaedist.data.format.split import Split
 
 _log = logging.getLogger("vaedist")
 _SHARE = 0.8  # of what is free; the rest is for the model and for the shards being read
 _SHARE_OF_DEVICE = 0.5  # of what is free there; the rest is for activations
-_DEADLINE_S = 120.0  # for a process of this node to fetch the memory once all ranks have been told of it
+_DEADLINE_S = 120.0  # for a process of this node to fetch the memory
 _BLOCK = 4 << 20  # bytes of shard read at once while filling
-_VALUES = 1 << 17  # pixels that are finished at once: it may take many bytes for each
-_LONGEST_SENTENCE = 4096  # bytes
+_VALUES = 1 << 17  # pixels that are transformed at once: that may take many bytes for each
+_LONGEST_MESSAGE = 4096  # bytes
 _ROUND = 4096  # samples that a process decodes between two agreements
 
 
 Cache = Literal["none", "memory", "device"]
 """Where a split lies, decoded."""
-Finish = Callable[[NDArray[np.uint8], Sequence[str]], None]
+StaticTransform = Callable[[NDArray[np.uint8], Sequence[str]], None]
 """Changes (n, C, H, W) uint8 images in place; the names are their keys."""
 
 
-class Node(Protocol):
-    """What sharing memory needs of a process group; `training.dist.Group` fits."""
+class Collectives(Protocol):
+    """What the cache and staging need of a process group (`vaedist.distributed.process_group`)."""
 
     rank: int
     world: int
@@ -76,23 +77,23 @@ class Node(Protocol):
         """Wait until all ranks are here."""
 
 
-def fill_memory(
+def fill_cache(
     index: Index,
     split: Split,
     *,
-    finish: Finish | None = None,
-    node: Node | None = None,
+    transform: StaticTransform | None = None,
+    group: Collectives | None = None,
     workers: int = 1,
     memory_limit: int | None = None,
 ) -> NDArray[Any] | None:
     """All images of the split, (N, C, H, W) uint8, shared by the processes of this node; or all codes, (N, 1, h, w).
 
-    Collective: with a `node` of several processes, all of them call it at the same point.
+    Collective: with a `group` of several processes, all of them call it at the same point.
 
     Args:
         index, split: What to decode.
-        finish: What is done to every image after it.
-        node: The process group; none: this process alone.
+        transform: What is done to every image after decoding.
+        group: The process group; none: this process alone.
         workers: Decoding threads of this process.
         memory_limit: Bytes that the cache may take on this node; default: 80 % of what is free.
 
@@ -100,16 +101,17 @@ def fill_memory(
         The images, or none where they do not fit (a warning has said so).
 
     Raises:
-        DataError: a sample is damaged; raised on all ranks, with one sentence.
+        DataError: a sample is damaged; raised on all ranks, with one message.
     """
     needed = split.count * index.sample_bytes
-    first = node is None or node.local_rank == 0
+    first = group is None or group.local_rank == 0
     allowed = (int(available_memory() * _SHARE) if memory_limit is None else memory_limit) if first else 0
-    alone = node is None or node.world == 1
-    if node is None or alone:
-        memory, part, parts = (_new_memory(needed) if needed <= allowed else None), 0, 1
+    if group is None or group.world == 1:
+        group, part, parts = None, 0, 1
+        memory = _new_memory(needed) if needed <= allowed else None
     else:
-        memory, part, parts = _share(needed, allowed, node), node.local_rank, node.local_world
+        part, parts = group.local_rank, group.local_world
+        memory = _share(needed, allowed, group)
     images: NDArray[Any] | None = None
     start = stop = 0
     if memory is not None:
@@ -125,17 +127,17 @@ def fill_memory(
         )
     # In rounds, so that no process waits long for another (collectives have deadlines) and damage ends it early.
     rounds = -(-(stop - start) // _ROUND)
-    if node is not None and not alone:
-        rounds = int(node.largest(torch.tensor([float(rounds)])))
+    if group is not None:
+        rounds = int(group.largest(torch.tensor([float(rounds)])))
     for low in range(start, start + rounds * _ROUND, _ROUND):
         failure: DataError | None = None
         if images is not None:
             try:
-                _decode_into(images, index, split, low, min(low + _ROUND, stop), workers, finish)
+                _decode_into(images, index, split, (low, min(low + _ROUND, stop)), workers, transform)
             except DataError as error:
                 failure = error
-        if node is not None and not alone:
-            failure = _first_told(failure, node)
+        if group is not None:
+            failure = _share_failure(failure, group)
         if failure is not None:
             raise failure
     if images is not None:
@@ -143,12 +145,12 @@ def fill_memory(
     return images
 
 
-def on_device(images: NDArray[Any], device: torch.device) -> Tensor | None:
-    """The same on the device, or none where it has no room (a warning has said so).
+def copy_to_device(images: NDArray[Any], device: torch.device) -> Tensor | None:
+    """A copy on the device, or none where it has no room (a warning has said so).
 
-    Codes become int32, in which a device can look things up.
+    Codes become int32, because a device cannot index with unsigned numbers.
     """
-    kind = np.uint8 if images.dtype == np.uint8 else np.int32
+    kind, dtype = (np.uint8, torch.uint8) if images.dtype == np.uint8 else (np.int32, torch.int32)
     needed = images.size * np.dtype(kind).itemsize
     if device.type == "cuda":
         allowed = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE)
@@ -160,53 +162,53 @@ def on_device(images: NDArray[Any], device: torch.device) -> Tensor | None:
                 _size(allowed),
             )
             return None
-    content = torch.empty(images.shape, dtype=torch.uint8 if kind == np.uint8 else torch.int32, device=device)
+    content = torch.empty(images.shape, dtype=dtype, device=device)
     step = max(1, _BLOCK * len(images) // needed)
     for start in range(0, len(images), step):  # not all at once: it would be in the node's memory twice
         content[start : start + step] = torch.from_numpy(images[start : start + step].astype(kind))
     return content
 
 
-def _first_told(failure: DataError | None, node: Node) -> DataError | None:
-    """One rank's failure, on all ranks: whichever process is heard, it names the sample."""
-    teller = int(node.largest(torch.tensor([0.0 if failure is None else node.rank + 1.0])))
-    if not teller:
+def _share_failure(failure: DataError | None, group: Collectives) -> DataError | None:
+    """The failure of one rank on all ranks, so that every process names the damaged sample. Collective."""
+    failed = int(group.largest(torch.tensor([0.0 if failure is None else group.rank + 1.0])))
+    if not failed:
         return None
-    sentence = torch.zeros(_LONGEST_SENTENCE)
-    if failure is not None and teller == node.rank + 1:
-        content = str(failure).encode()[:_LONGEST_SENTENCE]
-        sentence[: len(content)] = torch.tensor(list(content), dtype=torch.float32)
-    told = bytes(node.largest(sentence).to(torch.uint8).tolist())
-    return DataError(told.rstrip(b"\0").decode(errors="replace"))
+    message = torch.zeros(_LONGEST_MESSAGE)
+    if failure is not None and failed == group.rank + 1:
+        content = str(failure).encode()[:_LONGEST_MESSAGE]
+        message[: len(content)] = torch.tensor(list(content), dtype=torch.float32)
+    shared = bytes(group.largest(message).to(torch.uint8).tolist())
+    return DataError(shared.rstrip(b"\0").decode(errors="replace"))
 
 
 def _decode_into(
     images: NDArray[Any],
     index: Index,
     split: Split,
-    start: int,
-    stop: int,
+    samples: tuple[int, int],
     workers: int,
-    finish: Finish | None,
+    transform: StaticTransform | None,
 ) -> None:
     def decode(block: tuple[int, int, int]) -> None:
         shard, low, high = block
-        rows, base = Rows(index, split, shard, low, high), int(split.starts[shard])
+        reader, base = ShardReader(index, split, shard, low, high), int(split.starts[shard])
         for row in range(low, high):
-            rows.decode(row, images[base + row])
-        if finish is not None:
+            reader.decode(row, images[base + row])
+        if transform is not None:
             many = max(1, _VALUES // index.sample_bytes)
             for first in range(low, high, many):
                 last = min(first + many, high)
-                finish(images[base + first : base + last], rows.columns.keys[first:last])
+                transform(images[base + first : base + last], reader.columns.keys[first:last])
 
+    blocks = _blocks(split, *samples)
     if workers <= 1:
-        for block in _blocks(split, start, stop):
+        for block in blocks:
             decode(block)
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="vaedist-cache") as pool:
         try:
-            for _ in pool.map(decode, list(_blocks(split, start, stop))):
+            for _ in pool.map(decode, blocks):
                 pass
         except DataError:
             pool.shutdown(cancel_futures=True)
@@ -224,7 +226,7 @@ def _blocks(split: Split, start: int, stop: int) -> Iterator[tuple[int, int, int
         start += high - low
 
 
-# Memory without a name -----------------------------------------------------------------------------------------
+# Shared memory -------------------------------------------------------------------------------------------------
 
 
 def _new_memory(size: int) -> mmap.mmap:
@@ -236,15 +238,15 @@ def _new_memory(size: int) -> mmap.mmap:
         os.close(handle)
 
 
-def _share(needed: int, allowed: int, node: Node) -> mmap.mmap | None:
+def _share(needed: int, allowed: int, group: Collectives) -> mmap.mmap | None:
     """The node's memory in each of its processes; none on this node where it does not fit."""
-    secret = node.from_leader(lambda: secrets.token_bytes(16))
+    secret = group.from_leader(lambda: secrets.token_bytes(16))
     # Two nodes of a test cluster on one machine see the same sockets, so the node's name is part of the address.
     name = f"{os.uname().nodename} {os.environ.get('SLURMD_NODENAME', '')}".encode()
     address = b"\0vaedist-" + hashlib.blake2b(secret + name, digest_size=24).hexdigest().encode()
-    if node.local_rank != 0:
-        node.barrier()  # every listener listens
-        return _fetch(address, needed)
+    if group.local_rank != 0:
+        group.barrier()  # all listeners are bound
+        return _receive_memory(address, needed)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
             listener.bind(address)
@@ -252,22 +254,22 @@ def _share(needed: int, allowed: int, node: Node) -> mmap.mmap | None:
             raise UserError(
                 f"cache: memory cannot be shared on this node ({error}); set data.cache=none"
             ) from None
-        listener.listen(node.local_world)
+        listener.listen(group.local_world)
         listener.settimeout(_DEADLINE_S)
-        node.barrier()
+        group.barrier()
         if needed > allowed:
-            _hand_out(listener, node.local_world - 1, None)
+            _send_memory(listener, group.local_world - 1, None)
             return None
         handle = os.memfd_create("vaedist", os.MFD_CLOEXEC)
         try:
             os.ftruncate(handle, needed)
-            _hand_out(listener, node.local_world - 1, handle)
+            _send_memory(listener, group.local_world - 1, handle)
             return mmap.mmap(handle, needed)
         finally:
             os.close(handle)
 
 
-def _hand_out(listener: socket.socket, count: int, handle: int | None) -> None:
+def _send_memory(listener: socket.socket, count: int, handle: int | None) -> None:
     while count:
         try:
             connection, _ = listener.accept()
@@ -288,7 +290,7 @@ def _hand_out(listener: socket.socket, count: int, handle: int | None) -> None:
             count -= 1
 
 
-def _fetch(address: bytes, needed: int) -> mmap.mmap | None:
+def _receive_memory(address: bytes, needed: int) -> mmap.mmap | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_DEADLINE_S)
         try:

@@ -1,4 +1,4 @@
-"""What a model is shown of an image: binarised, augmented, and for a denoiser with noise that it is to remove.
+"""What a model receives of an image: binarized, augmented, and for a denoiser with noise that it has to remove.
 
 All of it happens on the device, on the uint8 images that the stream hands out, in this order:
 
@@ -22,8 +22,8 @@ a resumed run goes on with those that it would have seen. Outside training nothi
 static, so that numbers compare; only a denoiser, whose task the noise is, is measured with noise, fixed per
 (seed, sample).
 
-What is the same at every step and comes first (`static`, `threshold`) is done once to the images that a cache holds,
-where there is one (`Inputs.finish`): drawn anew, it took a sixth of a small network's step.
+What comes first and is the same at every step (`static`, `threshold`) is done once to the images that a cache holds,
+where there is one (`Inputs.static_transform`).
 
 `static` uses one 24-bit number per value from the SplitMix64 generator (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators"), in integers: the same on every device, for every order and batch. Salakhutdinov and
@@ -45,26 +45,27 @@ from vaedist.config.job import Job, Spec
 from vaedist.core.context import Batch, Context, SampleContext
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.data.loading.cache import Finish
-from vaedist.data.loading.stream import EvaluationStream
+from vaedist.data.loading.cache import StaticTransform
+from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 
 
 class Inputs:
     """A job's `data.binarise` and `augment`, applied to batches.
 
     Args:
-        job: Whose.
-        finished: Whether `finish` was done to all images of these batches.
+        job: The job.
+        transformed: Whether `static_transform` was applied to all images of these batches.
     """
 
-    def __init__(self, job: Job, *, finished: bool = False) -> None:
-        self._finished = finished
-        self.seed, self.binarise, self.augment = job.seed, job.data.binarise, job.augment
-        self._changes_images = self.binarise != "none" or bool(self.augment.flip or self.augment.shift)
+    def __init__(self, job: Job, *, transformed: bool = False) -> None:
+        self._transformed = transformed
+        self.seed, self.binarization, self.augment = job.seed, job.data.binarise, job.augment
+        self._changes_images = self.binarization != "none" or bool(self.augment.flip or self.augment.shift)
         self._changes_images |= bool(self.augment.noisy)
-        if isinstance(tokenizer := job.model.get("tokenizer"), dict):
+        tokenizer = getattr(job.model, "tokenizer", None)
+        if tokenizer is not None and not isinstance(tokenizer, str):
             # A prior's own images, of an evaluation, are binarised as those that its tokenizer was trained on.
-            self.seed, self.binarise = tokenizer["seed"], tokenizer["binarise"]
+            self.seed, self.binarization = tokenizer.seed, tokenizer.binarise
         self._counts: Tensor | None = None
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
@@ -82,8 +83,8 @@ class Inputs:
                 )
             return batch
         image = batch["image"]
-        if not self._finished:
-            image = self.binarised(image, batch.get("key", []), ctx if ctx.training else None)
+        if not self._transformed:
+            image = self.binarize(image, batch.get("key", []), ctx if ctx.training else None)
         if ctx.training and augment.flip:
             chosen = ctx.uniform("augment/flip", (len(image),)) < augment.flip
             image = torch.where(chosen[:, None, None, None], image.flip(-1), image)
@@ -97,7 +98,7 @@ class Inputs:
             shown["target"] = clean
         return shown
 
-    def binarised(self, image: Tensor, keys: Sequence[str], ctx: Context | None = None) -> Tensor:
+    def binarize(self, image: Tensor, keys: Sequence[str], ctx: Context | None = None) -> Tensor:
         """uint8 (B, C, H, W) of 0 and 255, or `image` itself where the job does not binarise.
 
         Args:
@@ -105,11 +106,11 @@ class Inputs:
             keys: B names; a static draw depends on (seed, key) alone.
             ctx: A training step's, for `dynamic`; none: the static draw in its place.
         """
-        if self.binarise == "none":
+        if self.binarization == "none":
             return image
-        if self.binarise == "threshold":
+        if self.binarization == "threshold":
             white = image >= 128
-        elif self.binarise == "dynamic" and ctx is not None:
+        elif self.binarization == "dynamic" and ctx is not None:
             white = ctx.uniform("binarise", image.shape) * 255 < image
         else:
             white = static_bits(self.seed, keys, image[0].numel(), image.device).view(image.shape) * 255 < (
@@ -118,15 +119,15 @@ class Inputs:
         return white.to(torch.uint8) * 255
 
     @property
-    def finish(self) -> Finish | None:
-        """What is the same of an image at every step, and first: a cache may hold it so. None: nothing is."""
-        if self.binarise not in ("static", "threshold"):
+    def static_transform(self) -> StaticTransform | None:
+        """The part that comes first and is the same at every step, which a cache can hold. None: there is none."""
+        if self.binarization not in ("static", "threshold"):
             return None
 
-        def finish(images: NDArray[np.uint8], keys: Sequence[str]) -> None:
-            images[:] = self.binarised(torch.from_numpy(images), keys).numpy()
+        def transform(images: NDArray[np.uint8], keys: Sequence[str]) -> None:
+            images[:] = self.binarize(torch.from_numpy(images), keys).numpy()
 
-        return finish
+        return transform
 
     def _noisy(self, image: Tensor, ctx: Context) -> Tensor:
         augment = self.augment
@@ -146,7 +147,7 @@ class Inputs:
 
 
 class EvaluationInputs:
-    """The batches of a split as a model of `job` is measured on them; can be iterated again.
+    """The batches of a split as a model of `job` is evaluated on them; can be iterated more than once.
 
     Attributes:
         count: Samples.
@@ -168,8 +169,8 @@ class EvaluationInputs:
 def rows_at_once(spec: Spec) -> int:
     """Images of about half a million pixels, 128 at most.
 
-    Twice as many take a third longer each on a CPU: activations of more than 32 MiB are given back to the system after
-    each layer, and zeroed by it for the next (`vaedist.distributed.memory`).
+    More are slower on a CPU: activations of more than 32 MiB are given back to the system after each layer, and zeroed
+    by it for the next (`vaedist.distributed.memory`).
     """
     return max(1, min(128, (1 << 19) // math.prod(spec.shape)))
 
@@ -177,20 +178,18 @@ def rows_at_once(spec: Spec) -> int:
 def whole_split(
     index: Index, name: str, job: Job, *, device: torch.device | str = "cpu", limit: int | None = None
 ) -> EvaluationInputs:
-    """Every image of a split, or its first `limit`, as a model of `job` is measured on them.
+    """Every image of a split, or its first `limit`, as a model of `job` is evaluated on them.
 
-    One batch size for whoever measures (`rows_at_once`), so that the same model has the same digits everywhere.
+    The batch size is always `rows_at_once`, so that the same model has the same digits everywhere.
     """
-    batches = EvaluationStream(
-        index, name, batch_size=rows_at_once(index.spec), workers=1, device=device, limit=limit
-    )
-    return EvaluationInputs(batches, job)
+    config = EvaluationStreamConfig(batch_size=rows_at_once(index.spec), device=device, limit=limit)
+    return EvaluationInputs(EvaluationStream(index, name, config), job)
 
 
-# The laws ---------------------------------------------------------------------------------------------------
+# Noise laws -------------------------------------------------------------------------------------------------
 
 BITS = 24
-"""Of each number that a static draw compares a grey value with."""
+"""Bits of each number that a static draw compares a gray value with."""
 _GOLDEN, _FIRST, _SECOND = (
     constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )

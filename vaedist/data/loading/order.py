@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Samples = NDArray[np.int64]
-_BLOCK = 16384  # sample numbers computed at once by `Order`: fewer cost more each, by the lanes' starts
+_BLOCK = 16384  # sample numbers computed at once: fewer cost more each, because each lane has a start to find
 
 
 def default_lanes(batch_size: int) -> int:
@@ -36,11 +36,11 @@ def slice_bounds(batch_size: int, rank: int, world: int) -> tuple[int, int]:
 
 def epoch_order(counts: Sequence[int] | NDArray[np.int64], *, seed: int, epoch: int) -> Samples:
     """All sample numbers of a split, (N,), in the order of one epoch, before it is cut into lanes."""
-    order = _Epoch(np.asarray(counts, np.int64), seed, epoch, kept=0)
+    order = _EpochOrder(np.asarray(counts, np.int64), seed, epoch, kept=0)
     return order.take(0, order.total)
 
 
-class _Epoch:
+class _EpochOrder:
     """One epoch's order, from which any run of places can be taken without making the rest."""
 
     def __init__(self, counts: NDArray[np.int64], seed: int, epoch: int, kept: int) -> None:
@@ -72,7 +72,7 @@ class _Epoch:
         return np.concatenate(parts)
 
 
-class Order:
+class TrainingOrder:
     """Training order of a split, for any step, counted from 0 over all epochs.
 
     Args:
@@ -92,7 +92,7 @@ class Order:
         """Samples of one lane in one batch, b."""
         self.lane_length = int(self.counts.sum()) // lanes
         self.steps_per_epoch = self.lane_length // self.width
-        self._epoch: tuple[int, _Epoch] | None = None
+        self._epoch: tuple[int, _EpochOrder] | None = None
         self._block: tuple[tuple[int, int, int, int], NDArray[np.int64]] | None = None
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Samples:
@@ -119,7 +119,7 @@ class Order:
             self._block = name, by_step[:, start - first * self.width : stop - first * self.width]
         return self._block[1][batch % steps]
 
-    def _of_epoch(self, epoch: int) -> _Epoch:
+    def _of_epoch(self, epoch: int) -> _EpochOrder:
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, _Epoch(self.counts, self.seed, epoch, kept=2 * self.lanes)
+            self._epoch = epoch, _EpochOrder(self.counts, self.seed, epoch, kept=2 * self.lanes)
         return self._epoch[1]

@@ -5,8 +5,8 @@ WebDataset tars whose samples are `<key>.npy` (the code grid, (h, w) uint16, or 
 `<key>.cls` and `<key>.json`. Splits, shards and rows are those of the images, so a sample has the same number in
 both and a step of training takes the same samples.
 
-`source` of its index is the stamp: which weights made it, of which data. It is written last; until then the
-shards that are whole have a receipt each under `.making/`, and whoever goes on makes only the others.
+`source` of its index is the stamp: which weights made it, of which data. The index is written last; until then the
+finished shards have a receipt each under `.making/`, and the next start makes only the others.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.core.errors import UserError
-from vaedist.core.files import replace_file
-from vaedist.data.format.image_files import encode
-from vaedist.data.format.index import Index, Shard
-from vaedist.data.packing.pack import shard_of, write_shard
+from vaedist.data.format.index import DatasetInfo, Index
+from vaedist.data.format.sample_codec import encode
+from vaedist.data.format.split import Shard
 from vaedist.data.packing.preparation import Prepared
 from vaedist.data.packing.publish import publish
+from vaedist.data.packing.shard_writer import ShardWriter
 from vaedist.data.sources import Item
 
 WORKSPACE = ".making"
@@ -63,7 +63,7 @@ def open_codes(folder: Path, stamp: Mapping[str, Any], images: Index) -> Index:
 
 
 class CodeWriter:
-    """Writes the codes of one packed folder, shard by shard; begun again, it goes on after the last whole shard.
+    """Writes the codes of one packed folder, shard by shard; a later start continues after the last whole shard.
 
     Args:
         folder: Made if missing (0700: what images show, their codes show too).
@@ -77,24 +77,23 @@ class CodeWriter:
 
     def __init__(self, folder: Path, images: Index, num_codes: int, stamp: Mapping[str, Any]) -> None:
         self.folder, self.images, self.stamp = folder, images, dict(stamp)
-        self.dtype: Literal["uint16", "uint32"] = "uint16" if num_codes <= 1 << 16 else "uint32"
+        self.dtype = "uint16" if num_codes <= 1 << 16 else "uint32"
         self.workspace = folder / WORKSPACE
         self.workspace.mkdir(mode=0o700, exist_ok=True)
-        for left in self.workspace.glob("*.tmp"):
-            left.unlink()
+        self._writer = ShardWriter(folder, self.workspace, "npy", images.classes)
+        self._writer.remove_temporary_files()
 
     def missing(self) -> Iterator[tuple[str, int]]:
-        """(split, shard number) of what is to be written, in order."""
+        """(split, shard number) of what is still to be written, in order."""
         for name, split in self.images.splits.items():
             for shard in range(len(split.shards)):
-                if self._receipt(name, shard) is None:
+                if self._writer.receipt(_shard_name(name, shard)) is None:
                     yield name, shard
 
     def write(self, split: str, shard: int, codes: NDArray[np.integer[Any]]) -> None:
         """The codes of one shard of images, (n, h, w), in the order of its rows."""
         columns = self.images.split(split).columns(shard)
         assert len(codes) == len(columns), "one grid of codes for each image"
-        numbers = {name: number for number, name in enumerate(self.images.classes)}
         stored = codes.astype(self.dtype)
 
         def samples() -> Iterator[Prepared]:
@@ -107,43 +106,31 @@ class CodeWriter:
                 data = memoryview(member)[skip:]
                 yield Prepared(item, member, skip, zlib.crc32(data), hashlib.sha256(data).digest())
 
-        name = self._name(split, shard)
-        receipt = write_shard(name, samples(), numbers, "npy", self.folder, self.workspace)
-        receipt["grid"] = list(codes.shape[1:])
-        replace_file(self.workspace / f"{name}.json", json.dumps(receipt).encode())
+        name = _shard_name(split, shard)
+        receipt = self._writer.write(name, samples())
+        self._writer.record(name, receipt | {"grid": list(codes.shape[1:])})
 
     def finish(self) -> Index:
-        """Write the index, which makes the shards a packed folder, and clear away what was needed to go on."""
+        """Write the index, which makes the shards a packed folder, and remove the receipts."""
         splits: dict[str, list[Shard]] = {}
         grid = (0, 0)
-        for name, split in self.images.splits.items():
-            splits[name] = []
+        for split in self.images.splits.values():
+            splits[split.name] = []
             for shard in range(len(split.shards)):
-                receipt = self._receipt(name, shard)
-                assert receipt is not None, f"{name} {shard} was never written"
-                splits[name].append(shard_of(self.folder, self._name(name, shard), receipt))
+                name = _shard_name(split.name, shard)
+                receipt = self._writer.receipt(name)
+                assert receipt is not None, f"{name} was never written"
+                splits[split.name].append(self._writer.shard(name, receipt))
                 grid = (receipt["grid"][0], receipt["grid"][1])
         publish(
             self.folder,
             splits,
-            shape=(1, *grid),
-            codec="npy",
-            classes=self.images.classes,
-            source=self.stamp,
-            codes=self.dtype,
+            DatasetInfo((1, *grid), "npy", self.images.classes, self.stamp, dtype=self.dtype),
         )
         shutil.rmtree(self.workspace, ignore_errors=True)
         return open_codes(self.folder, self.stamp, self.images)
 
-    def _receipt(self, split: str, shard: int) -> dict[str, Any] | None:
-        name = self._name(split, shard)
-        try:
-            receipt: dict[str, Any] = json.loads((self.workspace / f"{name}.json").read_bytes())
-            whole = (self.folder / f"{name}.tar").stat().st_size == receipt["bytes"]
-            return receipt if whole and (self.folder / f"{name}.cols").is_file() else None
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
 
-    def _name(self, split: str, shard: int) -> str:
-        """The shard of images' own name."""
-        return f"{split}-{shard:06d}"
+def _shard_name(split: str, shard: int) -> str:
+    """As the shard of images is named."""
+    return f"{split}-{shard:06d}"

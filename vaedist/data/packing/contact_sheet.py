@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vaedist.core.errors import DataError
 from vaedist.core.imaging import grid, save_png
-from vaedist.data.format.image_files import Picture, resize
-from vaedist.data.format.index import Split
+from vaedist.data.format.image_files import Picture
+from vaedist.data.format.index import DatasetInfo
+from vaedist.data.format.resize import resize
+from vaedist.data.format.sample_codec import decode_sample
+from vaedist.data.format.split import Split
 
 SAMPLES = 64
 COLUMNS = 8
@@ -21,31 +22,7 @@ _STRIP = 15  # pixels under a picture for the name of its class
 _TITLE = 26
 
 
-def picture_of(data: bytes, shape: tuple[int, ...], codec: str) -> Picture:
-    """The image whose data (as the index points at them) are `data`, (H, W) or (H, W, C).
-
-    Raises:
-        ValueError: they are not an image of that shape.
-    """
-    channels, height, width = shape
-    wanted = (height, width) if channels == 1 else (height, width, channels)
-    if codec == "npy":
-        return np.frombuffer(data, np.uint8).reshape(wanted)
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.size != (width, height):
-                raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels")
-            pixels = np.asarray(image)
-    except Exception as error:  # noqa: BLE001 - a damaged file can make a decoder raise anything
-        raise ValueError(str(error) or type(error).__name__) from None
-    if pixels.shape != wanted or pixels.dtype != np.uint8:
-        raise ValueError(f"it has the shape {pixels.shape} and the type {pixels.dtype}")
-    return pixels
-
-
-def write_contact_sheet(
-    folder: Path, split: Split, classes: Sequence[str], shape: tuple[int, ...], codec: str
-) -> Path:
+def write_contact_sheet(folder: Path, split: Split, info: DatasetInfo) -> Path:
     """Write `contact-<split>.png`: samples evenly spread over the split, in index order.
 
     Returns:
@@ -54,7 +31,7 @@ def write_contact_sheet(
     Raises:
         DataError: one of them is damaged.
     """
-    count = min(SAMPLES, split.count)
+    count, classes = min(SAMPLES, split.count), info.classes
     chosen = [i * split.count // count for i in range(count)]
     cells = []
     for sample in chosen:
@@ -65,21 +42,22 @@ def write_contact_sheet(
         try:
             with open(tar, "rb") as file:
                 file.seek(offset)
-                picture = _thumbnail(picture_of(file.read(size), shape, codec))
+                picture = _thumbnail(decode_sample(file.read(size), info.shape, info.codec))
         except (OSError, ValueError) as error:
             key = columns.keys[row]
             raise DataError(f"{tar}: sample {key!r} at byte {offset} cannot be shown: {error}") from None
         label = int(columns.label[row])
         name = classes[label] if 0 <= label < len(classes) else ""
-        cells.append(_labelled(picture, name) if classes else picture)
+        cells.append(_add_class_name(picture, name) if classes else picture)
     sheet = grid(np.stack(cells), COLUMNS)
-    colour = "gray" if shape[0] == 1 else "colour"
-    title = f"{split.name}: {split.count:,} images, {shape[2]} x {shape[1]} {colour}"
+    channels, height, width = info.shape
+    color = "gray" if channels == 1 else "colour"
+    title = f"{split.name}: {split.count:,} images, {width} x {height} {color}"
     title += f", {len(classes)} classes" if classes else ""
     title += f"; every {split.count // count}th is shown" if split.count > 2 * count else ""
     head = np.full((_TITLE, *sheet.shape[1:]), 255, np.uint8)
     path = folder / f"contact-{split.name}.png"
-    save_png(path, np.concatenate([_text(head, title, 15, (6, 3)), sheet]))
+    save_png(path, np.concatenate([_draw_text(head, title, 15, (6, 3)), sheet]))
     return path
 
 
@@ -93,12 +71,12 @@ def _thumbnail(picture: Picture) -> Picture:
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def _labelled(picture: Picture, name: str) -> Picture:
+def _add_class_name(picture: Picture, name: str) -> Picture:
     strip = np.full((_STRIP, *picture.shape[1:]), 255, np.uint8)
-    return np.concatenate([picture, _text(strip, name, 11, (2, 1))])
+    return np.concatenate([picture, _draw_text(strip, name, 11, (2, 1))])
 
 
-def _text(area: NDArray[np.uint8], text: str, size: int, place: tuple[int, int]) -> NDArray[np.uint8]:
+def _draw_text(area: NDArray[np.uint8], text: str, size: int, place: tuple[int, int]) -> NDArray[np.uint8]:
     """`area`, (H, W[, C]), with dark text on it."""
     flat = area[..., 0] if area.ndim == 3 and area.shape[2] == 1 else area
     image = Image.fromarray(np.ascontiguousarray(flat))

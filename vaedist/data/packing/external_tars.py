@@ -1,11 +1,11 @@
-"""Tars that somebody else wrote: made into a packed folder by an index, without touching them.
+"""Tars that other tools wrote: an index makes them a packed folder, and the tars are not changed.
 
-A sample is what WebDataset takes for one: the members that share a path up to the first dot of the file's name.
+A sample is what it is for WebDataset: the members that share a path up to the first dot of the file's name.
 Its image is `png` or `npy`, its class number `cls` (or `label` in `json`), its class name and subject `class` and
-`subject` in `json`. The split is told by the tar's name: `train`, `val`, `test` and their kin anywhere in it;
-tars that tell nothing are all `train`.
+`subject` in `json`. The tar's name says the split: `train`, `val`, `test` and similar words anywhere in it;
+other tars are all `train`.
 
-The stream reads pixels where they lie, so an image must already be what the index can point at: an 8-bit gray or
+The stream reads pixels in place, so an image must already be what the index can point at: an 8-bit gray or
 RGB PNG, or an npy of uint8 (H, W) or (H, W, 3) in C order, all of one size. Everything else (JPEG, 16 bits, a
 palette) has to be unpacked and packed anew, and the message says so.
 """
@@ -21,21 +21,23 @@ import tarfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vaedist.core.errors import UserError
-from vaedist.core.files import replace_file
-from vaedist.data.format.columns import write_columns
-from vaedist.data.format.image_files import BadImage, Limits, channels_first
-from vaedist.data.format.index import INDEX_NAME, Index, Shard, pixel_digest
-from vaedist.data.packing.contact_sheet import picture_of
-from vaedist.data.packing.packing_plan import Bad, part_subjects, split_rank
-from vaedist.data.packing.publish import publish, read_only
-from vaedist.data.sources import Item, clean_key, natural, split_name
+from vaedist.data.format.columns import SampleRow, write_columns
+from vaedist.data.format.identity import pixel_digest
+from vaedist.data.format.image_files import BadImage, Limits
+from vaedist.data.format.index import INDEX_NAME, DatasetInfo, Index
+from vaedist.data.format.sample_codec import channels_first, decode_sample
+from vaedist.data.format.split import Shard
+from vaedist.data.packing.packing_plan import split_sort_key
+from vaedist.data.packing.publish import make_read_only, publish
+from vaedist.data.packing.rejections import Rejections
+from vaedist.data.packing.subjects import keep_subjects_in_one_split
+from vaedist.data.sources import Item, clean_key, natural_key, split_name
 
 CODECS = ("png", "npy")
 _OTHERS = ("jpg", "jpeg", "webp", "ppm", "pgm", "tif", "tiff", "bmp", "gif", "jp2")
@@ -43,16 +45,11 @@ _LABELS = 1_000_000
 _NOTE = 2**20  # bytes of a json or cls member that are read
 
 
-@dataclass
-class _Row:
+class _TarSample(NamedTuple):
     """One sample of a tar."""
 
     item: Item
-    label: int
-    offset: int
-    size: int
-    crc: int
-    digest: bytes
+    row: SampleRow
     shape: tuple[int, ...]
     codec: str
 
@@ -82,69 +79,102 @@ def index_tars(
         raise UserError(f"{folder} is not a folder: give the one that holds the tars")
     if (folder / INDEX_NAME).exists():
         raise UserError(f"{folder} has an {INDEX_NAME} already: remove it to index the tars anew")
-    tars = sorted((*folder.glob("*.tar"), *folder.glob("*/*.tar")), key=lambda one: natural(str(one)))
+    tars = sorted((*folder.glob("*.tar"), *folder.glob("*/*.tar")), key=lambda path: natural_key(str(path)))
     if not tars:
-        packed = next(
-            (one.name for end in ("gz", "bz2", "xz", "zst") for one in folder.glob(f"*.tar.{end}")), None
-        )
-        tail = ": give the folder that holds the tars"
+        ends = ("gz", "bz2", "xz", "zst")
+        packed = next((path.name for end in ends for path in folder.glob(f"*.tar.{end}")), None)
+        advice = "give the folder that holds the tars"
         if packed:
-            tail = f": {packed} is compressed, and samples are read by offset; unpack it first"
-        raise UserError(f"{folder} holds no *.tar{tail}")
-    bad, limits = Bad(skip_bad), limits or Limits()
-    rows: dict[Path, list[_Row]] = {}
-    names: dict[int, str] = {}
+            advice = f"{packed} is compressed, and samples are read by offset; unpack it first"
+        raise UserError(f"{folder} holds no *.tar: {advice}")
+    rejections = Rejections(skip_bad)
+    reader = _TarReader(folder, rejections, limits or Limits())
+    samples: dict[Path, list[_TarSample]] = {}
     for number, tar in enumerate(tars, start=1):
-        rows[tar] = list(_read_tar(folder, tar, bad, limits, names))
+        samples[tar] = list(reader.read(tar))
         if progress:
             progress(number, len(tars))
-    _of_one_kind(rows, bad)
-    stay = {item.key for item in part_subjects([row.item for one in rows.values() for row in one], bad)}
-    rows = {tar: [row for row in one if row.item.key in stay] for tar, one in rows.items()}
-    kept = [row for one in rows.values() for row in one]
+    _reject_misfits(samples, rejections)
+    items = [sample.item for several in samples.values() for sample in several]
+    keys = {item.key for item in keep_subjects_in_one_split(items, rejections)}
+    samples = {tar: [one for one in several if one.item.key in keys] for tar, several in samples.items()}
+    kept = [sample for several in samples.values() for sample in several]
+    problems = rejections.problems
     if not kept:
-        reason = f": {bad.problems[0].origin} {bad.problems[0].reason}" if bad.problems else ""
+        reason = f": {problems[0].origin} {problems[0].reason}" if problems else ""
         raise UserError(f"the tars in {folder} hold no image that can be used{reason}")
 
-    classes = tuple(names.get(i, str(i)) for i in range(max(row.label for row in kept) + 1))
+    classes = tuple(reader.classes.get(i, str(i)) for i in range(max(one.row.label for one in kept) + 1))
     splits: dict[str, list[Shard]] = defaultdict(list)
-    for tar, one in rows.items():
-        if one:
-            splits[one[0].item.split or "train"].append(_write(tar, one))
-    if bad.problems:
-        lines = [json.dumps({"file": problem.origin, "reason": problem.reason}) for problem in bad.problems]
-        replace_file(folder / "rejected.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    index = publish(
-        folder,
-        {name: splits[name] for name in sorted(splits, key=split_rank)},
-        shape=kept[0].shape,
-        codec=kept[0].codec,
-        classes=classes,
-        source={"source": "tars", "rejected": len(bad.problems)},
-    )
-    return index, len(bad.problems)
+    for tar, several in samples.items():
+        if several:
+            splits[several[0].item.split or "train"].append(_write_shard_columns(tar, several))
+    rejections.write(folder)
+    source = {"source": "tars", "rejected": len(problems)}
+    info = DatasetInfo(kept[0].shape, kept[0].codec, classes, source)
+    index = publish(folder, {name: splits[name] for name in sorted(splits, key=split_sort_key)}, info)
+    return index, len(problems)
 
 
 def split_of(path: str) -> str:
-    """The split that a tar's path tells (`imagenet-val-0001.tar` is `validate`); `train` where it tells none."""
+    """The split that a tar's path names (`imagenet-val-0001.tar` is `validate`); `train` where it names none."""
     words = re.split(r"[^A-Za-z]+", path.removesuffix(".tar"))
     return next((split for word in words if word and (split := split_name(word))), "train")
 
 
-def _read_tar(folder: Path, tar: Path, bad: Bad, limits: Limits, names: dict[int, str]) -> Iterator[_Row]:
-    """The usable samples of one tar, in its order."""
-    shown = tar.relative_to(folder).as_posix()
-    split = split_of(shown)
-    with open(tar, "rb") as file:
-        for key, members in _samples(tar, shown):
-            origin = f"{shown}/{key}"
-            try:
-                yield _read_sample(file, shown, key, split, members, limits, names)
-            except BadImage as error:
-                bad.add(origin, str(error))
+class _TarReader:
+    """Reads the samples of the tars in one folder.
+
+    Attributes:
+        classes: Class names by class number, as far as json members give them.
+    """
+
+    def __init__(self, folder: Path, rejections: Rejections, limits: Limits) -> None:
+        self.folder, self.rejections, self.limits = folder, rejections, limits
+        self.classes: dict[int, str] = {}
+
+    def read(self, tar: Path) -> Iterator[_TarSample]:
+        """The usable samples of one tar, in its order."""
+        shown = tar.relative_to(self.folder).as_posix()
+        with open(tar, "rb") as file:
+            for key, members in _grouped_members(tar, shown):
+                try:
+                    yield self._read_sample(file, shown, key, members)
+                except BadImage as error:
+                    self.rejections.add(f"{shown}/{key}", str(error))
+
+    def _read_sample(
+        self, file: io.BufferedReader, shown: str, key: str, members: dict[str, tarfile.TarInfo]
+    ) -> _TarSample:
+        codec = next((one for one in CODECS if one in members), None)
+        if codec is None:
+            other = next((one for one in _OTHERS if one in members), None)
+            only = f", only {other}" if other else ""
+            raise BadImage(f"has no png or npy member{only}: unpack the tars and pack the folder")
+        member = members[codec]
+        if member.size > self.limits.bytes:
+            raise BadImage(f"has more than {self.limits.bytes:,} bytes (--max-bytes)")
+        file.seek(member.offset_data)
+        content = file.read(member.size)
+        skip, shape = (_shape_png if codec == "png" else _shape_npy)(content, self.limits)
+        data = memoryview(content)[skip:]
+        try:
+            picture = decode_sample(data, shape, codec)
+        except ValueError as error:
+            raise BadImage(f"is damaged: {error}") from None
+        note = _note(file, members.get("json"))
+        label = _label(file, members.get("cls"), note)
+        if label >= 0 and isinstance(note.get("class"), str):
+            self.classes.setdefault(label, note["class"])
+        subject = note.get("subject")
+        subject = subject if isinstance(subject, str) else ""
+        item = Item(clean_key(key), split_of(shown), None, subject, f"{shown}/{key}")
+        offset, digest = member.offset_data + skip, pixel_digest(channels_first(picture))
+        row = SampleRow(item.key, offset, len(data), zlib.crc32(data), label, subject, digest)
+        return _TarSample(item, row, shape, codec)
 
 
-def _samples(tar: Path, shown: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def _grouped_members(tar: Path, shown: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Members grouped as WebDataset groups them: neighbours with one path up to the first dot of the name."""
     current, members = None, dict[str, tarfile.TarInfo]()
     size = tar.stat().st_size
@@ -169,50 +199,6 @@ def _samples(tar: Path, shown: str) -> Iterator[tuple[str, dict[str, tarfile.Tar
         raise UserError(f"{shown} is damaged or not an uncompressed tar: {error}") from None
     if current is not None:
         yield current, members
-
-
-def _read_sample(
-    file: io.BufferedReader,
-    shown: str,
-    key: str,
-    split: str,
-    members: dict[str, tarfile.TarInfo],
-    limits: Limits,
-    names: dict[int, str],
-) -> _Row:
-    codec = next((one for one in CODECS if one in members), None)
-    if codec is None:
-        other = next((one for one in _OTHERS if one in members), None)
-        raise BadImage(
-            f"has no png or npy member{f', only {other}' if other else ''}: unpack the tars and pack the folder"
-        )
-    member = members[codec]
-    if member.size > limits.bytes:
-        raise BadImage(f"has more than {limits.bytes:,} bytes (--max-bytes)")
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    skip, shape = _shape_png(data, limits) if codec == "png" else _shape_npy(data, limits)
-    try:
-        picture = picture_of(data[skip:], shape, codec)
-    except ValueError as error:
-        raise BadImage(f"is damaged: {error}") from None
-    note = _note(file, members.get("json"))
-    label = _label(file, members.get("cls"), note)
-    if label >= 0 and isinstance(note.get("class"), str):
-        names.setdefault(label, note["class"])
-    subject = note.get("subject")
-    subject = subject if isinstance(subject, str) else ""
-    item = Item(clean_key(key), split, None, subject, f"{shown}/{key}")
-    return _Row(
-        item,
-        label,
-        member.offset_data + skip,
-        len(data) - skip,
-        zlib.crc32(memoryview(data)[skip:]),
-        pixel_digest(channels_first(picture)),
-        shape,
-        codec,
-    )
 
 
 def _shape_png(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
@@ -286,41 +272,29 @@ def _label(file: io.BufferedReader, member: tarfile.TarInfo | None, note: dict[s
     return label
 
 
-def _of_one_kind(rows: dict[Path, list[_Row]], bad: Bad) -> None:
-    """Leave out samples whose codec, size or key is not the set's: `rows` is changed."""
-    first = next((row for one in rows.values() for row in one), None)
-    keys: dict[str, str] = {}
-    for tar, one in rows.items():
-        kept = []
-        for row in one:
+def _reject_misfits(samples: dict[Path, list[_TarSample]], rejections: Rejections) -> None:
+    """Reject samples whose codec, size or key does not fit those before; `samples` is changed."""
+    first = next((sample for several in samples.values() for sample in several), None)
+    origins: dict[str, str] = {}
+    for tar, several in samples.items():
+        samples[tar] = []
+        for sample in several:
             assert first is not None
-            if (row.codec, row.shape) != (first.codec, first.shape):
-                here, there = (f"{of.codec} of (C, H, W) {of.shape}" for of in (row, first))
-                bad.add(row.item.origin, f"is a {here} and the first sample a {there}")
-            elif row.item.key in keys:
-                bad.add(row.item.origin, f"has the same key as {keys[row.item.key]} ({row.item.key})")
+            key, origin = sample.item.key, sample.item.origin
+            if (sample.codec, sample.shape) != (first.codec, first.shape):
+                here, there = (f"{of.codec} of (C, H, W) {of.shape}" for of in (sample, first))
+                rejections.add(origin, f"is a {here} and the first sample a {there}")
+            elif key in origins:
+                rejections.add(origin, f"has the same key as {origins[key]} ({key})")
             else:
-                keys[row.item.key] = row.item.origin
-                kept.append(row)
-        rows[tar] = kept
+                origins[key] = origin
+                samples[tar].append(sample)
 
 
-def _write(tar: Path, rows: list[_Row]) -> Shard:
-    """The columns of one tar."""
+def _write_shard_columns(tar: Path, samples: list[_TarSample]) -> Shard:
     columns = tar.with_suffix(".cols")
-    columns_sha256 = write_columns(
-        columns,
-        tar=tar,
-        keys=[row.item.key for row in rows],
-        offsets=[row.offset for row in rows],
-        sizes=[row.size for row in rows],
-        crcs=[row.crc for row in rows],
-        labels=[row.label for row in rows],
-        subjects=[row.item.subject for row in rows],
-        pixels=[row.digest for row in rows],
-    )
-    read_only(columns)
-    size = os.stat(tar).st_size
+    columns_sha256 = write_columns(columns, tar, [sample.row for sample in samples])
+    make_read_only(columns)
     with open(tar, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(tar, columns, len(rows), size, sha256, columns_sha256)
+    return Shard(tar, columns, len(samples), os.stat(tar).st_size, sha256, columns_sha256)

@@ -16,18 +16,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from vaedist.core.errors import UserError
-from vaedist.data.format.image_files import (
-    BadImage,
-    Codec,
-    Fit,
-    Picture,
-    channels_first,
-    encode,
-    fit_square,
-    to_channels,
-)
-from vaedist.data.format.index import pixel_digest
-from vaedist.data.sources import Item, Source
+from vaedist.data.format.identity import pixel_digest
+from vaedist.data.format.image_files import BadImage, Picture
+from vaedist.data.format.resize import Fit, fit_square, to_channels
+from vaedist.data.format.sample_codec import Codec, channels_first, encode
+from vaedist.data.sources import ImageSource, Item
 
 _CHUNK = 16  # items that travel to a worker together
 _AHEAD = 4  # chunks under way per worker: what bounds the memory
@@ -63,7 +56,7 @@ class Preparer:
         shape: (C, H, W) that comes out.
     """
 
-    source: Source
+    source: ImageSource
     size: int | None
     fit: Fit
     convert: bool
@@ -97,12 +90,9 @@ class Preparer:
             item, member, skip, zlib.crc32(memoryview(member)[skip:]), pixel_digest(channels_first(picture))
         )
 
-    def prepare_all(self, items: list[Item]) -> list[Prepared | Rejected]:
-        return [self.prepare(item) for item in items]
-
 
 def choose_shape(
-    source: Source, items: Sequence[Item], size: int | None, channels: int | None, skip_bad: bool = False
+    source: ImageSource, items: Sequence[Item], size: int | None, channels: int | None, skip_bad: bool = False
 ) -> tuple[tuple[int, int, int], bool]:
     """(C, H, W) of the set, and whether colour may become gray.
 
@@ -118,13 +108,13 @@ def choose_shape(
     convert = channels == 1
     if size is not None and channels is not None:
         return (channels, size, size), convert
-    looked = _look(source, items)
-    channels = channels or (3 if any(picture.ndim == 3 for picture in looked) else 1)
+    some = _spread(source, items)
+    channels = channels or (3 if any(picture.ndim == 3 for picture in some) else 1)
     if size is not None:
         return (channels, size, size), convert
-    height, width = looked[0].shape[:2]
-    other = next((one.shape[:2] for one in looked if one.shape[:2] != (height, width)), None)
-    least = min(min(one.shape[:2]) for one in looked)
+    height, width = some[0].shape[:2]
+    other = next((one.shape[:2] for one in some if one.shape[:2] != (height, width)), None)
+    least = min(min(one.shape[:2]) for one in some)
     # Models halve the side several times; what 32 divides suits every job that is shipped.
     advice = f"say --size, such as --size {least - least % 32 if least > 32 else least}"
     if other is not None and not skip_bad:
@@ -140,14 +130,14 @@ def choose_shape(
     return (channels, height, width), convert
 
 
-def barred(source: Source, items: Sequence[Item]) -> tuple[int, int]:
-    """On how many of a few pictures, spread over the listing, padding shows as black bars; how many were looked at."""
-    looked = _look(source, items)
-    return sum(_shows_bars(picture) for picture in looked), len(looked)
+def count_letterboxed(source: ImageSource, items: Sequence[Item]) -> tuple[int, int]:
+    """How many of some pictures, spread over the listing, get visible black borders by padding; and of how many."""
+    some = _spread(source, items)
+    return sum(_borders_show(picture) for picture in some), len(some)
 
 
-def _shows_bars(picture: Picture) -> bool:
-    """Whether black beside the long sides would be seen: slices and scans often have a black ground of their own."""
+def _borders_show(picture: Picture) -> bool:
+    """Whether black borders would be seen: slices and scans often have a black background of their own."""
     height, width = picture.shape[:2]
     if height == width:
         return False
@@ -155,34 +145,34 @@ def _shows_bars(picture: Picture) -> bool:
     return bool(sides.mean() > 25)
 
 
-def _look(source: Source, items: Sequence[Item], looks: int = 16) -> list[Picture]:
+def _spread(source: ImageSource, items: Sequence[Item], count: int = 16) -> list[Picture]:
     """The first picture that loads, then a few that are spread over the listing."""
-    looked: list[Picture] = []
+    loaded: list[Picture] = []
     reason = ""
-    spread = {i * len(items) // looks for i in range(looks)}
+    chosen = {i * len(items) // count for i in range(count)}
     for i, item in enumerate(items):
-        if looked and i not in spread:
+        if loaded and i not in chosen:
             continue
         try:
-            looked.append(source.load(item))
+            loaded.append(source.load(item))
         except BadImage as error:
             reason = reason or f"{item.origin} {error}"
-    if not looked:
+    if not loaded:
         raise UserError(f"none of {len(items)} files is an image: {reason}")
-    return looked
+    return loaded
 
 
 _preparer: Preparer | None = None
 
 
 def _start_worker(preparer: Preparer) -> None:
-    global _preparer  # a worker process has one job, and this is where it is kept
+    global _preparer  # a worker process has one job, kept here
     _preparer = preparer
 
 
 def _work(items: list[Item]) -> list[Prepared | Rejected]:
     assert _preparer is not None
-    return _preparer.prepare_all(items)
+    return [_preparer.prepare(item) for item in items]
 
 
 def prepare_in_order(

@@ -2,15 +2,15 @@
 
 A source module offers
 
-    OPTIONS: frozenset[str]                           # which of the source settings below it obeys
-    def recognises(path: Path) -> int                 # how sure it is that this is its layout; 0: it is not
-    def open_source(path, settings: Settings) -> Source
+    OPTIONS: frozenset[str]                           # which of the source settings below it uses
+    def recognizes(path: Path) -> int                 # how sure it is that this is its layout; 0: it is not
+    def open_source(path, settings: SourceSettings) -> ImageSource
 
-and a `Source` lists `Item`s in a fixed order and loads the picture of any one of them. A source is a plain
+and an `ImageSource` lists `Item`s in a fixed order and loads the picture of any one of them. A source is a plain
 object that can be sent to worker processes. What it cannot use it lists as a `Problem`, so that the packer
 decides once, for every source, whether that ends the run or goes to `rejected.jsonl`.
 
-A new kind of source is one new file here: the door, the layout detection and the packer find it by its name.
+A new kind of source is one new file here: the command, the layout detection and the packer find it by its name.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Item:
     label: str | None
     """Name of its class."""
     subject: str
-    """Whose image it is; empty where that has no meaning or is not known."""
+    """The person or animal it shows; empty where that has no meaning or is not known."""
     origin: str
     """Where it comes from, relative to the input, for messages and `rejected.jsonl`."""
-    place: Any = None
+    location: Any = None
     """What the source needs to load it: a path, a number. Plain data."""
     size: int = 0
     """Bytes of the input file (0: not a file of its own); part of the packing plan."""
@@ -62,8 +62,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a person may say about a source. A source names those it obeys in `OPTIONS`; others are refused."""
+class SourceSettings:
+    """The user's settings of a source. A source names those that it uses in `OPTIONS`; others are refused."""
 
     seed: int = 0
     size: int | None = None
@@ -77,7 +77,7 @@ class Settings:
     axis: int | None = None
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """An opened source."""
 
     def items(self) -> Iterator[Item | Problem]:
@@ -116,7 +116,7 @@ def detect(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder of images, idx files or volumes, or `phantom`")
     try:
-        scores = {name: find(name).recognises(path) for name in names()}
+        scores = {name: find(name).recognizes(path) for name in names()}
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
     best = max(scores, key=lambda name: scores[name])
@@ -146,7 +146,7 @@ def clean_key(text: str) -> str:
     return plain
 
 
-def natural(text: str) -> list[tuple[bool, int, str]]:
+def natural_key(text: str) -> list[tuple[bool, int, str]]:
     """Sort key under which `slice_2` comes before `slice_10`."""
     parts = [part for part in re.split(r"(\d+)", text) if part]
     return [(False, int(part), "") if part.isdecimal() else (True, 0, part) for part in parts]
@@ -164,29 +164,29 @@ def split_name(folder: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file met by `walk`."""
+class FoundFile:
+    """A file that `walk` found."""
 
     path: Path
     relative: str
     size: int
 
 
-def walk(top: Path, folder: Path | None = None, *, deep: bool = True) -> Iterator[Found | Problem]:
-    """All regular files below `folder` (default: `top`), in natural order; links are followed, loops are told.
+def walk(top: Path, folder: Path | None = None, *, deep: bool = True) -> Iterator[FoundFile | Problem]:
+    """All regular files below `folder` (default: `top`), in natural order; links are followed, loops are reported.
 
     With `deep=False` only those directly in it.
 
-    Hidden files and the litter of desktops (`Thumbs.db`, `desktop.ini`) are passed over.
+    Hidden files and those of desktops (`Thumbs.db`, `desktop.ini`) are passed over.
     """
     folder = folder or top
-    above = [folder, *(one for one in folder.parents if one.is_relative_to(top))]
-    yield from _walk(top, folder, tuple(os.path.realpath(one) for one in above), deep)
+    above = [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
+    yield from _walk(top, folder, tuple(os.path.realpath(path) for path in above), deep)
 
 
-def _walk(top: Path, folder: Path, chain: tuple[str, ...], deep: bool) -> Iterator[Found | Problem]:
+def _walk(top: Path, folder: Path, chain: tuple[str, ...], deep: bool) -> Iterator[FoundFile | Problem]:
     try:
-        entries = sorted(os.listdir(folder), key=natural)
+        entries = sorted(os.listdir(folder), key=natural_key)
     except OSError as error:
         yield Problem(relative_to(top, folder), f"the folder cannot be read ({error.strerror})")
         return
@@ -211,7 +211,7 @@ def _walk(top: Path, folder: Path, chain: tuple[str, ...], deep: bool) -> Iterat
         elif not stat.S_ISREG(state.st_mode):
             yield Problem(shown, "is not a regular file (a pipe, socket or device)")
         else:
-            yield Found(path, shown, state.st_size)
+            yield FoundFile(path, shown, state.st_size)
 
 
 def folders(path: Path) -> list[Path]:
@@ -219,7 +219,9 @@ def folders(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     inner = [path / name for name in os.listdir(path) if not name.startswith(".")]
-    return sorted((one for one in inner if one.is_dir()), key=lambda one: natural(one.name))
+    return sorted(
+        (folder for folder in inner if folder.is_dir()), key=lambda folder: natural_key(folder.name)
+    )
 
 
 def relative_to(top: Path, path: Path) -> str:

@@ -20,12 +20,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vaedist.core.errors import UserError
-from vaedist.data.format.image_files import Picture, decode, read_file
+from vaedist.data.format.image_files import Picture, read_picture
 from vaedist.data.sources import (
-    Found,
+    FoundFile,
     Item,
     Problem,
-    Settings,
+    SourceSettings,
     clean_key,
     folders,
     relative_to,
@@ -36,12 +36,12 @@ from vaedist.data.sources import (
 OPTIONS = frozenset({"fit", "match"})
 
 
-def recognises(path: Path) -> int:
+def recognizes(path: Path) -> int:
     return 1 if path.is_dir() and any(path.iterdir()) else 0
 
 
 class FolderSource:
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: SourceSettings) -> None:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder")
         inner = folders(path)
@@ -82,7 +82,9 @@ class FolderSource:
         for found in walk(self._top, folder):
             yield from self._item(found, split, None)
 
-    def _item(self, found: Found | Problem, split: str | None, label: str | None) -> Iterator[Item | Problem]:
+    def _item(
+        self, found: FoundFile | Problem, split: str | None, label: str | None
+    ) -> Iterator[Item | Problem]:
         if isinstance(found, Problem):
             yield found
         elif self._match is None or fnmatchcase(found.relative, self._match):
@@ -96,11 +98,11 @@ class FolderSource:
     def _loose(self, folder: Path, reason: str) -> Iterator[Problem]:
         """Files that lie where only folders belong."""
         for found in walk(self._top, folder, deep=False):
-            yield Problem(found.relative, reason) if isinstance(found, Found) else found
+            yield Problem(found.relative, reason) if isinstance(found, FoundFile) else found
 
     def load(self, item: Item) -> Picture:
-        return decode(read_file(item.place, self._limits), self._limits)
+        return read_picture(item.location, self._limits)
 
 
-def open_source(path: Path, settings: Settings) -> FolderSource:
+def open_source(path: Path, settings: SourceSettings) -> FolderSource:
     return FolderSource(path, settings)

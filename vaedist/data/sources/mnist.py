@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from vaedist.core.errors import UserError
 from vaedist.data.format.image_files import Limits, Picture
-from vaedist.data.sources import Item, Problem, Settings
+from vaedist.data.sources import Item, Problem, SourceSettings
 
 OPTIONS = frozenset({"fit"})
 _NAME = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
@@ -28,14 +28,16 @@ _SPLITS = {"train": "train", "t10k": "test"}
 _IMAGES_PER_FILE = 8  # times --max-bytes: what an unpacked idx file may have, for it holds many images
 
 
-def recognises(path: Path) -> int:
+def recognizes(path: Path) -> int:
     return 10 if _files(path) else 0
 
 
 def _files(path: Path) -> dict[tuple[str, str], Path]:
     """(`train` or `t10k`, `images` or `labels`) to file, the plain one where both are there."""
     found: dict[tuple[str, str], Path] = {}
-    for file in sorted(path.iterdir() if path.is_dir() else [], key=lambda one: len(one.name), reverse=True):
+    for file in sorted(
+        path.iterdir() if path.is_dir() else [], key=lambda file: len(file.name), reverse=True
+    ):
         name = _NAME.fullmatch(file.name)
         if name:
             found[name[1], name[2]] = file
@@ -101,9 +103,9 @@ class MnistSource:
                 yield Item(f"{split}_{i:05d}", split, label, "", f"{file.name}[{i}]", (part, i))
 
     def load(self, item: Item) -> Picture:
-        part, i = item.place
+        part, i = item.location
         return self._pictures(part)[i]
 
 
-def open_source(path: Path, settings: Settings) -> MnistSource:
+def open_source(path: Path, settings: SourceSettings) -> MnistSource:
     return MnistSource(path, settings.limits)

@@ -12,26 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vaedist.core.errors import UserError
-from vaedist.data.format.image_files import Picture, decode, read_file
-from vaedist.data.sources import Item, Problem, Settings, folders, walk
+from vaedist.data.format.image_files import Picture, read_picture
+from vaedist.data.sources import Item, Problem, SourceSettings, folders, walk
 
 OPTIONS = frozenset({"fit"})
 SPLITS = {f"keras_png_slices_{split}": split for split in ("train", "validate", "test")}
 _NAME = re.compile(r"case_(\d+)_slice_(\d+)(\.nii)?\.png")
 
 
-def recognises(path: Path) -> int:
+def recognizes(path: Path) -> int:
     return 10 if _top(path) is not None else 0
 
 
 def _top(path: Path) -> Path | None:
     """The folder that holds the split folders: `path` or one directly in it."""
     candidates = [path, *folders(path)]
-    return next((one for one in candidates if any((one / name).is_dir() for name in SPLITS)), None)
+    return next((path for path in candidates if any((path / name).is_dir() for name in SPLITS)), None)
 
 
 class OasisSource:
-    def __init__(self, top: Path, settings: Settings) -> None:
+    def __init__(self, top: Path, settings: SourceSettings) -> None:
         self._top = top
         self._limits = settings.limits
 
@@ -52,10 +52,10 @@ class OasisSource:
                 yield Item(key, split, None, case, found.relative, str(found.path), found.size)
 
     def load(self, item: Item) -> Picture:
-        return decode(read_file(item.place, self._limits), self._limits)
+        return read_picture(item.location, self._limits)
 
 
-def open_source(path: Path, settings: Settings) -> OasisSource:
+def open_source(path: Path, settings: SourceSettings) -> OasisSource:
     top = _top(path)
     if top is None:
         raise UserError(

@@ -26,12 +26,13 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaedist.data.format.image_files import Picture
-from vaedist.data.sources import Item, Problem, Settings
+from vaedist.data.sources import Item, Problem, SourceSettings
 
 OPTIONS = frozenset({"count"})
 CLASSES = ("young", "old")
@@ -40,10 +41,11 @@ SLICES = 16
 COUNT: Mapping[str, int] = {"train": 1024, "validate": 128, "test": 128}
 SIZE = 64
 
-Field = NDArray[np.float32]
+Field = NDArray[Any]
+"""float32 (H, W)."""
 
 
-def recognises(_path: Path) -> int:
+def recognizes(_path: Path) -> int:
     return 0  # asked for by name: `vaedist-shard phantom`
 
 
@@ -76,34 +78,20 @@ class Head:
 
 
 @functools.lru_cache(maxsize=4096)
-def head(seed: int, split: str, subject: int) -> tuple[Head, str]:
-    """Anatomy and class of a subject; classes alternate, so that both halves are equal."""
+def head(seed: int, split: str, subject: int) -> Head:
+    """Anatomy of a subject."""
     rng = _generator("phantom head", seed, split, subject)
-    label = CLASSES[subject % 2]
-    age = float(np.clip((rng.normal(0.18, 0.10) if label == "young" else rng.normal(0.78, 0.12)), 0, 1))
+    young = _class_of(subject) == "young"
+    age = float(np.clip((rng.normal(0.18, 0.10) if young else rng.normal(0.78, 0.12)), 0, 1))
     direction = rng.normal(size=(9, 3)) * (1.0, 1.0, 0.45)
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    waves = np.concatenate(
-        [
-            direction * rng.uniform(11.0, 17.0, (9, 1)),
-            rng.uniform(0, 2 * np.pi, (9, 1)),
-            rng.uniform(0.7, 1.3, (9, 1)),
-        ],
-        axis=1,
-    )
-    bend = np.concatenate(
-        [
-            rng.normal(0, 3.2, (4, 2)),
-            rng.normal(0, 2.0, (4, 1)),
-            rng.uniform(0, 2 * np.pi, (4, 1)),
-            rng.normal(0, 0.07, (4, 2)),
-        ],
-        axis=1,
-    )
-    harmonics = np.stack(
-        [rng.normal(0, 1, 4) * (0.014, 0.012, 0.007, 0.005), rng.uniform(0, 2 * np.pi, 4)], axis=1
-    )
-    made = Head(
+    vectors = direction * rng.uniform(11.0, 17.0, (9, 1))
+    waves = np.hstack([vectors, rng.uniform(0, 2 * np.pi, (9, 1)), rng.uniform(0.7, 1.3, (9, 1))])
+    vectors = np.hstack([rng.normal(0, 3.2, (4, 2)), rng.normal(0, 2.0, (4, 1))])
+    bend = np.hstack([vectors, rng.uniform(0, 2 * np.pi, (4, 1)), rng.normal(0, 0.07, (4, 2))])
+    amplitudes = rng.normal(0, 1, 4) * (0.014, 0.012, 0.007, 0.005)
+    harmonics = np.stack([amplitudes, rng.uniform(0, 2 * np.pi, 4)], axis=1)
+    return Head(
         age=age,
         width=float(rng.uniform(0.70, 0.79)),
         length=float(rng.uniform(0.86, 0.95)),
@@ -124,7 +112,24 @@ def head(seed: int, split: str, subject: int) -> tuple[Head, str]:
         first=float(rng.uniform(-0.12, -0.04)),
         last=float(rng.uniform(0.66, 0.74)),
     )
-    return made, label
+
+
+def _class_of(subject: int) -> str:
+    return CLASSES[subject % 2]  # both halves are equal
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """The pixels of one slice in the head's coordinates."""
+
+    x: Field
+    y: Field
+    z: float
+    pixel: float
+
+    def inside(self, distance: Field, soft: float = 1.0) -> Field:
+        """1 where a signed distance is negative, 0 where positive, an edge of `soft` pixels between."""
+        return np.clip(0.5 - distance / np.float32(soft * self.pixel), 0, 1)
 
 
 def render(anatomy: Head, height: float, size: int, rng: np.random.Generator) -> Picture:
@@ -136,27 +141,20 @@ def render(anatomy: Head, height: float, size: int, rng: np.random.Generator) ->
         size: Pixels per side.
         rng: Of this slice: noise, coil profile, gain.
     """
-    z = anatomy.first + (anatomy.last - anatomy.first) * height
     pixel = 2.0 / size
     line = ((np.arange(size) + 0.5) * pixel - 1.0).astype(np.float32)
     across, down = line[None, :], -line[:, None]
     cos, sin = np.float32(np.cos(anatomy.tilt)), np.float32(np.sin(anatomy.tilt))
     x = cos * (across - anatomy.shift[0]) + sin * (down - anatomy.shift[1])
     y = cos * (down - anatomy.shift[1]) - sin * (across - anatomy.shift[0])
+    plane = _Plane(x, y, anatomy.first + (anatomy.last - anatomy.first) * height, pixel)
+    return _scan(_tissues(anatomy, plane), plane, rng)
 
-    def inside(distance: Field, soft: float = 1.0) -> Field:
-        """1 where a signed distance is negative, 0 where positive, an edge of `soft` pixels between."""
-        return np.clip(0.5 - distance / np.float32(soft * pixel), 0, 1)
 
-    # Outline and the shells below it: distance grows inwards, in units of the half width.
-    dome = float(np.sqrt(1.0 - 0.95 * max(z, 0.0) ** 2))
-    narrow = 1.0 - 0.10 * y - 0.06 * y * y
-    radius = np.sqrt((x / (anatomy.width * narrow)) ** 2 + (y / anatomy.length) ** 2) + np.float32(1e-6)
-    angle = np.arctan2(y, x)
-    ripple = np.ones_like(radius)
-    for order, (amplitude, phase) in enumerate(anatomy.harmonics, start=2):
-        ripple += np.float32(amplitude) * np.cos(order * angle + np.float32(phase))
-    depth = (np.float32(dome) * ripple - radius) * np.float32(anatomy.width)
+def _tissues(anatomy: Head, plane: _Plane) -> Field:
+    """The slice before it is scanned, in [0, 1]."""
+    x, y, z, inside = plane.x, plane.y, plane.z, plane.inside
+    depth = _depth(anatomy, plane)
     scalp, skull = anatomy.scalp, anatomy.skull
     gap = 0.012 + 0.030 * anatomy.age
     fluid, gray, white = anatomy.contrast
@@ -166,22 +164,10 @@ def render(anatomy: Head, height: float, size: int, rng: np.random.Generator) ->
     marrow = scalp + 0.5 * skull
     image = _over(image, 0.30, inside(np.abs(depth - marrow) - 0.13 * skull) * np.float32(0.9))
 
-    # Cortex: a bent coordinate system, plane waves in it, and their zero sets as sulci.
-    bent_x, bent_y = x, y
-    for kx, ky, kz, phase, dx, dy in anatomy.bend.astype(np.float32):
-        wave = np.sin(kx * x + ky * y + np.float32(kz * z + phase))
-        bent_x, bent_y = bent_x + dx * wave, bent_y + dy * wave
-    fold, slope_x, slope_y = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
-    for kx, ky, kz, phase, amplitude in anatomy.waves.astype(np.float32):
-        angle = kx * bent_x + ky * bent_y + np.float32(kz * z + phase)
-        fold += amplitude * np.sin(angle)
-        slope = amplitude * np.cos(angle)
-        slope_x += kx * slope
-        slope_y += ky * slope
+    # Cortex.
     surface = depth - np.float32(scalp + skull + gap)  # 0 at the brain's surface, positive in it
     reach = np.float32(0.19 + 0.02 * anatomy.age)
-    steep = np.sqrt(slope_x * slope_x + slope_y * slope_y + np.float32(64.0))
-    sulcus = np.abs(fold) / steep + np.maximum(surface - reach, 0) * np.float32(1.3)
+    sulcus = _folding(anatomy, plane) + np.maximum(surface - reach, 0) * np.float32(1.3)
     fissure_x = np.abs(x + np.float32(0.012) * np.sin(7 * y + np.float32(anatomy.waves[0, 3])))
     low = float(np.clip(1.0 - z / 0.42, 0, 1))  # 1 at the level of the ventricles, 0 above them
     fissure = fissure_x + np.float32(low) * np.maximum(np.float32(0.42) - np.abs(y + np.float32(0.02)), 0)
@@ -197,12 +183,13 @@ def render(anatomy: Head, height: float, size: int, rng: np.random.Generator) ->
     side: Field = (outer * np.maximum(x, 0) - inner * np.minimum(x, 0)).astype(np.float32)
     wide = 0.020 + 0.062 * anatomy.age
     core = np.float32(np.clip(1.15 - z / 0.36, 0, 1))
-    if core > 0:
-        tissue = _over(tissue, gray * 1.04, inside(_ellipse(side, y, 0.125, -0.10, 0.085, 0.135)) * core)
-        tissue = _over(tissue, gray * 1.02, inside(_ellipse(side, y, 0.285, 0.03, 0.060, 0.185)) * core)
-        tissue = _over(
-            tissue, gray * 1.06, inside(_ellipse(side, y, 0.130 + wide, 0.24, 0.052, 0.105)) * core
-        )
+    nuclei = [
+        (1.04, (0.125, -0.10, 0.085, 0.135)),
+        (1.02, (0.285, 0.03, 0.060, 0.185)),
+        (1.06, (0.130 + wide, 0.24, 0.052, 0.105)),
+    ]
+    for brightness, ellipse in nuclei if core > 0 else ():
+        tissue = _over(tissue, gray * brightness, inside(_ellipse(side, y, *ellipse)) * core)
     image = _over(image, tissue, brain * inside(opening - gyrus, 1.5))
     if z < 0.46:
         closing = 1.0 if z < 0.25 else (0.46 - z) / 0.21
@@ -213,16 +200,50 @@ def render(anatomy: Head, height: float, size: int, rng: np.random.Generator) ->
         horn = np.hypot(side - arc, np.maximum(span, 0)) - taper
         image = _over(image, fluid, inside(horn) * brain)
     if z < 0.12:
-        slit = np.maximum(
-            fissure_x - np.float32(0.010 + 0.022 * anatomy.age), np.abs(y + np.float32(0.10)) - 0.13
-        )
+        half_width = np.float32(0.010 + 0.022 * anatomy.age)
+        slit = np.maximum(fissure_x - half_width, np.abs(y + np.float32(0.10)) - 0.13)
         image = _over(image, fluid, inside(slit) * brain)
+    return image
 
-    # The scanner: coil profile, gain, Rician noise.
+
+def _depth(anatomy: Head, plane: _Plane) -> Field:
+    """Distance to the head's outline, growing inwards, in units of the half width."""
+    x, y = plane.x, plane.y
+    dome = float(np.sqrt(1.0 - 0.95 * max(plane.z, 0.0) ** 2))
+    narrow = 1.0 - 0.10 * y - 0.06 * y * y
+    radius = np.sqrt((x / (anatomy.width * narrow)) ** 2 + (y / anatomy.length) ** 2) + np.float32(1e-6)
+    angle = np.arctan2(y, x)
+    ripple = np.ones_like(radius)
+    for order, (amplitude, phase) in enumerate(anatomy.harmonics, start=2):
+        ripple += np.float32(amplitude) * np.cos(order * angle + np.float32(phase))
+    return (np.float32(dome) * ripple - radius) * np.float32(anatomy.width)
+
+
+def _folding(anatomy: Head, plane: _Plane) -> Field:
+    """|F| / |grad F| of a sum F of plane waves in a bent coordinate system: 0 in the middle of a sulcus."""
+    x, y, z = plane.x, plane.y, plane.z
+    bent_x, bent_y = x, y
+    for kx, ky, kz, phase, dx, dy in anatomy.bend.astype(np.float32):
+        wave = np.sin(kx * x + ky * y + np.float32(kz * z + phase))
+        bent_x, bent_y = bent_x + dx * wave, bent_y + dy * wave
+    fold, slope_x, slope_y = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    for kx, ky, kz, phase, amplitude in anatomy.waves.astype(np.float32):
+        angle = kx * bent_x + ky * bent_y + np.float32(kz * z + phase)
+        fold += amplitude * np.sin(angle)
+        slope = amplitude * np.cos(angle)
+        slope_x += kx * slope
+        slope_y += ky * slope
+    gradient: Field = np.sqrt(slope_x * slope_x + slope_y * slope_y + np.float32(64.0))
+    return np.abs(fold) / gradient
+
+
+def _scan(image: Field, plane: _Plane, rng: np.random.Generator) -> Picture:
+    """The slice as a scanner measures it: coil profile, gain, Rician noise."""
+    x, y = plane.x, plane.y
     tilt = rng.normal(0, 0.06, 5).astype(np.float32)
     coil = 1 + tilt[0] * x + tilt[1] * y + tilt[2] * x * y + tilt[3] * (x * x) + tilt[4] * (y * y)
     signal = image * coil * np.float32(rng.uniform(0.94, 1.06))
-    noise = rng.standard_normal((2, size, size), dtype=np.float32) * np.float32(rng.uniform(0.012, 0.026))
+    noise = rng.standard_normal((2, *image.shape), dtype=np.float32) * np.float32(rng.uniform(0.012, 0.026))
     measured = np.hypot(signal + noise[0], noise[1])
     return np.rint(np.clip(measured, 0, 1) * 255).astype(np.uint8)
 
@@ -246,17 +267,16 @@ class PhantomSource:
             for i in range(count):
                 subject, number = divmod(i, SLICES)
                 name = f"{split}_{subject:05d}"
-                label = CLASSES[subject % 2]
                 key = f"{name}_slice_{number:02d}"
-                yield Item(key, split, label, name, f"phantom {key}", (split, subject, number))
+                yield Item(key, split, _class_of(subject), name, f"phantom {key}", (split, subject, number))
 
     def load(self, item: Item) -> Picture:
-        split, subject, number = item.place
-        anatomy, _ = head(self._seed, split, subject)
+        split, subject, number = item.location
+        anatomy = head(self._seed, split, subject)
         rng = _generator("phantom slice", self._seed, split, subject, number)
         height = (number + float(rng.uniform(0, 0.9))) / SLICES
         return render(anatomy, height, self._size, rng)
 
 
-def open_source(_path: Path, settings: Settings) -> PhantomSource:
+def open_source(_path: Path, settings: SourceSettings) -> PhantomSource:
     return PhantomSource(settings.seed, settings.size or SIZE, settings.count or COUNT)

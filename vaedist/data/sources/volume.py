@@ -35,22 +35,23 @@ from numpy.typing import NDArray
 
 from vaedist.core.errors import UserError
 from vaedist.core.files import replace_file
-from vaedist.data.format.image_files import BadImage, Limits, Picture, resize
-from vaedist.data.sources import Found, Item, Problem, Settings, clean_key, split_name, walk
+from vaedist.data.format.image_files import BadImage, Limits, Picture
+from vaedist.data.format.resize import resize
+from vaedist.data.sources import FoundFile, Item, Problem, SourceSettings, clean_key, split_name, walk
 
 OPTIONS = frozenset({"fit", "match", "slices", "axis"})
 OASIS_DISC = "*_t88_masked_gfc.hdr"
 _SUFFIXES = (".nii", ".nii.gz", ".hdr")
 _NAMED = re.compile(r"OAS\d_\d+|(?<![A-Za-z0-9])sub-[A-Za-z0-9]+")
 _LARGEST = 2**31  # voxels
-_LOOK = 2000  # files looked at before a folder is said to hold no volumes
+_LISTED = 2000  # files looked at before a folder is said to hold no volumes
 
 
-def recognises(path: Path) -> int:
+def recognizes(path: Path) -> int:
     if path.is_file():
         return 10 if path.name.endswith(_SUFFIXES) else 0
-    found = (one for one in islice(walk(path), _LOOK) if isinstance(one, Found))
-    return 5 if any(one.path.name.endswith(_SUFFIXES) for one in found) else 0
+    files = (found for found in islice(walk(path), _LISTED) if isinstance(found, FoundFile))
+    return 5 if any(file.path.name.endswith(_SUFFIXES) for file in files) else 0
 
 
 def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
@@ -85,9 +86,9 @@ def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
         raise BadImage("needs more memory to read than there is") from None
     except Exception as error:  # noqa: BLE001 - nibabel and zlib raise many kinds on damaged files
         raise BadImage(f"cannot be read as a volume: {str(error) or type(error).__name__}") from None
-    scaled = normalise(data)
+    scaled = normalize(data)
     # Rows run down (from the far end of the second axis that is left), columns to the right.
-    rest = [one for one in range(3) if one != axis]
+    rest = [other for other in range(3) if other != axis]
     slices = scaled.transpose(axis, rest[1], rest[0])[:, ::-1]
     tall, wide = abs(zooms[rest[1]]), abs(zooms[rest[0]])
     height, width = slices.shape[1:]
@@ -98,11 +99,11 @@ def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
             raise BadImage(
                 f"has voxels of {tall:g} x {wide:g} mm, which make slices of {width} x {height} pixels"
             )
-        return np.stack([resize(one, height, width) for one in slices])
+        return np.stack([resize(cut, height, width) for cut in slices])
     return np.ascontiguousarray(slices)
 
 
-def normalise(data: NDArray[np.float32]) -> NDArray[np.uint8]:
+def normalize(data: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Intensities of one volume on 0..255 by the module's rule; what is not finite counts as the lowest.
 
     Raises:
@@ -120,10 +121,10 @@ def normalise(data: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def subjects_of(paths: Sequence[str]) -> dict[str, str]:
-    """Whose volume each is, from their paths below the input.
+    """The subject of each volume, from the paths below the input.
 
-    Where no name tells, volumes of one folder count as one patient's: to take `p7/p7_T1.nii` and `p7/p7_T2.nii` for two
-    subjects would put one head into training and test. Of `T1/p7.nii` and `T2/p7.nii` the files' names are the more
+    Where no name says it, volumes of one folder are of one patient: if `p7/p7_T1.nii` and `p7/p7_T2.nii` were two
+    subjects, one head could be in training and test. Of `T1/p7.nii` and `T2/p7.nii` the files' names are the more
     numerous, so they are the patients.
     """
     named = {path: _NAMED.search(path) for path in paths}
@@ -132,7 +133,7 @@ def subjects_of(paths: Sequence[str]) -> dict[str, str]:
     for path, parts in rest.items():
         if len(parts) > 1 and split_name(parts[0]) is not None:
             rest[path] = parts[1:]
-    # Folders that all of them share tell nothing.
+    # Folders that all of them share say nothing.
     levels = zip(*(parts[:-1] for parts in rest.values()), strict=False)
     depth = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
     folders = {path: "".join(parts[depth:-1][:1]) for path, parts in rest.items()}
@@ -148,7 +149,7 @@ def _stem(name: str) -> str:
 
 
 class VolumeSource:
-    def __init__(self, path: Path, settings: Settings, spool: Path) -> None:
+    def __init__(self, path: Path, settings: SourceSettings, spool: Path) -> None:
         self._path, self._match, self._limits = path, settings.match, settings.limits
         self._slices, self._axis = (
             settings.slices or (0.0, 1.0),
@@ -157,7 +158,7 @@ class VolumeSource:
         self._spool = spool
 
     def items(self) -> Iterator[Item | Problem]:
-        files: list[Found] = []
+        files: list[FoundFile] = []
         for found in self._files():
             if isinstance(found, Problem):
                 yield found
@@ -178,13 +179,13 @@ class VolumeSource:
             except BadImage as error:
                 yield Problem(found.relative, str(error))
 
-    def _files(self) -> Iterator[Found | Problem]:
+    def _files(self) -> Iterator[FoundFile | Problem]:
         if self._path.is_file():
-            yield Found(self._path, self._path.name, self._path.stat().st_size)
+            yield FoundFile(self._path, self._path.name, self._path.stat().st_size)
         else:
             yield from walk(self._path)
 
-    def _volume(self, found: Found, key: str, subject: str) -> Iterator[Item]:
+    def _volume(self, found: FoundFile, key: str, subject: str) -> Iterator[Item]:
         if found.size == 0:
             raise BadImage("is empty (0 bytes)")
         state = found.path.stat()
@@ -195,9 +196,9 @@ class VolumeSource:
             np.save(buffer, read_volume(found.path, self._axis, self._limits))
             replace_file(kept, buffer.getvalue())
         slices = np.load(kept, mmap_mode="r", allow_pickle=False)
-        there = (slices > 25).mean(axis=(1, 2)) >= 0.01
+        shows_something = (slices > 25).mean(axis=(1, 2)) >= 0.01
         first, last = (round(share * len(slices)) for share in self._slices)
-        numbers = [i for i in range(first, last) if there[i]]
+        numbers = [i for i in range(first, last) if shows_something[i]]
         if not numbers:
             raise BadImage("has no slice with anything in it")
         split = split_name(found.relative.split("/")[0]) if "/" in found.relative else None
@@ -213,11 +214,11 @@ class VolumeSource:
             )
 
     def load(self, item: Item) -> Picture:
-        path, number = item.place
+        path, number = item.location
         return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[number])
 
 
-def open_source(path: Path, settings: Settings) -> VolumeSource:
+def open_source(path: Path, settings: SourceSettings) -> VolumeSource:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     assert settings.workspace is not None, "volumes need a workspace"

@@ -22,6 +22,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 
+HANG_SECONDS = 45.0
+"""How long a process may be silent before it counts as lost, where the user does not say."""
 BEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.5
 """How often an observer looks at the processes that it observes."""

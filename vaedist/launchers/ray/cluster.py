@@ -29,7 +29,7 @@ from typing import Any
 from vaedist.core.errors import UserError
 from vaedist.core.temporary_folder import temporary_folder
 from vaedist.launchers.allocation import Allocation, allocation
-from vaedist.launchers.local import loopback, python_path
+from vaedist.launchers.environment import loopback_interface, python_path, temporary_environment
 
 Resources = Mapping[str, float]
 """What a node offers, by Ray's names: CPU, GPU, memory..."""
@@ -160,7 +160,7 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
         import ray
 
         if ray.is_initialized():
-            with environment(RAY_ENV | {"PYTHONPATH": python_path()}):
+            with temporary_environment(RAY_ENV | {"PYTHONPATH": python_path()}):
                 yield Cluster(private=False, told="found")
             return
     if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
@@ -176,8 +176,10 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
     }
     if request is not None:
         request.fit([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
-    variables = RAY_ENV | PRIVATE_RAY_ENV | _LOOPBACK | tokens | loopback() | {"PYTHONPATH": python_path()}
-    with environment(variables), contextlib.ExitStack() as exits:
+    variables = (
+        RAY_ENV | PRIVATE_RAY_ENV | _LOOPBACK | tokens | loopback_interface() | {"PYTHONPATH": python_path()}
+    )
+    with temporary_environment(variables), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
         exits.enter_context(_without_anonymous_deaths())
         yield Cluster(private=True, told="started on this machine")
@@ -285,21 +287,6 @@ def _usable_gpus(ours: Allocation, device: str) -> int:
     return min(ours.gpus, torch.cuda.device_count())
 
 
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for a while: what Ray's processes inherit."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 @functools.cache
 def _secret() -> str:
     # One per process: Ray caches the first token that it reads.
@@ -314,7 +301,7 @@ def _token(folder: Path) -> Iterator[None]:
         file.write(_secret())
     inherited = os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
     try:
-        with environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
+        with temporary_environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
             yield
     finally:
         if inherited is not None:

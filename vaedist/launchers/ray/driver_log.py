@@ -107,7 +107,7 @@ class DriverLog:
         if self.stuck:
             who = next(iter(self.stuck.values()))
         self._failures += 1
-        self._recovery.lost(now)
+        self._recovery.on_lost(now)
         if self._failures <= self._max_failures:
             print(
                 f"vaedist: {who}; starting again from the last checkpoint "
@@ -128,7 +128,7 @@ class DriverLog:
             self.world = world
             self.stuck.clear()
             self._waiting_since = self._too_small_since = None
-        told = self._recovery.reached(stage, now)
+        told = self._recovery.on_stage(stage, now)
         if told and not self._quiet:
             print(told, flush=True)
 

@@ -52,8 +52,9 @@ from vaedist.config.settings import expand
 from vaedist.core import errors
 from vaedist.core.errors import UserError
 from vaedist.core.files import replace_file
-from vaedist.launchers.local import HANG_SECONDS
-from vaedist.launchers.ray.cluster import ResourceRequest, cluster, environment, nodes
+from vaedist.distributed.liveness.silence import HANG_SECONDS
+from vaedist.launchers.environment import temporary_environment
+from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
 from vaedist.launchers.ray.driver_log import BUGS, STUCK, DriverLog, named
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
@@ -124,7 +125,7 @@ def run(
         began = ("driver", process_start_time()), ("Ray", time.time())
         lock = exits.enter_context(RunLock.acquire(run_folder))
         found = exits.enter_context(cluster(request))
-        exits.enter_context(environment(knobs))
+        exits.enter_context(temporary_environment(knobs))
         gpus, room = request.fit(nodes())
         asked = exits.enter_context(StopRequest(None, ""))
         work = exits.enter_context(work_folder(run_folder))

@@ -33,9 +33,10 @@ from typing import Any
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.launchers.local import HANG_SECONDS
+from vaedist.distributed.liveness.silence import HANG_SECONDS
+from vaedist.launchers.environment import temporary_environment
 from vaedist.launchers.ray import trainer as trains
-from vaedist.launchers.ray.cluster import ResourceRequest, cluster, environment, nodes
+from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
 from vaedist.launchers.ray.heartbeat import HeartbeatMonitor, heartbeat_file, record_death
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_lock import RunLock
@@ -104,7 +105,7 @@ def run(
         sweep = SearchController.open(folder, space, index, tell)
         if not sweep.left:
             return sweep
-        exits.enter_context(environment(_KNOBS))
+        exits.enter_context(temporary_environment(_KNOBS))
         request = ResourceRequest(workers, _ANY_NUMBER, space.resources.cpus, space.resources.gpus, device)
         try:
             found = exits.enter_context(cluster(request))

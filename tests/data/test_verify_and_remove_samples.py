@@ -1,4 +1,4 @@
-"""Verifying finds every kind of damage and names the sample; striking mends the folder."""
+"""Verifying finds every kind of damage and names the sample; removing the samples repairs the folder."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import pytest
 
 from vaedist.core.errors import DataError, UserError
 from vaedist.data.format.index import Index
-from vaedist.data.packing.maintenance import read_keys, strike, verify
-from vaedist.data.packing.pack import Packing, pack
-from vaedist.data.sources import Settings
+from vaedist.data.packing.pack import PackingConfig, pack
+from vaedist.data.packing.remove_samples import read_keys, remove_samples
+from vaedist.data.packing.verify import verify
+from vaedist.data.sources import SourceSettings
 
 
 @pytest.fixture(params=["png", "npy"])
 def index(tmp_path: Path, request: pytest.FixtureRequest) -> Index:
-    settings = Settings(count={"train": 40, "test": 10})
-    options = Packing(
+    settings = SourceSettings(count={"train": 40, "test": 10})
+    options = PackingConfig(
         "phantom",
         tmp_path / "out",
         size=16,
-        per_shard=20,
+        samples_per_shard=20,
         codec=request.param,
-        validation=0.0,
+        validation_fraction=0.0,
         settings=settings,
     )
     return pack(options).index
@@ -113,25 +114,25 @@ def test_a_lost_shard_names_all_its_samples(index: Index, how: str) -> None:
     assert [damage.key for damage in verify(index)] == keys_of(index, "train")[20:]
 
 
-def test_damaged_columns_are_told(index: Index) -> None:
+def test_damaged_columns_are_reported(index: Index) -> None:
     change(index.split("train").shards[0].columns_path, lambda data: data.__setitem__(60, data[60] ^ 1))
     damages = verify(Index.open(index.folder))
     assert [(damage.shard, damage.key) for damage in damages] == [("train-000000.cols", None)]
 
 
-# Striking ----------------------------------------------------------------------------------------------------
+# Removing samples --------------------------------------------------------------------------------------------
 
 
-def test_striking_takes_samples_out_and_changes_the_identity(index: Index) -> None:
+def test_removing_takes_samples_out_and_changes_the_identity(index: Index) -> None:
     keys = [*keys_of(index, "train")[2:5], keys_of(index, "test")[0]]
     tars = {tar: hashlib.sha256(tar.read_bytes()).digest() for tar in index.folder.glob("*.tar")}
-    opened, count = strike(index, keys, "ugly")
+    opened, count = remove_samples(index, keys, "ugly")
     assert count == 4
     assert opened.identity != index.identity
     assert {name: split.count for name, split in opened.splits.items()} == {"train": 37, "test": 9}
     assert not set(keys) & {*keys_of(opened, "train"), *keys_of(opened, "test")}
-    assert [entry["key"] for entry in opened.struck] == keys
-    assert {entry["reason"] for entry in opened.struck} == {"ugly"}
+    assert [entry["key"] for entry in opened.info.removed] == keys
+    assert {entry["reason"] for entry in opened.info.removed} == {"ugly"}
     assert verify(opened) == []
     assert {tar: hashlib.sha256(tar.read_bytes()).digest() for tar in index.folder.glob("*.tar")} == tars
     # A run that opened the folder before goes on.
@@ -139,28 +140,28 @@ def test_striking_takes_samples_out_and_changes_the_identity(index: Index) -> No
     assert verify(index) == []
 
 
-def test_the_order_of_striking_does_not_matter(index: Index, tmp_path: Path) -> None:
+def test_the_order_of_removing_does_not_matter(index: Index, tmp_path: Path) -> None:
     keys = keys_of(index, "train")
-    together, _ = strike(index, keys[:2])
-    rest, _ = strike(together, keys[5:7])
-    again, none = strike(rest, keys[:7:3])
-    assert none == 1, "keys struck before are passed over"
-    settings = Settings(count={"train": 40, "test": 10})
-    options = Packing("phantom", tmp_path / "b", size=16, validation=0.0, settings=settings)
-    other, _ = strike(pack(options).index, [*keys[:2], keys[3], *keys[5:7]])
+    together, _ = remove_samples(index, keys[:2])
+    rest, _ = remove_samples(together, keys[5:7])
+    again, none = remove_samples(rest, keys[:7:3])
+    assert none == 1, "keys removed before are passed over"
+    settings = SourceSettings(count={"train": 40, "test": 10})
+    options = PackingConfig("phantom", tmp_path / "b", size=16, validation_fraction=0.0, settings=settings)
+    other, _ = remove_samples(pack(options).index, [*keys[:2], keys[3], *keys[5:7]])
     assert other.identity == again.identity, "the identity is that of what is left, however it is packed"
 
 
-def test_striking_every_damaged_sample_mends_the_folder(index: Index) -> None:
+def test_removing_every_damaged_sample_repairs_the_folder(index: Index) -> None:
     keys = keys_of(index, "train")
     tar, offset, size = place_of(index, keys[7])
     change(tar, lambda data: data.__setitem__(offset + size // 2, data[offset + size // 2] ^ 1))
     index.split("train").shards[1].tar.unlink()
     damaged = [str(damage.key) for damage in verify(index)]
     assert damaged == [keys[7], *keys[20:]]
-    with pytest.raises(DataError, match=f"{keys[7]}.*strike it as well"):
-        strike(index, [keys[0]])
-    opened, count = strike(index, damaged, "damaged")
+    with pytest.raises(DataError, match=f"{keys[7]}.*remove it as well"):
+        remove_samples(index, [keys[0]])
+    opened, count = remove_samples(index, damaged, "damaged")
     assert count == 21
     assert verify(opened) == []
     assert opened.split("train").count == 19
@@ -170,9 +171,9 @@ def test_striking_every_damaged_sample_mends_the_folder(index: Index) -> None:
 def test_keys_that_are_not_there(index: Index) -> None:
     before = (index.folder / "index.json").read_bytes()
     with pytest.raises(UserError, match="no sample 'nobody'"):
-        strike(index, ["nobody", keys_of(index, "train")[0]])
+        remove_samples(index, ["nobody", keys_of(index, "train")[0]])
     with pytest.raises(UserError, match="nothing would be left of the split 'test'"):
-        strike(index, keys_of(index, "test"))
+        remove_samples(index, keys_of(index, "test"))
     assert (index.folder / "index.json").read_bytes() == before
 
 
