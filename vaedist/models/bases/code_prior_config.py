@@ -11,7 +11,7 @@ from vaedist.config.settings import Strict, free, overridable
 
 
 class Tokenizer(Strict):
-    """What a tokenizer's run is: everything but its weights. vaedist-train writes it."""
+    """What a tokenizer's run is, without its weights. vaedist-train writes it."""
 
     run: str = free(description="Run or checkpoint; may move as long as its weights are the same.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of its chosen weights.")
@@ -33,7 +33,7 @@ class PriorConfig(Strict):
 
     kind: str
     tokenizer: TokenizerConfig = Field(description="The run whose codes are modelled.")
-    conditional: bool = Field(False, description="Whether the network is told the class.")
+    conditional: bool = Field(False, description="Whether the network gets the class.")
     label_dropout: float = overridable(
         0.1,
         ge=0,

@@ -13,10 +13,15 @@ from vaedist.nets.likelihoods_config import BernoulliLikelihood, LikelihoodConfi
 
 
 class MapLatent(Strict):
-    """A latent at each place of the encoder's grid."""
+    """A latent at each position of the encoder's grid."""
 
     kind: Literal["map"] = "map"
     channels: int = Field(ge=1)
+
+
+Latent = Annotated[
+    Annotated[Annotated[int, Field(ge=1)], Tag(NUMBER)] | Annotated[MapLatent, Tag("map")], number_or("map")
+]
 
 
 class GaussianAutoencoderConfig(Strict):
@@ -24,10 +29,7 @@ class GaussianAutoencoderConfig(Strict):
 
     encoder: Body = Conv()
     decoder: Body | None = Field(None, description="Default: as the encoder, mirrored.")
-    latent: Annotated[
-        Annotated[Annotated[int, Field(ge=1)], Tag(NUMBER)] | Annotated[MapLatent, Tag("map")],
-        number_or("map"),
-    ] = Field(32, description="Dimensions of z, or `{kind: map, channels: n}`.")
+    latent: Latent = Field(32, description="Dimensions of z, or `{kind: map, channels: n}`.")
     likelihood: LikelihoodConfig = BernoulliLikelihood()
     condition: Condition | None = Field(None, description="How class labels enter; none: they do not.")
     start_sigma: float = Field(
