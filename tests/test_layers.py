@@ -95,7 +95,10 @@ def layers(module: str, tree: ast.Module) -> Iterator[Finding]:
 
 def libraries(module: str, tree: ast.Module) -> Iterator[Finding]:
     homes = {
-        "ray": tuple(f"vaedist.launchers.ray.{name}" for name in ("trainer", "cluster", "nodes", "tuner")),
+        "ray": tuple(
+            f"vaedist.launchers.ray.{name}"
+            for name in ("cluster", "nodes", "internals", "trainer", "train_worker", "tuner", "tune_worker")
+        ),
         "submitit": ("vaedist.slurm.submit",),
         "torch.distributed": ("vaedist.distributed.process_group",),
     }
