@@ -279,8 +279,8 @@ def _evaluate(
         "checkpoint": run.checkpoint.name,
         "step": run.step,
         "weights": run.weights,
-        "kind": run.job.model["kind"],
-        "tokenizer": run.config.tokenizer.sha256 if run.model.reads == "codes" else None,  # type: ignore[attr-defined]
+        "kind": run.job.kind,
+        "tokenizer": run.job.model.tokenizer.sha256 if run.model.reads == "codes" else None,  # type: ignore[attr-defined]
         "data": {
             "path": str(index.folder),
             "identity": index.identity,
@@ -334,7 +334,7 @@ def _pairs(run: Run, batches: Batches, found: EvaluationResult, split: str) -> b
     rows = pick_evenly(found.evaluation.rows, SHOWN_PAIRS)
     originals, others = pairs(run.model, batches, [row.sample for row in rows])
     titles = [f"{row.key[:24]}\n{pair_title(row.metrics)}" for row in rows]
-    heading = f"{run.job.name}, {run.job.model['kind']}, step {run.step}: {split}, worst to best"
+    heading = f"{run.job.name}, {run.job.kind}, step {run.step}: {split}, worst to best"
     return pair_figure(originals, others, titles, heading=heading)
 
 

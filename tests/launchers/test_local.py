@@ -221,7 +221,7 @@ def test_the_printed_job_is_a_job_file_with_every_default(
     job: Job = load_job(tmp_path / "printed.yaml")
     assert job.train.steps == 7
     assert job.data.lanes == 8
-    assert job.model["beta"] == 1.0
+    assert job.model.beta == 1.0
     assert main([str(tmp_path / "printed.yaml"), "--print-job"]) == 0
     assert capsys.readouterr().out == printed
 

@@ -14,7 +14,8 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import parse
 from vaedist.core.context import LaneContext, generator
 from vaedist.core.errors import UserError
-from vaedist.nets.adversarial import Adversary, Discriminator, SpectralNorm
+from vaedist.nets.adversarial import Discriminator, SpectralNorm
+from vaedist.nets.adversarial_config import Adversary
 
 SPEC = Spec(2, (8, 8))
 SMALL = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 2, "norm": "none"}

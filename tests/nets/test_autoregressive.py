@@ -14,8 +14,10 @@ from vaedist.core.context import LaneContext, generator
 from vaedist.core.errors import UserError
 from vaedist.nets.autoregressive import LogitSampler, UncachedSamplingState, generate
 from vaedist.nets.dropout import dropout, sample_seeds
-from vaedist.nets.pixelcnn import GatedLayer, GatedPixelCnn, PixelCnn
-from vaedist.nets.transformer import CausalTransformer, Transformer
+from vaedist.nets.pixelcnn import GatedLayer, GatedPixelCnn
+from vaedist.nets.pixelcnn_config import PixelCnn
+from vaedist.nets.transformer import CausalTransformer
+from vaedist.nets.transformer_config import Transformer
 
 K, GRID, LABELS = 7, (5, 6), 4
 

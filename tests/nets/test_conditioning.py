@@ -14,8 +14,10 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import UserError
-from vaedist.nets.bodies import Body, decoder, encoder
-from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelEmbedding, conditioned, drop_labels
+from vaedist.nets.bodies import decoder, encoder
+from vaedist.nets.bodies_config import Body
+from vaedist.nets.conditioning import DROPPED, ClassPrior, LabelEmbedding, conditioned, drop_labels
+from vaedist.nets.conditioning_config import Condition
 from vaedist.nets.divergences import DiagonalGaussian
 
 SPEC = Spec(2, (8, 8), classes=4)

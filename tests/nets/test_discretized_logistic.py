@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vaedist.config.job import Spec
 from vaedist.core.context import generator
-from vaedist.nets.discretized_logistic import DiscretizedLogistic, LogisticLikelihood
+from vaedist.nets.discretized_logistic import DiscretizedLogistic
 from vaedist.nets.likelihoods import ObservationModel
+from vaedist.nets.likelihoods_config import LogisticLikelihood
 
 
 def normal(*shape: int, name: object = 0) -> Tensor:

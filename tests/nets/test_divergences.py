@@ -14,7 +14,8 @@ from tests.ranks import run_ranks
 from vaedist.config.settings import Strict, parse
 from vaedist.core.context import LaneContext, generator
 from vaedist.core.errors import UserError
-from vaedist.nets.divergences import DiagonalGaussian, Imq, KernelConfig, Legacy, Rbf, mmd
+from vaedist.nets.divergences import DiagonalGaussian, mmd
+from vaedist.nets.divergences_config import Imq, KernelConfig, Legacy, Rbf
 
 
 def posterior(shape: tuple[int, ...] = (5, 7)) -> DiagonalGaussian:

@@ -13,17 +13,8 @@ from tests.ranks import run_ranks
 from vaedist.config.job import Spec
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
-from vaedist.nets.likelihoods import (
-    ROUNDING,
-    Bernoulli,
-    BernoulliLikelihood,
-    Gaussian,
-    GaussianLikelihood,
-    Laplace,
-    LaplaceLikelihood,
-    ObservationModel,
-    check_dssim,
-)
+from vaedist.nets.likelihoods import ROUNDING, Bernoulli, Gaussian, Laplace, ObservationModel, check_dssim
+from vaedist.nets.likelihoods_config import BernoulliLikelihood, GaussianLikelihood, LaplaceLikelihood
 from vaedist.nets.ssim import ssim
 
 SHAPE = (3, 2, 5, 4)

@@ -15,16 +15,14 @@ from vaedist.core.errors import UserError
 from vaedist.nets import kmeans as clusters
 from vaedist.nets.kmeans import kmeans, nearest_vectors, ordered_index_add, sample_initial_vectors
 from vaedist.nets.quantizers import (
-    EmaCodebook,
     EmaQuantizer,
-    Fsq,
     FsqQuantizer,
-    GradientCodebook,
     GradientQuantizer,
     Quantizer,
     ResidualQuantizer,
     quantizer,
 )
+from vaedist.nets.quantizers_config import EmaCodebook, Fsq, GradientCodebook
 
 
 def normal(*shape: int, name: object = 0, dtype: torch.dtype = torch.float64) -> Tensor:

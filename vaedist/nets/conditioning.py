@@ -20,36 +20,16 @@ N(0, 1) for a dropped label.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import Strict
 from vaedist.core.errors import UserError
+from vaedist.nets.conditioning_config import Condition
 from vaedist.nets.divergences import DiagonalGaussian
 
 DROPPED = -1
 """The label of a sample whose class is not told."""
-
-
-class Condition(Strict):
-    """How labels enter a model."""
-
-    label: Literal["embedding", "one_hot"] = "embedding"
-    size: int | None = Field(None, ge=1, description="Numbers in an embedding; default: 16.")
-    factor: float = Field(1.0, gt=0, description="On the code.")
-    how: Literal["film", "concat"] = "film"
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of labels not told in training.")
-    prior: Literal["standard", "per_class"] = "standard"
-
-    @model_validator(mode="after")
-    def _one_hot_has_its_size(self) -> Condition:
-        if self.label == "one_hot" and self.size is not None:
-            raise ValueError("size is for `label: embedding`; a one-hot code is as long as there are classes")
-        return self
 
 
 class LabelEmbedding(nn.Module):

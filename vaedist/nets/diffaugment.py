@@ -20,15 +20,13 @@ augment two images of a row alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vaedist.core.context import Context
-
-Augmentation = Literal["color", "translation", "cutout"]
+from vaedist.nets.adversarial_config import Augmentation
 
 _REACH = 1 / 8
 _CUT = 1 / 2

@@ -24,43 +24,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from vaedist.config.settings import Strict
 from vaedist.nets.decoder_distribution import DecoderDistribution, clamp_to_open_interval
+from vaedist.nets.likelihoods_config import LogisticLikelihood
 
 _WIDTH = 2 / 255
 _START = math.log(0.2)  # log-scale of an untrained decoder
 _FLOOR = -7.0  # log-scales stay above: a quarter of a level is as sharp as a byte can be
-
-
-class LogisticLikelihood(Strict):
-    """Probabilities of the 256 levels."""
-
-    kind: Literal["logistic"] = "logistic"
-    components: int = Field(1, ge=1, description="Logistics in the mixture.")
-    scale: Literal["predicted", "learned"] = Field(
-        "predicted", description="From the decoder for each value, or one trained number per channel."
-    )
-
-    def outputs(self, channels: int) -> int:
-        """Channels of the decoder for images of `channels`: weights, means, scales and couplings."""
-        return sum(self.sections(channels))
-
-    def sections(self, channels: int) -> tuple[int, int, int, int]:
-        """Decoder channels that hold weights, means, scales and couplings, in this order."""
-        parts = self.components * channels
-        return (
-            self.components if self.components > 1 else 0,
-            parts,
-            parts if self.scale == "predicted" else 0,
-            self.components * math.comb(channels, 2),
-        )
 
 
 class DiscretizedLogistic(DecoderDistribution):

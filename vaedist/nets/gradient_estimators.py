@@ -15,12 +15,11 @@ Fifty et al., "Restructuring vector quantization with the rotation trick".
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Estimator = Literal["straight_through", "rotation"]
+from vaedist.nets.quantizers_config import Estimator
 
 
 def project_to_sphere(vectors: Tensor, dim: int) -> Tensor:

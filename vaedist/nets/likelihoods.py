@@ -40,19 +40,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
 from vaedist.nets.decoder_distribution import DecoderDistribution, clamp_to_open_interval, to_unit_range
-from vaedist.nets.discretized_logistic import DiscretizedLogistic, LogisticLikelihood
+from vaedist.nets.discretized_logistic import DiscretizedLogistic
+from vaedist.nets.likelihoods_config import (
+    BernoulliLikelihood,
+    GaussianLikelihood,
+    LaplaceLikelihood,
+    LogisticLikelihood,
+)
 from vaedist.nets.ssim import WINDOW_SIDE
 
 ROUNDING = 1 / (255 * math.sqrt(12))
@@ -60,39 +63,6 @@ ROUNDING = 1 / (255 * math.sqrt(12))
 
 _START = 0.1  # sigma of an untrained decoder
 _KEEP = 0.99  # decay of the stored optimal variance
-
-
-class BernoulliLikelihood(Strict):
-    """Each value is a coin flip."""
-
-    kind: Literal["bernoulli"] = "bernoulli"
-
-
-class GaussianLikelihood(Strict):
-    """Squared error."""
-
-    kind: Literal["gaussian"] = "gaussian"
-    sigma: Annotated[float, Field(gt=0)] | Literal["data", "learned", "predicted", "optimal"] = Field(
-        "data",
-        description="Standard deviation on the [0, 1] scale; `data`: that of the training images; `learned`: a "
-        "trained number; `predicted`: from the decoder; `optimal`: the best one of each global batch.",
-        json_schema_extra=OVERRIDE,
-    )
-
-
-class LaplaceLikelihood(Strict):
-    """Absolute error."""
-
-    kind: Literal["laplace"] = "laplace"
-    scale: float = Field(
-        0.1, gt=0, description="Mean absolute deviation on the [0, 1] scale.", json_schema_extra=OVERRIDE
-    )
-
-
-LikelihoodConfig = Annotated[
-    BernoulliLikelihood | GaussianLikelihood | LaplaceLikelihood | LogisticLikelihood,
-    Field(discriminator="kind"),
-]
 
 
 class Bernoulli(DecoderDistribution):

@@ -38,7 +38,7 @@ from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.liveness.stalls import StallReport, print_to_stderr
 from vaedist.distributed.memory import enough_memory, keep_freed_memory
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.runs.checkpoint import Best, Checkpoints, Committer
 from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -156,7 +156,7 @@ def _fit(
         return Outcome("already finished", start, progress.validation)
 
     # The model. Its weights are a function of (model, data shape, seed), or come from a checkpoint or another run.
-    model = build(model_config(job.model), index.spec, job.seed)
+    model = build(job.model, index.spec, job.seed)
     model.to(group.device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     _check_phases(job, model)
     check_monitor(job, model)
@@ -460,8 +460,7 @@ def _summary(
         "data": f"{index.folder}: {split.count} training images {'x'.join(map(str, spec.image_shape))}"
         f"{left_out}, {index.split(job.data.validation_split).count} validation images",
         "reads": how.describe(stream.cache),
-        "model": f"{job.model['kind']}, {parameters:,} parameters"
-        + (f", {frozen:,} of them frozen" * bool(frozen)),
+        "model": f"{job.kind}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" * bool(frozen)),
         "device": f"{group.world} x {group.device}, {torch.get_num_threads()} threads each, {train.precision}",
         "engine": options.engine,
         "batch": f"{train.batch_size} ({stream.steps_per_epoch} steps per epoch)",
