@@ -8,8 +8,7 @@ import pytest
 
 from tests.run_commands import ROOT
 from vaedist.core.errors import UserError
-from vaedist.launchers.ray.controller_thread import ControllerThread
-from vaedist.launchers.ray.internals import SUPPORTED, make_trainer
+from vaedist.launchers.ray.internals import SUPPORTED, ControllerThread, make_trainer
 
 pytestmark = [
     pytest.mark.ray,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,32 @@ def _policy(of_ray: Any, failure_file: Path) -> Any:
             return super().make_decision(training_failed_error)
 
     return Policy(of_ray.failure_config)
+
+
+class ControllerThread(threading.Thread):
+    """Runs Ray's controller (`fit`), so that the main thread stays free for signals and the console.
+
+    Attributes:
+        result: What it returned.
+        error: What it raised.
+    """
+
+    def __init__(self, name: str, fit: Callable[[], Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._fit = fit
+        self._over = threading.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            with supported_ray():
+                self.result = self._fit()
+        except Exception as error:  # noqa: BLE001 - for the main thread
+            self.error = error
+        finally:
+            self._over.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is over, after at most so long; unlike `join`, also when Ctrl-C interrupts it (CPython 3.11)."""
+        return self._over.wait(seconds)

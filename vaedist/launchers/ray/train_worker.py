@@ -18,6 +18,7 @@ from vaedist.config.job import Job
 from vaedist.core.errors import UserError
 from vaedist.core.files import replace_file
 from vaedist.launchers.environment import rank_environment
+from vaedist.launchers.rank_process import fit_rank
 from vaedist.launchers.ray.driver_log import PROGRAMMING_ERRORS, STALLS_FILE
 from vaedist.runs.fit_options import FitOptions
 
@@ -55,20 +56,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             ray.train.report(metrics)
 
     reached("started")
-    began = time.time()
-    threads = config["threads"] or _cpus_of_node() // context.get_local_world_size() or 1
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-
-    import torch
-
-    from vaedist.distributed.process_group import Group
-    from vaedist.training.loop import fit
-
-    reached("imported")
-    if options.startup is not None:
-        options = replace(
-            options, startup=(*options.startup, ("imports", began), ("rendezvous", time.time()))
-        )
+    options = options.with_startup(("imports", time.time()))
+    options = replace(
+        options, threads=config["threads"] or _cpus_of_node() // context.get_local_world_size() or 1
+    )
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with contextlib.ExitStack() as exits:
         if rank == 0:
             console: TextIO = exits.enter_context((work / "console.txt").open("a", buffering=1))
@@ -79,18 +71,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         try:
             _rendezvous(rank, world)
-            # Ray shows each worker the one GPU that is its own.
-            group = Group.join(torch.device("cuda", 0) if config["cuda"] else "cpu")
-            exits.callback(group.close)
-            reached("joined")
-            outcome = fit(
+            import torch
+
+            outcome = fit_rank(
                 Job.model_validate(config["job"]),
                 Path(config["run_folder"]),
-                group=group,
-                report=report,
-                options=replace(options, threads=threads),
-                reached=reached,
-                stuck=lambda sentence: _append(work / STALLS_FILE, {"rank": rank, "report": sentence}),
+                # Ray shows each worker the one GPU that is its own.
+                torch.device("cuda", 0) if config["cuda"] else "cpu",
+                options,
+                reached,
+                lambda sentence: _append(work / STALLS_FILE, {"rank": rank, "report": sentence}),
+                report,
             )
         except (UserError, *PROGRAMMING_ERRORS) as error:
             if not failure.exists():

@@ -46,9 +46,8 @@ from vaedist.core.errors import UserError
 from vaedist.distributed.liveness.silence import HANG_SECONDS
 from vaedist.launchers.environment import temporary_environment
 from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
-from vaedist.launchers.ray.controller_thread import ControllerThread
 from vaedist.launchers.ray.driver_log import DriverLog, as_user_error
-from vaedist.launchers.ray.internals import make_trainer
+from vaedist.launchers.ray.internals import ControllerThread, make_trainer
 from vaedist.launchers.ray.train_worker import FAILURE_FILE, train_worker
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
@@ -108,8 +107,7 @@ def run(
         work = exits.enter_context(work_folder(run_folder))
         attempt = options.attempt or secrets.token_hex(4)
         options = replace(options, token=lock.token, attempt=attempt, engine="ray", hang_seconds=hang_seconds)
-        if options.startup is not None:
-            options = replace(options, startup=(*options.startup, *began, ("Ray Train", time.time())))
+        options = options.with_startup(*began, ("Ray Train", time.time()))
         if not options.quiet:
             print(f"Ray {connected.description}: {request.describe(gpus, workers)}", flush=True)
         config = {

@@ -21,7 +21,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ from vaedist.data.format.index import Index
 from vaedist.distributed.liveness.silence import HANG_SECONDS
 from vaedist.launchers.environment import temporary_environment
 from vaedist.launchers.ray.cluster import ResourceRequest, cluster, nodes
-from vaedist.launchers.ray.controller_thread import ControllerThread
 from vaedist.launchers.ray.heartbeat import HeartbeatMonitor
-from vaedist.launchers.ray.internals import supported_ray
+from vaedist.launchers.ray.internals import ControllerThread, supported_ray
 from vaedist.launchers.ray.trainer import work_folder
 from vaedist.launchers.ray.tune_worker import CONFIG_FILE, tune_worker
 from vaedist.runs.run_lock import RunLock
@@ -126,12 +125,9 @@ def run(
             "search": str(folder),
             "folder": str(Path.cwd()),
             "data": str(Path(index.folder).absolute()),
-            "workers": workers,
             "cpus": each.cpus,
             "gpus": gpus,
-            "max_failures": options.max_failures,
-            "hang_seconds": options.hang_seconds,
-            "command": list(options.command),
+            **asdict(options),
         }
         (work / CONFIG_FILE).write_text(json.dumps(config))
         echo(
