@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from vaedist.cli.parser import CommandLineError, Parser
 
-_PARSERS = {name: f"vaedist.cli.{name}_options" for name in ("train", "tune", "sample")} | {
-    name: f"vaedist.{name}" for name in ("shard", "evaluate")
+_PARSERS = {"shard": "vaedist.shard"} | {
+    name: f"vaedist.cli.{name}_options" for name in ("evaluate", "sample", "train", "tune")
 }
 _REQUIRED = {"train": ["JOB"], "tune": ["--space", "NAME"], "evaluate": ["RUN"], "sample": ["RUN"]}
 """Stand-ins for the arguments that a command cannot do without."""

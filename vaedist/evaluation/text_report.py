@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vaedist.evaluation.metrics.tables import columns, metrics_table, terms_table
+from vaedist.evaluation.metrics.tables import columns, metrics_table, sample_rows, terms_table
 
 SHOWN_GROUPS = 40
 _SATURATED = 0.95
@@ -151,15 +151,8 @@ def _samples(document: Mapping[str, Any]) -> Iterator[str]:
     found = document.get("samples")
     if found is None:
         return
-    sets = found["metrics"]
-    names = list(sets["this run"])
-    lines = [["", *sets]]
-    lines += [
-        [name, *(f"{sets[title][name]:.4g}" if name in sets[title] else "-" for title in sets)]
-        for name in names
-    ]
     yield f"{found['generated']} samples from {found['latents_from']} against {found['real']} real images of the split"
-    yield columns(lines)
+    yield columns(sample_rows(found["metrics"]))
 
 
 def _audit(document: Mapping[str, Any]) -> Iterator[str]:

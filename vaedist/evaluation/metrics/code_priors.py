@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 
 from vaedist.core.context import Batch, SampleContext
-from vaedist.core.errors import NotDefined, UserError
+from vaedist.core.errors import NotDefined
 from vaedist.core.imaging import as_numpy
 from vaedist.evaluation.metrics.image_quality import summaries, summary
 from vaedist.evaluation.metrics.likelihood import (
@@ -49,7 +49,7 @@ from vaedist.evaluation.metrics.likelihood import (
     likelihood_name,
     log_likelihood,
 )
-from vaedist.evaluation.metrics.per_image import with_codes, without_padding
+from vaedist.evaluation.metrics.per_image import check_finite, images_of, with_codes, without_padding
 from vaedist.models.contract import Variant
 
 NAMES = ("uniform", "unigram", "per-position unigram", "neighbour bigram")
@@ -237,9 +237,7 @@ def measure_prior(
         raise model.not_defined("nats per token")
     found: PriorLikelihood | None = None
     bilevel = True
-    for batch in map(without_padding, batches):
-        if not batch["sample"]:
-            continue
+    for batch in images_of(batches, progress):
         image = batch["image"]
         ctx = SampleContext(seed=seed, samples=batch["sample"], step=step, device=image.device)
         coded = with_codes(model, batch)
@@ -250,12 +248,8 @@ def measure_prior(
         decoded = model.decode_codes(codes)
         nats = -log_likelihood(decoded, image, functools.partial(ctx.uniform, "dequantise", image.shape))
         columns["decoder"] = nats.double().tolist()
-        for key, prior, decoder in zip(batch["key"], columns["prior"], columns["decoder"], strict=True):
-            if not math.isfinite(prior + decoder):
-                raise UserError(
-                    f"the likelihood of {key} is not finite: the weights are damaged or training diverged; "
-                    "evaluate an earlier checkpoint"
-                )
+        finite = [math.isfinite(sum(pair)) for pair in zip(columns["prior"], columns["decoder"], strict=True)]
+        check_finite("likelihood", batch, np.array(finite))
         bilevel = bilevel and black_and_white(image)
         name = likelihood_name(decoded, bilevel)
         if found is None:
@@ -264,8 +258,6 @@ def measure_prior(
         found.rows += [
             dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
         ]
-        if progress is not None:
-            progress(len(found.rows))
     if found is None:
         raise NotDefined("nats per token are not defined, because there is no image")
     return found

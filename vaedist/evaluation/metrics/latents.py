@@ -41,7 +41,7 @@ from torch import Tensor
 
 from vaedist.core.context import Batch, SampleContext, generator
 from vaedist.core.errors import NotDefined
-from vaedist.evaluation.metrics.per_image import without_padding
+from vaedist.evaluation.metrics.per_image import images_of
 from vaedist.models.contract import Prior, Variant
 from vaedist.nets.divergences import mmd
 
@@ -132,9 +132,7 @@ def collect_latents(
     keys: list[str] = []
     shape: tuple[int, ...] = ()
     deterministic = False
-    for batch in map(without_padding, batches):
-        if not batch["sample"]:
-            continue
+    for batch in images_of(batches, progress):
         label = batch["label"] if model.conditional else None
         posterior = model.encode(batch["image"], label)
         ctx = SampleContext(seed=seed, samples=batch["sample"], device=batch["image"].device)
@@ -151,8 +149,6 @@ def collect_latents(
         )
         parts.append(tuple(column.flatten(1).cpu() for column in columns))
         keys += batch["key"]
-        if progress is not None:
-            progress(len(keys))
     if not keys:
         raise NotDefined("latents are not defined, because there is no image")
     mean, variances, drawn, prior_mean, prior_variances, labels = map(torch.cat, zip(*parts, strict=True))

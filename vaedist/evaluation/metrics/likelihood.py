@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 from vaedist.core.context import Batch, SampleContext
-from vaedist.core.errors import NotDefined, UserError
+from vaedist.core.errors import NotDefined
 from vaedist.evaluation.metrics.image_quality import summaries, summary
-from vaedist.evaluation.metrics.per_image import without_padding
+from vaedist.evaluation.metrics.per_image import check_finite, images_of
 from vaedist.models.contract import Likelihood, Variant
 
 BLOCK = 50
@@ -255,9 +255,7 @@ def measure_likelihood(
     found: SplitLikelihood | None = None
     totals = [0.0] * rounds
     bilevel = True
-    for batch in map(without_padding, batches):
-        if not batch["sample"]:
-            continue
+    for batch in images_of(batches, progress):
         if "target" in batch:
             raise NotDefined(
                 "the likelihood is not defined, because a denoiser is shown another image than the one it predicts"
@@ -267,12 +265,7 @@ def measure_likelihood(
         for number in range(rounds):
             weights, decoded = log_weights(model, batch, draws=draws, seed=seed, number=number, chunk=chunk)
             bound, elbo, effective = estimate(weights)
-            if not bool(bound.isfinite().all()):
-                key = batch["key"][int(bound.isfinite().int().argmin())]
-                raise UserError(
-                    f"the likelihood of {key} is not finite: the weights are damaged or training diverged; "
-                    "evaluate an earlier checkpoint"
-                )
+            check_finite("likelihood", batch, bound.isfinite())
             columns.append(torch.stack([-bound, elbo, effective], 1))
             totals[number] += float(-bound.sum())
         name = likelihood_name(decoded, bilevel)
@@ -280,8 +273,6 @@ def measure_likelihood(
             found = SplitLikelihood(name, decoded.name, model.spec.pixels, draws)
         found.name = name
         found.rows += _rows(torch.stack(columns).mean(0))
-        if progress is not None:
-            progress(len(found.rows))
     if found is None:
         raise NotDefined("the likelihood is not defined, because there is no image")
     found.rounds = [total / len(found.rows) for total in totals]
