@@ -76,11 +76,11 @@ def test_each_phase_trains_its_own_parameters_when_it_is_due(toys: None) -> None
 
 
 def test_a_phase_without_an_optimizer_of_that_name_is_refused(toys: None) -> None:
-    from vaedist.training.loop import _check_phases
+    from vaedist.training.session import check_phases
 
     wrong = job({"kind": "toy_duel"}, optim={"critic": {}, "makr": {}})
     with pytest.raises(UserError, match=r"unknown phase 'makr'; did you mean 'maker'"):
-        _check_phases(wrong, build(model_config(wrong.model), SPEC, 0))
+        check_phases(wrong, build(model_config(wrong.model), SPEC, 0))
 
 
 @pytest.mark.parametrize("kind", ["vae", "vqvae"])
