@@ -5,17 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vaedist.cli.tune_options import build_parser
 from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
-from vaedist.core.terminal import ProgressBars, progress_bar
-
-if TYPE_CHECKING:
-    from vaedist.data.format.index import Index
-    from vaedist.tuning.space import Space
-
-PHANTOM_COUNT = {"train": 1024, "validate": 128, "test": 128}
+from vaedist.core.terminal import progress_bar
 
 
 @cli_command
@@ -40,41 +34,35 @@ def main(argv: list[str] | None = None) -> int:
     made = RunFolder.make(arguments.run_dir or Path("runs") / name)
     folder = made.path
     shown = _Trials(quiet=arguments.quiet)
-    tell = shown.tell
+    echo = shown.echo
     try:
         made.check_is_run_folder("trials.jsonl")
-        index = _data(space, arguments.data, folder, quiet=arguments.quiet)
-        from vaedist.launchers.ray import tuner as raytune
+        from vaedist.tuning.search_data import open_search_data
+
+        index = open_search_data(space, arguments.data, folder, quiet=arguments.quiet)
+        from vaedist.launchers.ray import tuner
         from vaedist.tuning import results
 
-        search = raytune.run(
-            space,
-            folder,
-            index,
+        options = tuner.TuneOptions(
             workers=arguments.workers_per_trial,
-            concurrent=arguments.max_parallel,
+            max_parallel=arguments.max_parallel,
             device=arguments.device,
             max_failures=arguments.max_failures,
             hang_seconds=arguments.hang_timeout,
-            tell=tell,
-            detail=tell if arguments.verbose else lambda _: None,
-            progress=shown.progress,
             command=tuple(sys.argv if argv is None else ["vaedist-tune", *argv]),
         )
+        detail = echo if arguments.verbose else lambda _: None
+        search = tuner.run(space, folder, index, options, echo=echo, detail=detail, progress=shown.progress)
     except UserError:
         made.discard()
         raise
     finally:
         shown.close()
-    figures = results.write_all(search.record)
-    for line in [
-        *results.summary_lines(search.record),
-        f"table: {folder / results.TABLE}",
-        *map(str, figures),
-    ]:
-        tell(line)
+    figures = map(str, results.write_all(search.record))
+    lines = [*results.summary_lines(search.record), f"table: {folder / results.TABLE}", *figures]
+    echo("\n".join(lines))
     if not search.complete:
-        tell("stopped on request: trials that were interrupted are kept, the same command continues")
+        echo("stopped on request: trials that were interrupted are kept, the same command continues")
         return EXIT_STOPPED
     return EXIT_FINISHED
 
@@ -86,7 +74,7 @@ class _Trials:
         self._quiet = quiet
         self._bar: Any = None
 
-    def tell(self, text: str) -> None:
+    def echo(self, text: str) -> None:
         """Show one line."""
         if self._quiet:
             return
@@ -108,51 +96,6 @@ class _Trials:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _data(space: Space, given: str | None, folder: Path, *, quiet: bool) -> Index:
-    """The packed data to search on.
-
-    Raises:
-        UserError: they are not there; it says which command makes them.
-    """
-    from vaedist.config.settings import expand
-    from vaedist.data.format.index import INDEX_NAME, Index
-
-    if given == "phantom":
-        return _phantom(folder / "phantom", space.data.phantom, quiet=quiet)
-    named = given or os.environ.get("VAEDIST_DATA") or space.data.path
-    path = expand(named, "--data")
-    if not (path / INDEX_NAME).exists():
-        whose = (
-            "--data"
-            if given
-            else "$VAEDIST_DATA"
-            if os.environ.get("VAEDIST_DATA")
-            else f"space {space.name!r}"
-        )
-        raise UserError(
-            f"there are no shards in {path} ({whose}): make them with `{space.data.make}` and say where with --data, "
-            "or try the search on built-in images with --data phantom"
-        )
-    return Index.open(path)
-
-
-def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
-    """The built-in images, packed if they are not there yet."""
-    from vaedist.data.format.index import INDEX_NAME, Index
-
-    if not (place / INDEX_NAME).exists():
-        from vaedist.data.packing.pack import PackingConfig, pack
-        from vaedist.data.sources import SourceSettings
-
-        settings = SourceSettings(size=size, count=PHANTOM_COUNT)
-        with ProgressBars(quiet=quiet) as bars:
-            pack(
-                PackingConfig(input="phantom", out=place, size=size, settings=settings),
-                bars.callback("packing"),
-            )
-    return Index.open(place)
 
 
 if __name__ == "__main__":

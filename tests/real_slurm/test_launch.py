@@ -257,3 +257,52 @@ def test_plain_sbatch_takes_the_site_and_two_nodes(desk: Desk, phantom: Path, wh
         assert f"checkpoints  {run}/checkpoints\n" in told
         assert re.search(r"ssh -L (\d+):localhost:\1 \w+@\S+$", told, re.MULTILINE)
         assert last_step(run) == 4
+
+
+def test_a_script_of_ones_own_and_its_successor_find_the_job_file_beside_it(
+    desk: Desk, phantom: Path, tmp_path: Path
+) -> None:
+    """Submitted from elsewhere, with blanks in every path and no environment active; resubmitted when time is up.
+
+    The folder holds a script, a job file that differs from the shipped one, and the project's `.venv`; what scripts
+    share comes from the package. sbatch runs copies of both scripts.
+    """
+    project = tmp_path / "a project of one's own"
+    folder = project / "my jobs"
+    folder.mkdir(parents=True)
+    (project / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    script = (ROOT / "jobs" / "vae_phantom.sh").read_text()
+    (folder / "vae_phantom.sh").write_text(script)
+    job = JOB.replace("DATA", str(phantom)).replace("name: tiny", "name: of_ones_own")
+    (folder / "vae_phantom.yaml").write_text(job.replace("steps: 4", "steps: 1000000"))
+    (desk.folder / "site.yaml").write_text(f"{SITE}continue_by: resubmit\n")
+    environment = desk.environment | {
+        "PATH": "/usr/bin:/bin",
+        "VAEDIST_DATA": str(phantom),
+        "VAEDIST_SITE": str(desk.folder / "site.yaml"),
+    }
+    done = subprocess.run(
+        ["sbatch", "--parsable", folder / "vae_phantom.sh", "--device", "cpu"],
+        cwd=desk.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.strip()
+    run = desk.folder / "runs" / "of_ones_own"
+
+    def trained(job: str) -> bool:
+        assert desk.slurm.state(job) not in ENDED, desk.slurm.output(job)
+        return last_step(run) > 0
+
+    until("training", lambda: trained(first), 120)
+    (successor,) = set(desk.slurm.run("squeue", "-h", "-o%i").split()) - {first}
+    desk.slurm.run("scancel", "--batch", "--signal=USR1", first)
+    until("the end of the first job", lambda: desk.slurm.state(first) in ENDED, 60)
+    steps = last_step(run)
+    until("the successor trains", lambda: trained(successor) and last_step(run) > steps, 120)
+    said = (desk.folder / f"slurm-{successor}.out").read_text()
+    assert "restart 1" in said
+    desk.slurm.quiet()

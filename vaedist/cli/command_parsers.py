@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Sequence
 
-from vaedist.cli.parser import CommandLineError, Parser
+from vaedist.cli.parser import Parser
 
-_PARSERS = {"shard": "vaedist.shard"} | {
-    name: f"vaedist.cli.{name}_options" for name in ("evaluate", "sample", "train", "tune")
-}
 _REQUIRED = {"train": ["JOB"], "tune": ["--space", "NAME"], "evaluate": ["RUN"], "sample": ["RUN"]}
 """Stand-ins for the arguments that a command cannot do without."""
 
 
-def check_options(command: str, words: Sequence[str]) -> str:
-    """What is wrong with further options of a command, in one sentence; empty: nothing."""
-    parser: Parser = importlib.import_module(_PARSERS[command]).build_parser()
+def parse_options(command: str, words: Sequence[str]) -> argparse.Namespace:
+    """Further options of a command.
+
+    Raises:
+        CommandLineError: what is wrong with them, in one sentence.
+    """
+    parser: Parser = importlib.import_module(f"vaedist.cli.{command}_options").build_parser()
     parser.raise_errors = True
-    arguments = [*_REQUIRED.get(command, []), *words]
-    try:
-        if command in ("train", "tune"):  # whose settings may stand among their options
-            parser.parse_intermixed_args(arguments)
-        else:
-            parser.parse_args(arguments)
-    except CommandLineError as error:
-        return str(error)
-    return ""
+    # The settings of these two may stand among their options.
+    parse = parser.parse_intermixed_args if command in ("train", "tune") else parser.parse_args
+    options: argparse.Namespace = parse([*_REQUIRED.get(command, []), *words])
+    return options

@@ -42,11 +42,6 @@ class Run(NamedTuple):
     """The alarm of the last validation before the checkpoint."""
 
     @property
-    def kind(self) -> str:
-        """`vae`, `vqvae`, `pixelcnn`, ..."""
-        return self.job.kind
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -54,7 +49,7 @@ class Run(NamedTuple):
     @property
     def title(self) -> str:
         """The run folder, kind, step and weights, for a line about it."""
-        return f"{self.folder} ({self.kind}, step {self.step}, {self.weights} weights)"
+        return f"{self.folder} ({self.job.kind}, step {self.step}, {self.weights} weights)"
 
 
 def open_run(path: str | Path, *, weights: str | None = None, device: torch.device | str = "cpu") -> Run:

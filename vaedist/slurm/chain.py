@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vaedist.cli.command_parsers import check_options
+from vaedist.cli.command_parsers import parse_options
 from vaedist.cli.launch_options import MAX_TASKS
+from vaedist.cli.parser import CommandLineError
 from vaedist.config.job import Data, Job, load_job
 from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
@@ -68,12 +69,11 @@ class Stage:
 
     def with_job_copies(self, copies: Mapping[str, Path]) -> Stage:
         """The same stage, reading copies of its job files."""
-        tasks = []
-        for task in self.tasks:
-            command, first, *rest = task.arguments
-            if command == "train" and first in copies:
-                first = str(copies[first])
-            tasks.append(replace(task, arguments=(command, first, *rest)))
+        if self.name not in ("train", "prior"):
+            return self
+        arguments = [task.arguments for task in self.tasks]
+        copied = [(command, str(copies[job]), *rest) for command, job, *rest in arguments]
+        tasks = [replace(task, arguments=words) for task, words in zip(self.tasks, copied, strict=True)]
         return replace(self, tasks=tuple(tasks))
 
 
@@ -175,18 +175,14 @@ def _shard(request: LaunchRequest, points: Sequence[_GridPoint]) -> tuple[Stage,
     arguments = _split(request.shard or "", "--shard")
     if not arguments:
         raise UserError("--chain with shard needs --shard 'INPUT ...', the arguments of vaedist-shard")
-    given = [argument for argument in arguments if argument == "--out" or argument.startswith("--out=")]
-    if given == ["--out"] and arguments.index("--out") + 1 < len(arguments):
-        out = arguments[arguments.index("--out") + 1]
-    elif given:
-        out = given[-1].partition("=")[2]
-    else:
+    out = parse_options("shard", arguments).out
+    if out is None:
         paths = {str(expand(point.job.data.path, "data.path")) for point in points}
         if len(paths) != 1:
             raise UserError("--shard: the jobs read different data: give --out, for example --out shards/all")
-        out = paths.pop()
+        (out,) = paths
         arguments += ["--out", out]
-    return Stage("shard", (Task("shard", ("shard", *arguments)),)), out
+    return Stage("shard", (Task("shard", ("shard", *arguments)),)), str(out)
 
 
 def _train(request: LaunchRequest, point: _GridPoint, shards: str | None) -> Task:
@@ -215,12 +211,10 @@ def _prior(request: LaunchRequest, tokenizer: Task, shards: str | None) -> Task:
 def _on_run(command: str, model: Task, given: str) -> Task:
     """`evaluate` or `sample` of a trained model."""
     assert model.run is not None, "what trains has a run folder"
-    arguments = [command, str(model.run), *_split(given, f"--{command}")]
-    if command == "sample" and not any(
-        word.split("=")[0] in ("--output-path", "--out") for word in arguments
-    ):
-        arguments += ["--out", str(model.run / "samples.png")]
-    return Task(model.label, tuple(arguments), model.run)
+    options = _split(given, f"--{command}")
+    if command == "sample" and parse_options(command, options).out is None:
+        options += ["--out", str(model.run / "samples.png")]
+    return Task(model.label, (command, str(model.run), *options), model.run)
 
 
 def _tune(request: LaunchRequest, space: str) -> Stage:
@@ -232,11 +226,13 @@ def _tune(request: LaunchRequest, space: str) -> Stage:
             )
     if request.chain != ("train",):
         raise UserError("--space makes one job, the search: leave --chain out")
-    run = request.runs / f"tune_{Path(space).stem}"
-    own_folder = any(word.split("=")[0] == "--run-dir" for word in request.extra_arguments)
-    folder = () if own_folder else ("--run-dir", str(run))
-    arguments = ("tune", "--space", space, *request.settings, *folder, *request.extra_arguments)
-    return Stage("tune", (Task(Path(space).stem, arguments, None if own_folder else run),))
+    name = Path(space).stem
+    arguments = ("tune", "--space", space, *request.settings)
+    run = request.runs / f"tune_{name}"
+    if parse_options("tune", request.extra_arguments).run_dir is not None:
+        return Stage("tune", (Task(name, (*arguments, *request.extra_arguments)),))
+    task = Task(name, (*arguments, "--run-dir", str(run), *request.extra_arguments), run)
+    return Stage("tune", (task,))
 
 
 # Checks -----------------------------------------------------------------------------------------------------
@@ -251,8 +247,12 @@ def _check_options(request: LaunchRequest) -> None:
         command = "tune" if request.space else "train"
         texts["--"] = (command, shlex.join(request.extra_arguments))
     for option, (command, text) in texts.items():
-        if text is not None and (mistake := check_options(command, _split(text, option))):
-            raise UserError(f"{option} {text!r}: vaedist-{command} says: {mistake}")
+        if text is None:
+            continue
+        try:
+            parse_options(command, _split(text, option))
+        except CommandLineError as error:
+            raise UserError(f"{option} {text!r}: vaedist-{command} says: {error}") from None
     if request.space is not None:
         from vaedist.tuning.space import load_space
 
