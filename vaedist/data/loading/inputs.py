@@ -60,8 +60,8 @@ class Inputs:
     def __init__(self, job: Job, *, transformed: bool = False) -> None:
         self._transformed = transformed
         self.seed, self.binarization, self.augment = job.seed, job.data.binarise, job.augment
-        self._changes_images = self.binarization != "none" or bool(self.augment.flip or self.augment.shift)
-        self._changes_images |= bool(self.augment.noisy)
+        augmented = self.augment.flip or self.augment.shift or self.augment.noisy
+        self._changes_images = self.binarization != "none" or bool(augmented)
         if isinstance(tokenizer := job.model.get("tokenizer"), dict):
             # A prior's own images, of an evaluation, are binarised as those that its tokenizer was trained on.
             self.seed, self.binarization = tokenizer["seed"], tokenizer["binarise"]
@@ -112,9 +112,8 @@ class Inputs:
         elif self.binarization == "dynamic" and ctx is not None:
             white = ctx.uniform("binarise", image.shape) * 255 < image
         else:
-            white = static_bits(self.seed, keys, image[0].numel(), image.device).view(image.shape) * 255 < (
-                image.long() << BITS
-            )
+            bits = static_bits(self.seed, keys, image[0].numel(), image.device).view(image.shape)
+            white = bits * 255 < image.long() << BITS
         return white.to(torch.uint8) * 255
 
     @property
@@ -160,9 +159,8 @@ class EvaluationInputs:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
             device = batch["label"].device
-            yield self.inputs(
-                batch, SampleContext(seed=self._job.seed, samples=batch["sample"], device=device)
-            )
+            ctx = SampleContext(seed=self._job.seed, samples=batch["sample"], device=device)
+            yield self.inputs(batch, ctx)
 
 
 def rows_at_once(spec: Spec) -> int:
@@ -189,9 +187,8 @@ def whole_split(
 
 BITS = 24
 """Bits of each number that a static draw compares a gray value with."""
-_GOLDEN, _FIRST, _SECOND = (
-    constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_GOLDEN, _FIRST, _SECOND = (constant - (1 << 64) for constant in _CONSTANTS)
 
 
 def static_bits(seed: int, keys: Sequence[str], count: int, device: torch.device | str) -> Tensor:
@@ -223,21 +220,20 @@ def _shifted(image: Tensor, most: int, uniform: Tensor) -> Tensor:
 
 
 def poisson_table(photons: float) -> Tensor:
-    """(256, K) float64: g + P(N <= k) for a grey value g of mean g / 255 * photons; sorted when flattened.
+    """(256, K) float64: g + P(N <= k) for a gray value g of mean g / 255 * photons; sorted when flattened.
 
     P(N <= k) = Q(k + 1, mean), the upper regularised incomplete gamma function; k ends ten deviations above `photons`.
     """
-    grey = torch.arange(256, dtype=torch.float64)
+    gray = torch.arange(256, dtype=torch.float64)
     k = torch.arange(int(photons + 10 * photons**0.5) + 16, dtype=torch.float64)
-    below = torch.special.gammaincc(
-        (k + 1).expand(256, -1), (grey / 255 * photons)[:, None].expand(-1, len(k))
-    )
+    mean = (gray / 255 * photons)[:, None]
+    below = torch.special.gammaincc((k + 1).expand(256, -1), mean.expand(-1, len(k)))
     below[:, -1] = 1
-    return grey[:, None] + below
+    return gray[:, None] + below
 
 
 def poisson(image: Tensor, uniform: Tensor, table: Tensor) -> Tensor:
-    """Counts (float32) by inversion: the smallest k with P(N <= k) > u, found for all grey values in one search."""
+    """Counts (float32) by inversion: the smallest k with P(N <= k) > u, found for all gray values in one search."""
     wanted = image.to(torch.float64) + uniform
     place = torch.searchsorted(table.flatten(), wanted.contiguous(), right=True)
     count = place - image.long() * table.shape[1]

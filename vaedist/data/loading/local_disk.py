@@ -121,9 +121,8 @@ def make_room(folder: Path, needed: int) -> None:
                 removed.append(other)
                 free += sum(file.lstat().st_blocks * 512 for file in other.iterdir())
         if free < wanted:
-            raise CannotStage(
-                f"{size(needed)} do not fit into {folder.parent}, where {size(disk.free)} are free"
-            )
+            room = f"{folder.parent}, where {size(disk.free)} are free"
+            raise CannotStage(f"{size(needed)} do not fit into {room}")
         for other in removed:
             _remove(other)
 

@@ -97,9 +97,8 @@ def _shard_damage(index: Index, shard: Shard, columns: Columns) -> Iterator[Dama
         while rest := file.read(2**20):
             digest.update(rest)
     if not bad and size != shard.bytes:
-        yield Damage(
-            name, None, min(size, shard.bytes), f"it has {size} bytes and the index says {shard.bytes}"
-        )
+        what = f"it has {size} bytes and the index says {shard.bytes}"
+        yield Damage(name, None, min(size, shard.bytes), what)
     elif not bad and digest.hexdigest() != shard.sha256:
         yield Damage(name, None, position, "bytes after the last image changed (SHA-256 differs)")
 
