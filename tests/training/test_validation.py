@@ -35,7 +35,8 @@ index = Index.open(job.data.path)
 model = build(model_config(job.model), index.spec, 0).double()
 told = []
 for batch_size in (7, 128):
-    stream = EvaluationStream(index, "train", batch_size=batch_size, rank=group.rank, world=group.world, limit=128)
+    config = EvaluationStreamConfig(batch_size=batch_size, rank=group.rank, world=group.world, limit=128)
+    stream = EvaluationStream(index, "train", config)
     numbers, first = validate(model, stream, job, group, 0)
     told.append(numbers)
 if group.leads:

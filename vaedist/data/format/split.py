@@ -141,5 +141,5 @@ class Split:
         return int(self.columns(shard).label[row])
 
     def subjects(self) -> set[str]:
-        """All subjects whose names are known."""
+        """All named subjects."""
         return {columns.subject(row) for columns in self.all_columns() for row in range(len(columns))} - {""}

@@ -1,6 +1,6 @@
 """What a model receives of an image: binarized, augmented, and for a denoiser with noise that it has to remove.
 
-All of it happens on the device, on the uint8 images that the stream hands out, in this order:
+All of it happens on the device, on the uint8 images of the stream, in this order:
 
 | setting | law, x = value / 255 in [0, 1], n standard normal, u uniform |
 |---|---|
@@ -17,9 +17,9 @@ The result is rounded to uint8 once. `augment.denoise` keeps the image without t
 what the likelihood then scores: Vincent et al., "Extracting and composing robust features with denoising
 autoencoders".
 
-Training noise comes from the step's context, so it belongs to the sample: 1 and 8 processes see the same images, and
-a resumed run goes on with those that it would have seen. Outside training nothing is augmented and binarisation is
-static, so that numbers compare; only a denoiser, whose task the noise is, is measured with noise, fixed per
+Training noise comes from the step's context, by sample: 1 and 8 processes see the same images, and
+a resumed run continues with those that it would have seen. Outside training nothing is augmented and binarization is
+static, so that numbers compare; only a denoiser, whose task the noise is, is evaluated with noise, fixed per
 (seed, sample).
 
 What comes first and is the same at every step (`static`, `threshold`) is done once to the images that a cache holds,
@@ -27,7 +27,7 @@ where there is one (`Inputs.static_transform`).
 
 `static` uses one 24-bit number per value from the SplitMix64 generator (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators"), in integers: the same on every device, for every order and batch. Salakhutdinov and
-Murray, "On the quantitative analysis of deep belief networks", drew the binarised MNIST that way, once.
+Murray, "On the quantitative analysis of deep belief networks", drew the binarized MNIST that way, once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Inputs:
         augmented = self.augment.flip or self.augment.shift or self.augment.noisy
         self._changes_images = self.binarization != "none" or bool(augmented)
         if isinstance(tokenizer := job.model.get("tokenizer"), dict):
-            # A prior's own images, of an evaluation, are binarised as those that its tokenizer was trained on.
+            # A prior's own images, of an evaluation, are binarized as those that its tokenizer was trained on.
             self.seed, self.binarization = tokenizer["seed"], tokenizer["binarise"]
         self._counts: Tensor | None = None
 
@@ -98,7 +98,7 @@ class Inputs:
         return shown
 
     def binarize(self, image: Tensor, keys: Sequence[str], ctx: Context | None = None) -> Tensor:
-        """uint8 (B, C, H, W) of 0 and 255, or `image` itself where the job does not binarise.
+        """uint8 (B, C, H, W) of 0 and 255, or `image` itself where the job does not binarize.
 
         Args:
             image: uint8 (B, C, H, W).

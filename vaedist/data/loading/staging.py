@@ -272,7 +272,7 @@ class _Staging:
         # Raise a real failure before a stop or the deadline, and these before what only followed from them.
         failures.sort(key=lambda error: (isinstance(error, _Paused), isinstance(error, _OtherFailed)))
         if failures and not isinstance(failures[0], _Paused):
-            for file in files:  # they would fill the disk and serve nobody
+            for file in files:  # incomplete, they would only fill the disk
                 (folder / file.name).unlink(missing_ok=True)
         if failures:
             raise failures[0]

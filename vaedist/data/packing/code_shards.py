@@ -66,7 +66,7 @@ class CodeWriter:
     """Writes the codes of one packed folder, shard by shard; a later start continues after the last whole shard.
 
     Args:
-        folder: Made if missing (0700: what images show, their codes show too).
+        folder: Made if missing (0700: codes show what their images show).
         images: The packed folder that the codes are of.
         num_codes: K; decides how wide a code is stored.
         stamp: JSON values that say what made them.

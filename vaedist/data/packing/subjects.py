@@ -1,4 +1,4 @@
-"""Whose image an item is: subject maps, and no subject in two splits.
+"""Subjects: maps from keys to subjects, and no subject in two splits.
 
 Where the source has splits of its own and a subject occurs in two of them, that is an error; with `--skip-bad` the
 subject stays where it has most images, and its others are left out.
@@ -88,7 +88,7 @@ def map_subjects(items: Sequence[Item], table: Mapping[str, str], where: Path) -
         names += [clean_key(item.origin.rsplit("/", 1)[-1].split(".")[0])]
         subject = next((table[name] for name in names if name in table), None)
         if subject is None:
-            raise UserError(f"{where} tells no subject for {item.origin} (key {item.key})")
+            raise UserError(f"{where} has no subject for {item.origin} (key {item.key})")
         mapped.append(replace(item, subject=subject))
     return mapped
 

@@ -104,7 +104,7 @@ def _shard_damage(index: Index, shard: Shard, columns: Columns) -> Iterator[Dama
 
 
 def sample_damage(index: Index, columns: Columns, row: int, data: bytes) -> str | None:
-    """What is wrong with the image of one row, whose bytes are `data`; None: nothing."""
+    """What is wrong with `data`, the bytes of the image of one row; None: nothing."""
     length = int(columns.size[row])
     if len(data) != length:
         return f"the shard ends after {len(data)} of its {length} bytes"

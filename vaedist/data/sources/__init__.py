@@ -108,7 +108,7 @@ def find(name: str) -> ModuleType:
 
 
 def detect(path: Path) -> str:
-    """Name of the source whose layout `path` has.
+    """Name of the source that recognizes the layout of `path`.
 
     Raises:
         UserError: there is nothing at `path`, or no source recognises it.
@@ -152,7 +152,7 @@ def natural_key(text: str) -> list[tuple[bool, int, str]]:
 
 
 def split_name(folder: str) -> str | None:
-    """The split that a folder's name stands for (`val`, `valid_data`, `Validation` are `validate`), or None."""
+    """The split that a folder's name means (`val`, `valid_data`, `Validation` are `validate`), or None."""
     known = {
         "train": ("train", "training"),
         "validate": ("validate", "validation", "valid", "val", "dev"),
