@@ -14,14 +14,12 @@ set -eo pipefail
 trap '' USR1 # nothing to save yet: this must not end the script
 cd "${SLURM_SUBMIT_DIR:-$PWD}" # sbatch runs a copy of this file: its own place says nothing
 eval "${VAEDIST_SETUP:-}" # modules and such of the site file
-# The project: here; where Slurm was given this file; where the package was installed from.
-project=$PWD
-[ -f jobs/mmdvae_mnist.yaml ] || [ -z "${SLURM_JOB_ID:-}" ] || project=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
-    sed -n 's|.* Command=\(/.*\)/jobs/mmdvae_mnist\.sh.* WorkDir=.*|\1|p' || true)
-[ ! -d "$project/.venv" ] || PATH="$project/.venv/bin:$PATH"
-[ -f "$project/jobs/mmdvae_mnist.yaml" ] ||
-    project=$(python -c 'import pathlib, vaedist; print(pathlib.Path(vaedist.__file__).parents[1])' 2>/dev/null) ||
+# The job file and jobs/start: here; where Slurm was given this file; where vaedist was installed from.
+job=mmdvae_mnist jobs=${VAEDIST_SCRIPT_FOLDER:-$PWD/jobs}
+[ -f "$jobs/$job.yaml" ] || [ -z "${SLURM_JOB_ID:-}" ] || jobs=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
+    sed -n "s|.* Command=\(/.*\)/$job\.sh.* WorkDir=.*|\1|p" || true)
+start=$jobs/start
+[ -f "$start" ] || start=$(PATH="$jobs/../.venv/bin:$PWD/.venv/bin:$PATH" python -c \
+    'import vaedist; print(vaedist.__path__[0] + "/../jobs/start")' 2>/dev/null) ||
     { echo "vaedist is not installed here: run tools/quickstart once, or activate its environment" >&2; exit 2; }
-set -u
-jobs="$project/jobs"
-source "$jobs/start" mmdvae_mnist shards/mnist "FOLDER_OF_IDX_FILES" "$@"
+source "$start" shards/mnist "FOLDER_OF_IDX_FILES" "$@"

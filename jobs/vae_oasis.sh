@@ -14,14 +14,12 @@ set -eo pipefail
 trap '' USR1 # nothing to save yet: this must not end the script
 cd "${SLURM_SUBMIT_DIR:-$PWD}" # sbatch runs a copy of this file: its own place says nothing
 eval "${VAEDIST_SETUP:-}" # modules and such of the site file
-# The project: here; where Slurm was given this file; where the package was installed from.
-project=$PWD
-[ -f jobs/vae_oasis.yaml ] || [ -z "${SLURM_JOB_ID:-}" ] || project=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
-    sed -n 's|.* Command=\(/.*\)/jobs/vae_oasis\.sh.* WorkDir=.*|\1|p' || true)
-[ ! -d "$project/.venv" ] || PATH="$project/.venv/bin:$PATH"
-[ -f "$project/jobs/vae_oasis.yaml" ] ||
-    project=$(python -c 'import pathlib, vaedist; print(pathlib.Path(vaedist.__file__).parents[1])' 2>/dev/null) ||
+# The job file and jobs/start: here; where Slurm was given this file; where vaedist was installed from.
+job=vae_oasis jobs=${VAEDIST_SCRIPT_FOLDER:-$PWD/jobs}
+[ -f "$jobs/$job.yaml" ] || [ -z "${SLURM_JOB_ID:-}" ] || jobs=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
+    sed -n "s|.* Command=\(/.*\)/$job\.sh.* WorkDir=.*|\1|p" || true)
+start=$jobs/start
+[ -f "$start" ] || start=$(PATH="$jobs/../.venv/bin:$PWD/.venv/bin:$PATH" python -c \
+    'import vaedist; print(vaedist.__path__[0] + "/../jobs/start")' 2>/dev/null) ||
     { echo "vaedist is not installed here: run tools/quickstart once, or activate its environment" >&2; exit 2; }
-set -u
-jobs="$project/jobs"
-source "$jobs/start" vae_oasis shards/oasis64 "FOLDER_THAT_HOLDS_keras_png_slices_train --size 64" "$@"
+source "$start" shards/oasis64 "FOLDER_THAT_HOLDS_keras_png_slices_train --size 64" "$@"

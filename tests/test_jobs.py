@@ -49,8 +49,8 @@ def train_two_steps(path: Path, runs: Path) -> Path:
         return str(train_two_steps(source, runs))
 
     settings, job = [], load_job(path)
-    if "tokenizer" in job.model:
-        settings.append(f"model.tokenizer={trained(job.model['tokenizer'])}")
+    if tokenizer := getattr(job.model, "tokenizer", None):
+        settings.append(f"model.tokenizer={trained(tokenizer)}")
     if job.init_from is not None:
         section = job.init_from.model_dump(mode="json") | {"run": trained(job.init_from.run)}
         settings.append(f"init_from={json.dumps(section)}")
@@ -110,7 +110,7 @@ def test_a_baseline_has_the_data_and_the_budget_of_the_job_beside_it(path: Path)
     else:
         images = ours.train.steps * ours.train.batch_size
         assert theirs.train.steps * theirs.train.batch_size == pytest.approx(images, rel=1e-3)
-    tokens = [job.model.get("tokenizer") for job in (ours, theirs)]
+    tokens = [getattr(job.model, "tokenizer", None) for job in (ours, theirs)]
     assert tokens[0] == tokens[1], "nats per code compare over the same codes only"
 
 
@@ -119,15 +119,15 @@ def test_the_earlier_infovae_has_the_sizes_that_its_file_tells() -> None:
     import torch
 
     from vaedist.config.job import Spec
-    from vaedist.models.contract import model_config, variant
+    from vaedist.config.model_section import kind_module
 
     path = ROOT / "jobs" / "baselines" / "earlier_infovae_oasis.yaml"
     (full,) = re.findall(r"^#   (model\.encoder\.patch=.*)$", path.read_text(), re.MULTILINE)
 
     def weights(size: int, settings: str = "") -> int:
-        config = model_config(load_job(path, settings.split()).model)
+        config = load_job(path, settings.split()).model
         with torch.device("meta"):
-            model = variant("infovae").Model(config, Spec(1, (size, size)))
+            model = kind_module("infovae").Model(config, Spec(1, (size, size)))
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert [round(count / 1e6) for count in (weights(128), weights(128, full), weights(256, full))] == [
@@ -152,9 +152,11 @@ def test_a_script_is_one_that_sbatch_takes(path: Path) -> None:
     assert code.index("trap '' USR1") < code.index("cd "), (
         "the signal must not end a script that is still beginning"
     )
-    last = code.strip().splitlines()[-1]
-    assert last.startswith(f'source "$jobs/start" {path.stem} ')
-    assert last.endswith(' "$@"')
+    lines = code.strip().splitlines()
+    assert len(lines) <= 12, "what scripts share belongs into jobs/start"
+    assert f"job={path.stem} " in code
+    assert lines[-1].startswith('source "$start" ')
+    assert lines[-1].endswith(' "$@"')
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -182,6 +184,127 @@ def test_without_shards_a_script_prints_the_command_that_makes_them(
     )
     assert done.returncode == 2
     assert re.search(rf"^    vaedist-shard \S+ .*--out {re.escape(str(missing))}$", done.stderr, re.MULTILINE)
+
+
+class Spool:
+    """A script in the way that a batch job runs it: a copy, under a Slurm that knows where it was submitted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.submitted = folder / "submit dir"
+        self.submitted.mkdir()
+        tools = folder / "bin"
+        tools.mkdir()
+        # A supervisor that prints the job file and what a successor would get; an installed package.
+        python = f'#!/bin/sh\n[ "$2" = vaedist.slurm.supervisor ] || exec {sys.executable} "$@"\n'
+        python += 'printf "%s\\n" "$3 $4 $5" "$VAEDIST_SCRIPT" "$VAEDIST_SCRIPT_FOLDER" "$VAEDIST_SCRIPT_ARGUMENTS"\n'
+        self.tool(tools / "python", python)
+        self.tool(tools / "vaedist-train", "#!/bin/sh\nexit 9\n")
+        self.tools = [tools]
+
+    @staticmethod
+    def tool(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, text: str, *words: str, submitted_as: str = "", **variables: str) -> list[str]:
+        """What the supervisor got: its arguments, and the three variables for a successor."""
+        copy = self.folder / "spool" / "slurm_script"
+        self.tool(copy, text)
+        command = submitted_as or str(copy)
+        line = (
+            f"JobId=7 JobName=x Command={command} {' '.join(words)} WorkDir={self.submitted} StdIn=/dev/null"
+        )
+        self.tool(self.folder / "slurm" / "scontrol", f"#!/bin/sh\necho '{line}'\n")
+        (self.folder / "shards").mkdir(exist_ok=True)
+        (self.folder / "shards" / "index.json").touch()
+        path = [self.folder / "slurm", *self.tools, "/usr/bin", "/bin"]
+        done = subprocess.run(
+            ["bash", copy, *words],
+            cwd="/",
+            env={
+                "PATH": ":".join(map(str, path)),
+                "PYTHONPATH": str(ROOT),
+                "SLURM_JOB_ID": "7",
+                "SLURM_SUBMIT_DIR": str(self.submitted),
+                "VAEDIST_DATA": str(self.folder / "shards"),
+                **variables,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-4:]
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path)
+
+
+SCRIPT = (ROOT / "jobs" / "vae_phantom.sh").read_text()
+
+
+@pytest.mark.parametrize("lends", ["all", "only the job file"])
+@pytest.mark.parametrize("where", ["submission folder", "folder of the script", "package"])
+def test_the_job_file_beside_the_submitted_script_wins(spool: Spool, where: str, lends: str) -> None:
+    """Blanks in every path; a folder may hold the job file alone, without jobs/start."""
+    folder, submitted_as = ROOT / "jobs", ""
+    if where == "submission folder":
+        folder = spool.submitted / "jobs"
+    elif where == "folder of the script":
+        folder = spool.folder / "my own" / "experiments"
+        submitted_as = str(folder / "vae_phantom.sh")
+    if where != "package":
+        folder.mkdir(parents=True)
+        (folder / "vae_phantom.yaml").touch()
+        if lends == "all":
+            (folder / "start").write_text((ROOT / "jobs" / "start").read_text())
+    arguments, *_ = spool.run(SCRIPT, "x=1", submitted_as=submitted_as)
+    assert arguments == f"train {folder}/vae_phantom.yaml x=1"
+
+
+def test_the_submission_folder_comes_first(spool: Spool) -> None:
+    for folder in (spool.submitted / "jobs", spool.folder / "other" / "jobs"):
+        folder.mkdir(parents=True)
+        (folder / "vae_phantom.yaml").touch()
+    arguments, *_ = spool.run(SCRIPT, submitted_as=f"{spool.folder}/other/jobs/vae_phantom.sh")
+    assert arguments.strip() == f"train {spool.submitted}/jobs/vae_phantom.yaml"
+
+
+def test_a_successor_reads_the_job_file_of_its_predecessor(spool: Spool) -> None:
+    """It is submitted from the spool, so Slurm cannot say where the first script lay."""
+    folder = spool.folder / "my own"
+    folder.mkdir()
+    (folder / "vae_phantom.yaml").touch()
+    first = spool.run(SCRIPT, "x=1", "name=a b", submitted_as=f"{folder}/vae_phantom.sh")
+    script, kept, words = first[1:]
+    assert script == f"{spool.folder}/spool/slurm_script"
+    assert words.split("\x1f") == ["x=1", "name=a b"]
+    assert spool.run(SCRIPT, *words.split("\x1f"), VAEDIST_SCRIPT_FOLDER=kept) == first
+
+
+@pytest.mark.parametrize("project", ["submission folder", "folder of the script"])
+def test_no_environment_need_be_active(spool: Spool, project: str) -> None:
+    """The project's own `.venv` is found, of the script's folder before that of the submission folder."""
+    (tools,), spool.tools = spool.tools, []
+    here = spool.submitted / ".venv"
+    here.mkdir()
+    (here / "bin").symlink_to(tools)
+    jobs, submitted_as = ROOT / "jobs", ""
+    if project == "folder of the script":
+        jobs = spool.folder / "a project" / "jobs"
+        jobs.mkdir(parents=True)
+        (jobs / "vae_phantom.yaml").touch()
+        (here / "bin").unlink()
+        (spool.folder / "a project" / ".venv").mkdir()
+        (spool.folder / "a project" / ".venv" / "bin").symlink_to(tools)
+        submitted_as = f"{jobs}/vae_phantom.sh"
+    arguments, *_ = spool.run(SCRIPT, submitted_as=submitted_as)
+    assert arguments.strip() == f"train {jobs}/vae_phantom.yaml"
 
 
 def test_without_vaedist_a_script_says_so(tmp_path: Path) -> None:

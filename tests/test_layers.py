@@ -93,11 +93,22 @@ def layers(module: str, tree: ast.Module) -> Iterator[Finding]:
             yield line, f"{here} imports {there} ({name}): imports run downwards only"
 
 
+def commands(module: str, tree: ast.Module) -> Iterator[Finding]:
+    """What two commands share lies below them: the parsers of all in cli/."""
+    if room(module) == "commands":
+        for line, name in imports(module, tree):
+            if room(name) == "commands" and name.split(".")[1] != module.split(".")[1]:
+                yield line, f"imports {name}: no command imports another command"
+
+
 def libraries(module: str, tree: ast.Module) -> Iterator[Finding]:
     homes = {
-        "ray": tuple(f"vaedist.launchers.ray.{name}" for name in ("trainer", "cluster", "nodes", "tuner")),
-        "submitit": ("vaedist.slurm.submit",),
-        "torch.distributed": ("vaedist.distributed.process_group",),
+        "ray": tuple(
+            f"vaedist.launchers.ray.{name}"
+            for name in ("cluster", "nodes", "internals", "trainer", "train_worker", "tuner", "tune_worker")
+        ),
+        "submitit": ("vaedist.slurm.submitit_executor", "vaedist.slurm.local_run"),
+        "torch.distributed": ("vaedist.distributed.process_group", "vaedist.distributed.rendezvous"),
     }
     for line, name in imports(module, tree):
         for library, home in homes.items():
@@ -214,7 +225,15 @@ def unpickling(module: str, tree: ast.Module) -> Iterator[Finding]:
             yield node.lineno, "allow_pickle=True"
 
 
-RULES: tuple[Rule, ...] = (layers, libraries, object_collectives, global_generators, excepts, unpickling)
+RULES: tuple[Rule, ...] = (
+    layers,
+    commands,
+    libraries,
+    object_collectives,
+    global_generators,
+    excepts,
+    unpickling,
+)
 
 
 def module_name(path: Path) -> str:
@@ -241,6 +260,8 @@ BREAKERS: list[tuple[Rule, str, str]] = [
     (layers, "vaedist.launchers.local", "from ..train import main"),
     (layers, "vaedist.tuning.controller", "from vaedist.launchers.ray.tuner import run"),
     (layers, "vaedist.training.loop", "from vaedist.tuning import space"),
+    (commands, "vaedist.launch", "def f():\n    from vaedist import evaluate"),
+    (commands, "vaedist.sample", "from vaedist.evaluate import open_data"),
     (libraries, "vaedist.tuning.controller", "from ray import tune"),
     (layers, "vaedist.train", "from vaedist.sample import main\nfrom vaedist.utils import x"),
     (

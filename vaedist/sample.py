@@ -42,18 +42,18 @@ def main(argv: list[str] | None = None) -> int:
         instead = ""
         if mode == "samples" and run.model.reconstructs and not run.model.samples:
             instead = "; its reconstructions are: --reconstruct FILE ..."
-        raise NotDefined(f"{run.folder} ({run.kind}): {error}{instead}") from None
+        raise NotDefined(f"{run.folder} ({run.job.kind}): {error}{instead}") from None
     tell("\n".join([*result.lines, *(f"wrote {path}" for path in result.files)]))
     return 0
 
 
 def _write(run: Run, mode: str, arguments: argparse.Namespace, bars: ProgressBars) -> PictureResult:
     """Make and write what was asked for."""
-    from vaedist.inference.class_labels import class_numbers, single_class
     from vaedist.inference.latent_pictures import write_interpolation, write_manifold, write_traversal
     from vaedist.inference.picture_files import PictureFiles
     from vaedist.inference.reconstructions import write_reconstructions
     from vaedist.inference.sample_files import write_samples
+    from vaedist.inference.sampling import class_numbers, single_class
 
     between = "sampler gmm" if arguments.sampler == "gmm" else mode
     if run.model.latent == "codes" and between in ("interpolate", "traverse", "manifold", "sampler gmm"):

@@ -5,91 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vaedist.cli.option_types import non_negative_int, positive_int
-from vaedist.cli.parser import Parser
-from vaedist.cli.shared_options import add_device, add_settings, add_verbosity
+from vaedist.cli.tune_options import build_parser
 from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_command
-from vaedist.core.terminal import ProgressBars, progress_bar
-
-if TYPE_CHECKING:
-    from vaedist.data.format.index import Index
-    from vaedist.tuning.space import Space
-
-PHANTOM_COUNT = {"train": 1024, "validate": 128, "test": 128}
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="vaedist-tune",
-        description="Search for good settings of a job on Ray Tune. A search space says which settings are tried and "
-        "what number decides; its trials are ordinary runs, and the best one is ready for vaedist-evaluate and "
-        "vaedist-sample. The same command continues a search that was stopped or killed: trials that have ended are "
-        "not run again.",
-        epilog="Exit codes: 0 finished, or nothing was left to do; 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C); 5 "
-        "worker processes died; 3 the data are damaged; 2 the command, a file or a setting is wrong. A trial that "
-        "diverges counts as failed, and the search goes on.",
-    )
-    add_settings(parser, "settings that replace those of the space's base job, for example train.steps=500")
-    what = parser.add_argument_group("what")
-    what.add_argument(
-        "--space",
-        metavar="NAME",
-        required=True,
-        help="beta_vae, infovae, mmdvae, vqvae or gan, or the path of a space file of your own",
-    )
-    what.add_argument(
-        "--data",
-        metavar="DIR",
-        help="packed data, or the word `phantom`: built-in images, packed once into the search's folder (default: "
-        "$VAEDIST_DATA, else the data that the space names)",
-    )
-    what.add_argument(
-        "--trials", metavar="N", type=positive_int, help="how many trials (default: what the space says)"
-    )
-    place = parser.add_argument_group("where")
-    place.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        type=Path,
-        help="folder of the search (default: runs/tune_NAME of the space)",
-    )
-    place.add_argument(
-        "--workers-per-trial",
-        metavar="N",
-        type=positive_int,
-        default=1,
-        help="processes that train each trial together, through Ray Train (default: 1)",
-    )
-    place.add_argument(
-        "--max-parallel",
-        "--concurrent",
-        metavar="N",
-        type=positive_int,
-        help="most trials at a time (default: as many as fit in the allocation with all their workers)",
-    )
-    add_device(place)
-    place.add_argument(
-        "--max-failures",
-        metavar="N",
-        type=non_negative_int,
-        default=3,
-        help="how often a trial starts again from its checkpoint after its process died (default: 3)",
-    )
-    place.add_argument(
-        "--hang-timeout",
-        metavar="SECONDS",
-        type=non_negative_int,
-        default=45,
-        help="a trial whose process gives no sign of life for so long (stopped, frozen) is killed and starts again; so "
-        "is one whose training stands still for four times as long; 0: never (default: 45)",
-    )
-    add_verbosity(parser, verbose="also print what each validation of each trial found")
-    parser.add_argument(
-        "--print-space", action="store_true", help="print the space with every default, and exit"
-    )
-    return parser
+from vaedist.core.terminal import progress_bar
 
 
 @cli_command
@@ -114,41 +34,35 @@ def main(argv: list[str] | None = None) -> int:
     made = RunFolder.make(arguments.run_dir or Path("runs") / name)
     folder = made.path
     shown = _Trials(quiet=arguments.quiet)
-    tell = shown.tell
+    echo = shown.echo
     try:
         made.check_is_run_folder("trials.jsonl")
-        index = _data(space, arguments.data, folder, quiet=arguments.quiet)
-        from vaedist.launchers.ray import tuner as raytune
+        from vaedist.tuning.search_data import open_search_data
+
+        index = open_search_data(space, arguments.data, folder, quiet=arguments.quiet)
+        from vaedist.launchers.ray import tuner
         from vaedist.tuning import results
 
-        search = raytune.run(
-            space,
-            folder,
-            index,
+        options = tuner.TuneOptions(
             workers=arguments.workers_per_trial,
-            concurrent=arguments.max_parallel,
+            max_parallel=arguments.max_parallel,
             device=arguments.device,
             max_failures=arguments.max_failures,
             hang_seconds=arguments.hang_timeout,
-            tell=tell,
-            detail=tell if arguments.verbose else lambda _: None,
-            progress=shown.progress,
             command=tuple(sys.argv if argv is None else ["vaedist-tune", *argv]),
         )
+        detail = echo if arguments.verbose else lambda _: None
+        search = tuner.run(space, folder, index, options, echo=echo, detail=detail, progress=shown.progress)
     except UserError:
         made.discard()
         raise
     finally:
         shown.close()
-    figures = results.write_all(search.record)
-    for line in [
-        *results.summary_lines(search.record),
-        f"table: {folder / results.TABLE}",
-        *map(str, figures),
-    ]:
-        tell(line)
+    figures = map(str, results.write_all(search.record))
+    lines = [*results.summary_lines(search.record), f"table: {folder / results.TABLE}", *figures]
+    echo("\n".join(lines))
     if not search.complete:
-        tell("stopped on request: trials that were interrupted are kept, the same command continues")
+        echo("stopped on request: trials that were interrupted are kept, the same command continues")
         return EXIT_STOPPED
     return EXIT_FINISHED
 
@@ -160,7 +74,7 @@ class _Trials:
         self._quiet = quiet
         self._bar: Any = None
 
-    def tell(self, text: str) -> None:
+    def echo(self, text: str) -> None:
         """Show one line."""
         if self._quiet:
             return
@@ -182,51 +96,6 @@ class _Trials:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _data(space: Space, given: str | None, folder: Path, *, quiet: bool) -> Index:
-    """The packed data to search on.
-
-    Raises:
-        UserError: they are not there; it says which command makes them.
-    """
-    from vaedist.config.settings import expand
-    from vaedist.data.format.index import INDEX_NAME, Index
-
-    if given == "phantom":
-        return _phantom(folder / "phantom", space.data.phantom, quiet=quiet)
-    named = given or os.environ.get("VAEDIST_DATA") or space.data.path
-    path = expand(named, "--data")
-    if not (path / INDEX_NAME).exists():
-        whose = (
-            "--data"
-            if given
-            else "$VAEDIST_DATA"
-            if os.environ.get("VAEDIST_DATA")
-            else f"space {space.name!r}"
-        )
-        raise UserError(
-            f"there are no shards in {path} ({whose}): make them with `{space.data.make}` and say where with --data, "
-            "or try the search on built-in images with --data phantom"
-        )
-    return Index.open(path)
-
-
-def _phantom(place: Path, size: int, *, quiet: bool) -> Index:
-    """The built-in images, packed if they are not there yet."""
-    from vaedist.data.format.index import INDEX_NAME, Index
-
-    if not (place / INDEX_NAME).exists():
-        from vaedist.data.packing.pack import PackingConfig, pack
-        from vaedist.data.sources import SourceSettings
-
-        settings = SourceSettings(size=size, count=PHANTOM_COUNT)
-        with ProgressBars(quiet=quiet) as bars:
-            pack(
-                PackingConfig(input="phantom", out=place, size=size, settings=settings),
-                bars.callback("packing"),
-            )
-    return Index.open(place)
 
 
 if __name__ == "__main__":

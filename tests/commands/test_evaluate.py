@@ -266,7 +266,7 @@ def test_a_prior_stands_beside_counts(
     )
 
     assert document["codes"]["vectors"] == 21 * 16
-    assert document["tokenizer"] == opened.config.tokenizer.sha256
+    assert document["tokenizer"] == opened.job.model.tokenizer.sha256
     assert set(document["samples"]["metrics"]) == {"this run", "per-position draws", "training images"}
     assert "neighbour bigram" in told
     assert "image: codes + decoder" in told

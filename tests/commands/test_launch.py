@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vaedist import launch
-from vaedist.slurm import launch_record as record
+from vaedist.cli import launch_options
+from vaedist.slurm import launch_record
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = """
@@ -154,7 +155,7 @@ def test_a_chain_runs_here_and_is_told_of(capfd: pytest.CaptureFixture[str], pla
     assert launch.main(["cancel"]) == 0
     assert capfd.readouterr().out == "nothing to cancel: all have ended\n"
     # What runs is what was launched: a job file that is edited later changes nothing.
-    (entry,) = [entry for entry in record.read(Path("launches/tiny")) if entry.link == "train"]
+    (entry,) = [entry for entry in launch_record.read(Path("launches/tiny")) if entry.link == "train"]
     assert entry.arguments[1] == str(place / "launches" / "tiny" / "jobs" / "tiny.yaml")
     assert Path(entry.arguments[1]).read_text() == Path("tiny.yaml").read_text()
 
@@ -194,7 +195,7 @@ def test_ctrl_c_stops_a_local_chain_after_a_checkpoint(place: Path) -> None:
 
 def test_the_readme_of_the_door_holds(capsys: pytest.CaptureFixture[str]) -> None:
     """The example in the help is one that parses."""
-    parser = launch.build_parser()
+    parser = launch_options.build_parser()
     assert parser.epilog is not None
     words = shlex.split(parser.epilog.partition("vaedist-launch ")[2].partition(". What follows")[0])
     arguments = parser.parse_intermixed_args(words)

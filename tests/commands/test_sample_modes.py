@@ -102,7 +102,7 @@ def test_a_priors_codes_stand_beside_its_images(prior: Path) -> None:
 def test_a_prior_is_given_away_with_its_tokenizer(prior: Path, vqvae: Path) -> None:
     folder = export_run(prior, "given/prior")
     assert torch.equal(open_run(folder).model.sample(2, seed=4), open_run(prior).model.sample(2, seed=4))
-    assert open_run(folder).job.model["tokenizer"]["run"] == vqvae.name
+    assert open_run(folder).job.model.tokenizer.run == vqvae.name
     assert str(vqvae.parent).encode() not in (folder / "state.pt").read_bytes()
 
 

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from vaedist.evaluation.html_report.sections import FEWEST_FOR_UMAP, _plane
+from vaedist.evaluation.html_report.latent_section import FEWEST_FOR_UMAP, _plane
 
 
 @pytest.mark.parametrize("count", [2, FEWEST_FOR_UMAP - 1])

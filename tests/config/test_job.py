@@ -11,6 +11,7 @@ from vaedist.config import job as config
 from vaedist.config.job import Job, Spec, Train, load_job
 from vaedist.config.settings import apply_overrides, expand, read_yaml, resume_policy
 from vaedist.core.errors import UserError
+from vaedist.nets.bodies_config import Conv
 
 JOB = "model: {kind: vae}\ntrain: {steps: 10}\n"
 
@@ -168,7 +169,8 @@ def test_overrides_are_yaml_and_reach_new_sections(job_file: Path) -> None:
             "train.optim.main.schedule={kind: cosine, warmup: 5}",
             "train.ema_half_life=500",
             "data.path=/somewhere/else=strange",
-            "model.body.widths=[8, 16]",
+            "model.encoder.kind=conv",
+            "model.encoder.width=[8, 16, 16]",
         ],
     )
     assert job.train.optim["main"].learning_rate == 1e-3  # PyYAML reads 1e-3 as text
@@ -176,7 +178,7 @@ def test_overrides_are_yaml_and_reach_new_sections(job_file: Path) -> None:
     assert job.train.optim["main"].schedule == config.Cosine(warmup=5)
     assert job.train.ema_half_life == 500
     assert job.data.path == "/somewhere/else=strange"
-    assert job.model == {"kind": "vae", "body": {"widths": [8, 16]}}
+    assert job.kind == "vae" and job.model.encoder == Conv(width=(8, 16, 16))
 
 
 def test_a_later_override_wins_and_the_source_stays() -> None:

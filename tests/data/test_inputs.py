@@ -15,13 +15,14 @@ from tests.ranks import run_ranks
 from tests.run_commands import curve, small_job
 from tests.training.test_equality import furthest
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import Batch, LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import EvaluationInputs, Inputs, poisson, poisson_table, static_bits
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 
@@ -322,7 +323,8 @@ RUN = """
 import sys
 from pathlib import Path
 from vaedist.config.job import Job
-from vaedist.models.contract import build, model_config
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 fit(Job.model_validate_json(sys.argv[1]), Path(sys.argv[2]), options=FitOptions(quiet=True))

@@ -104,7 +104,8 @@ import json
 import torch
 from vaedist.config.job import Job, Spec
 from vaedist.data.loading.order import slice_bounds
-from vaedist.models.contract import build, model_config
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 from vaedist.distributed.process_group import Group
 from vaedist.training.step import TrainStep
 
@@ -120,7 +121,7 @@ class Poison(torch.autograd.Function):
 group = Group.join("cpu", 60)
 model = {"kind": "vae", "latent": 2, "encoder": {"kind": "mlp", "width": 8}}
 job = Job.model_validate({"model": model, "train": {"steps": 9, "batch_size": 8}})
-model = build(model_config(job.model), Spec(1, (8, 8)), 0)
+model = build(job.model, Spec(1, (8, 8)), 0)
 sound = model.forward
 
 def forward(batch, ctx):

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.evaluation.metrics import baselines as module
 from vaedist.evaluation.metrics.baselines import Baselines, latent_size
 from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 
 
 def random_images(count: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.evaluation.toys import Linear, batches, linear_images
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import SampleContext
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.evaluation.metrics.likelihood import (
@@ -23,7 +24,7 @@ from vaedist.evaluation.metrics.likelihood import (
     log_weights,
     measure_likelihood,
 )
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.nets.likelihoods import Bernoulli
 
 SPEC = Spec(1, (4, 5))

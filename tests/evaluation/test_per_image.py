@@ -13,13 +13,14 @@ import torch
 
 import vaedist.models
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import Batch, SampleContext
 from vaedist.core.errors import UserError
 from vaedist.core.imaging import to_uint8
 from vaedist.evaluation.metrics.baselines import Baselines
 from vaedist.evaluation.metrics.image_quality import pair_metrics
 from vaedist.evaluation.metrics.per_image import evaluate_images, pairs, pick_evenly, training_images
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (16, 16))
 VAE = {"kind": "vae", "encoder": {"kind": "mlp", "width": 16, "depth": 1}, "latent": 3, "beta": 2.0}

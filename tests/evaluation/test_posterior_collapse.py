@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.run_commands import small_job
 from vaedist.config.job import Job
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import NotDefined, UserError
@@ -21,7 +22,7 @@ from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
 from vaedist.evaluate import main as evaluate
 from vaedist.evaluation.metrics.posterior_collapse import Collapse, Usage, UsageCounter
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.nets.divergences import DiagonalGaussian
 from vaedist.runs.checkpoint import load_checkpoint
 from vaedist.runs.checkpoint_paths import resolve_checkpoint

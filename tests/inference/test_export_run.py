@@ -80,7 +80,7 @@ def test_an_export_is_the_run_without_its_past(run: Path, weights: str, tmp_path
     folder = export_run(run, tmp_path / "new" / "vae", weights=weights)
     was, now = open_run(run, weights=weights), open_run(folder)
     assert (now.step, now.weights, now.data_identity) == (was.step, was.weights, was.data_identity)
-    assert (now.spec, now.classes, now.config) == (was.spec, was.classes, was.config)
+    assert (now.spec, now.classes, now.job.model) == (was.spec, was.classes, was.job.model)
     assert torch.equal(now.model.sample(3), was.model.sample(3))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "manifest.json", "state.pt"]
     size = sum(4 * tensor.numel() for tensor in was.model.state_dict().values())

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.core.imaging import to_uint8
 from vaedist.inference.latent_space import interpolation, manifold, traversal
 from vaedist.inference.mixture import Mixture, MixtureParameters
 from vaedist.inference.sampling import Sampler, finite_pixels
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (8, 8), classes=3)
 BODY = {"kind": "mlp", "width": 16, "depth": 1}

@@ -13,7 +13,8 @@ import pytest
 
 from tests.run_commands import ROOT, Training, curve, last_step, small_job, train, write_job
 from vaedist.config.job import Job
-from vaedist.core.errors import DataError, UserError
+from vaedist.core.errors import DataError, UserError, WorkerLost
+from vaedist.launchers.local import _failure, _Rank
 from vaedist.train import main
 
 pytestmark = pytest.mark.timeout(600)
@@ -44,6 +45,63 @@ def test_a_killed_rank_costs_a_restart_and_no_digit(two: tuple[Path, Path], tmp_
     assert "rank 1 of 2 was killed by SIGKILL" in err
     assert "starting again from there (1 of at most 3 times)" in err
     assert curve(tmp_path / "run") == curve(whole)
+
+
+DIES = """
+import os, signal, sys, time
+if os.environ.get("RANK") == "1":
+    time.sleep(1)  # the launcher writes to its standard input
+    os.closerange(3, 1000)  # the pipe ends, as in a death, and the death follows
+    time.sleep({pause})
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (
+            "os.kill(os.getpid(), signal.SIGSEGV)",
+            "rank 1 of 2 was killed by SIGSEGV, a crash in compiled code",
+        ),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 was killed by SIGKILL (often the kernel"),
+        ("os._exit(7)", "rank 1 of 2 left with exit code 7"),
+        ("time.sleep(600)", "rank 1 of 2 closed its pipe without an answer"),
+    ],
+)
+def test_a_rank_that_dies_just_after_its_pipe_has_ended_is_named(
+    end: str, told: str, phantom: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DIES.format(pause=0.5, end=end))
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=2))
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    arguments = ("--workers", "2", "--max-failures", "0")
+    code, _, err = train(job, tmp_path / "run", *arguments, environment={"PYTHONPATH": path})
+    assert code == WorkerLost.exit_code, err
+    assert err.count("\n") == 1 and told in err
+    assert ("the same command continues" in err) == ("SIGSEGV" not in err)
+
+
+@pytest.mark.parametrize("returncode", [-signal.SIGSEGV, -signal.SIGKILL])
+def test_a_death_of_its_own_is_never_taken_for_the_launchers(returncode: int) -> None:
+    """The rank dies between the launcher's look at it and the launcher's kill."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+        process.returncode = returncode
+        rank = _Rank(0, process, -1, None, pipe_ended=True, killed_by_launcher=True)
+        assert rank.died == (returncode == -signal.SIGSEGV)
+        error = _failure([rank], 2)
+    assert isinstance(error, WorkerLost)
+    assert ("SIGSEGV" in str(error)) == rank.died
+
+
+def test_a_debug_level_that_crashes_torch_is_lowered(phantom: Path, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=3))
+    variables = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    code, out, err = train(job, tmp_path / "run", "--workers", "2", environment=variables)
+    assert code == 0 and "finished after 3 steps" in out
+    told = "vaedist: TORCH_DISTRIBUTED_DEBUG=DETAIL crashes torch's gloo, so the ranks use INFO instead\n"
+    assert err == told
 
 
 def test_torchrun_is_a_launcher_too(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -163,7 +221,7 @@ def test_the_printed_job_is_a_job_file_with_every_default(
     job: Job = load_job(tmp_path / "printed.yaml")
     assert job.train.steps == 7
     assert job.data.lanes == 8
-    assert job.model["beta"] == 1.0
+    assert job.model.beta == 1.0
     assert main([str(tmp_path / "printed.yaml"), "--print-job"]) == 0
     assert capsys.readouterr().out == printed
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, distributions, nn
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC, D = Spec(1, (2, 3)), 2
 P = SPEC.pixels

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import kind_module, kinds, model_config
 from vaedist.config.settings import resume_policy
 from vaedist.core.context import Batch, Context, LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
-from vaedist.models.contract import Variant, build, kinds, model_config, variant
+from vaedist.models.contract import Variant, build
 from vaedist.training.step import cut
 
 SPEC = Spec(1, (16, 16), classes=3)
@@ -362,7 +363,7 @@ def test_noise_belongs_to_the_sample(section: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", kinds())
 def test_the_kind_is_the_file_name(kind: str) -> None:
-    module = variant(kind)
+    module = kind_module(kind)
     assert module.Config.model_fields["kind"].default == kind
     assert issubclass(module.Model, Variant)
     by_key = dict(resume_policy(module.Config))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, distributions
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (8, 8), classes=3)
 MLP = {"kind": "mlp", "width": 16, "depth": 1}

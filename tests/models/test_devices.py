@@ -16,9 +16,11 @@ from tests.run_commands import ROOT
 from vaedist.config.job import Spec, load_job
 from vaedist.core.context import Batch, LaneContext
 from vaedist.data.loading.inputs import static_bits
-from vaedist.models.contract import build, model_config
-from vaedist.nets.pixelcnn import GatedPixelCnn, PixelCnn
-from vaedist.nets.transformer import CausalTransformer, Transformer
+from vaedist.models.contract import build
+from vaedist.nets.pixelcnn import GatedPixelCnn
+from vaedist.nets.pixelcnn_config import PixelCnn
+from vaedist.nets.transformer import CausalTransformer
+from vaedist.nets.transformer_config import Transformer
 
 META = torch.device("meta")
 
@@ -40,7 +42,7 @@ def test_meta_does_not_mix() -> None:
 def test_a_step_and_samples_stay_on_the_device(name: str) -> None:
     job = load_job(ROOT / f"jobs/{name}.yaml", ["data.path=none", "init_from=null"])
     spec = Spec(3 if "faces" in name else 1, (32, 32))
-    model = build(model_config(job.model), spec, 0).to(META)
+    model = build(job.model, spec, 0).to(META)
     image = torch.zeros(8, spec.channels, 32, 32, dtype=torch.uint8, device=META)
     label = torch.zeros(8, dtype=torch.int64, device=META)
     batch: Batch = {"image": image, "label": label, "key": ["a"] * 8, "sample": list(range(8))}

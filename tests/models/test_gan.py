@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.models.gan import OUTPUTS, reading
 from vaedist.nets.likelihoods import ObservationModel
 from vaedist.training.ema import WeightAverage
@@ -207,7 +208,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
         },
     }
     job = parse(Job, content, "test")
-    net = build(model_config(job.model), Spec(1, (1, 1)), 0)
+    net = build(job.model, Spec(1, (1, 1)), 0)
     one = TrainStep(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
     average = WeightAverage(net, half_life=2000)
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
-from vaedist.models.contract import Variant, build, model_config
-from vaedist.nets.divergences import Imq, Legacy, Rbf, mmd
+from vaedist.models.contract import Variant, build
+from vaedist.nets.divergences import mmd
+from vaedist.nets.divergences_config import Imq, Legacy, Rbf
 
 SPEC = Spec(1, (8, 8), classes=2)
 MLP = {"kind": "mlp", "width": 16, "depth": 1}

@@ -15,8 +15,8 @@ import vaedist.evaluate
 import vaedist.models
 import vaedist.sample
 import vaedist.train
+from vaedist.config.model_section import kinds, model_config
 from vaedist.core.errors import UserError
-from vaedist.models.contract import kinds, model_config
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 (CAPACITY,) = re.findall(

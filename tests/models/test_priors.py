@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import Batch, LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 
 SPEC = Spec(1, (8, 8), classes=2)
 NETS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ import torch
 
 from tests.ranks import run_ranks
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 
 MLP = {"kind": "mlp", "width": 16, "depth": 1}
 SHARED = {"encoder": MLP, "latent": 3}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, distributions
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (12, 12))
 MLP = {"kind": "mlp", "width": 16, "depth": 1}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Spec
+from vaedist.config.model_section import model_config
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import NotDefined, UserError
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 
 SPEC = Spec(1, (16, 16))
 BODY = {"kind": "resnet", "width": 8, "depth": 1, "downsample": 4}

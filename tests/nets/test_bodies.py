@@ -13,7 +13,8 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import Strict, parse
 from vaedist.core.context import generator
 from vaedist.core.errors import UserError
-from vaedist.nets.bodies import Body, Conv, Mlp, Resnet, decoder, encoder, grid, layer_table
+from vaedist.nets.bodies import decoder, encoder, grid, layer_table
+from vaedist.nets.bodies_config import Body, Conv, Mlp, Resnet
 
 
 def body(**settings: Any) -> Mlp | Conv | Resnet:

@@ -14,8 +14,10 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import UserError
-from vaedist.nets.bodies import Body, decoder, encoder
-from vaedist.nets.conditioning import DROPPED, ClassPrior, Condition, LabelEmbedding, conditioned, drop_labels
+from vaedist.nets.bodies import decoder, encoder
+from vaedist.nets.bodies_config import Body
+from vaedist.nets.conditioning import DROPPED, ClassPrior, LabelEmbedding, conditioned, drop_labels
+from vaedist.nets.conditioning_config import Condition
 from vaedist.nets.divergences import DiagonalGaussian
 
 SPEC = Spec(2, (8, 8), classes=4)
@@ -169,10 +171,10 @@ def test_what_a_label_may_be() -> None:
 def test_mistakes_in_a_condition_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.condition needs classes, and these data carry no labels"):
         LabelEmbedding(Condition(), Spec(1, (8, 8)))
-    for section, told in [
+    for section, message in [
         ({"label": "one_hot", "size": 4}, "a one-hot code is as long as there are classes"),
         ({"dropout": 1.0}, "dropout: input should be less than 1"),
         ({"how": "add"}, "'film' or 'concat'"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             parse(Condition, section, "job.yaml", "model.condition")

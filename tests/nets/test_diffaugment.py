@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vaedist.core.context import LaneContext, generator
-from vaedist.nets.diffaugment import Augmentation, augment
+from vaedist.nets.adversarial_config import Augmentation
+from vaedist.nets.diffaugment import augment
 
 ALL: tuple[Augmentation, ...] = ("color", "translation", "cutout")
 ROWS = 64

@@ -12,7 +12,7 @@ import pytest
 
 from tests.real_slurm.cluster import ENDED, Slurm, until
 from tests.run_commands import last_step
-from vaedist.slurm import launch_record as record
+from vaedist.slurm import launch_record
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -90,7 +90,7 @@ def test_a_grid_of_runs_and_what_follows_them(desk: Desk) -> None:
     stray = {"SBATCH_PARTITION": "nowhere", "SLURM_MEM_PER_GPU": "1", "VAEDIST_SETUP": "exit 9"}
     desk.launch(*words, **stray)
     (folder,) = (desk.folder / "launches").iterdir()
-    jobs = {entry.link: entry.array for entry in record.read(folder)}
+    jobs = {entry.link: entry.array for entry in launch_record.read(folder)}
     sent = [
         desk.slurm.run("scontrol", "write", "batch_script", jobs[link], "-") for link in ("train", "sample")
     ]
@@ -105,7 +105,7 @@ def test_a_grid_of_runs_and_what_follows_them(desk: Desk) -> None:
     status = desk.status()
     assert {row[1] for row in status.values()} == {"COMPLETED"}
     assert status["train tiny-seed-1"][2] == "4/4"
-    assert "finished after 4 steps" in desk.launch("logs", "--link", "train")
+    assert "finished after 4 steps" in desk.launch("logs", "--stage", "train")
 
 
 def test_a_failed_link_takes_its_successors_with_it_and_status_tells_why(desk: Desk) -> None:
@@ -148,7 +148,7 @@ def test_of_an_array_only_the_failed_task_has_no_successor(desk: Desk) -> None:
 def test_requeued_followed_and_cancelled(desk: Desk) -> None:
     """A requeued job goes on where it was, with its log kept; a job that waits for it ends with it."""
     desk.launch("tiny.yaml", "train.steps=1000000", "--site", "site.yaml", "--chain", "train,sample")
-    train, sample = (entry.job for entry in record.read(desk.folder / "launches" / "tiny"))
+    train, sample = (entry.job for entry in launch_record.read(desk.folder / "launches" / "tiny"))
     run = desk.folder / "runs" / "tiny"
     until("two checkpoints", lambda: last_step(run) > 2000, 240)
     assert desk.status()["sample tiny"][-1] == f"waits for train ({train})"
@@ -160,7 +160,7 @@ def test_requeued_followed_and_cancelled(desk: Desk) -> None:
     reached = last_step(run)
     desk.slurm.release(train)
     until("it went on", lambda: last_step(run) > reached + 1000, 240)
-    log = desk.launch("logs", "--link", "train", "-n", "1000000")
+    log = desk.launch("logs", "--stage", "train", "-n", "1000000")
     assert log.count("vaedist: Slurm job") == 2, "each start is in the log"
     assert desk.launch("cancel") == f"cancelled: {train}, {sample}\n"
     until("an empty queue", lambda: not desk.slurm.run("squeue", "-h"), 60)
@@ -172,7 +172,7 @@ def test_a_successor_is_found_and_cancelled_with_the_rest(desk: Desk) -> None:
     """A site that continues by resubmitting: the view follows the work, not the number; of an array task by task."""
     (desk.folder / "site.yaml").write_text(f"{SITE}continue_by: resubmit\n")
     desk.launch("tiny.yaml", "train.steps=1000000", "--site", "site.yaml", "--seeds", "4-5")
-    other, first = (entry.job for entry in record.read(desk.folder / "launches" / "tiny"))
+    other, first = (entry.job for entry in launch_record.read(desk.folder / "launches" / "tiny"))
     run = desk.folder / "runs" / "tiny-seed-5"
     until("it trains", lambda: last_step(run) > 500, 240)
     assert desk.status()["train tiny-seed-5"][0] == first
@@ -257,3 +257,52 @@ def test_plain_sbatch_takes_the_site_and_two_nodes(desk: Desk, phantom: Path, wh
         assert f"checkpoints  {run}/checkpoints\n" in told
         assert re.search(r"ssh -L (\d+):localhost:\1 \w+@\S+$", told, re.MULTILINE)
         assert last_step(run) == 4
+
+
+def test_a_script_of_ones_own_and_its_successor_find_the_job_file_beside_it(
+    desk: Desk, phantom: Path, tmp_path: Path
+) -> None:
+    """Submitted from elsewhere, with blanks in every path and no environment active; resubmitted when time is up.
+
+    The folder holds a script, a job file that differs from the shipped one, and the project's `.venv`; what scripts
+    share comes from the package. sbatch runs copies of both scripts.
+    """
+    project = tmp_path / "a project of one's own"
+    folder = project / "my jobs"
+    folder.mkdir(parents=True)
+    (project / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    script = (ROOT / "jobs" / "vae_phantom.sh").read_text()
+    (folder / "vae_phantom.sh").write_text(script)
+    job = JOB.replace("DATA", str(phantom)).replace("name: tiny", "name: of_ones_own")
+    (folder / "vae_phantom.yaml").write_text(job.replace("steps: 4", "steps: 1000000"))
+    (desk.folder / "site.yaml").write_text(f"{SITE}continue_by: resubmit\n")
+    environment = desk.environment | {
+        "PATH": "/usr/bin:/bin",
+        "VAEDIST_DATA": str(phantom),
+        "VAEDIST_SITE": str(desk.folder / "site.yaml"),
+    }
+    done = subprocess.run(
+        ["sbatch", "--parsable", folder / "vae_phantom.sh", "--device", "cpu"],
+        cwd=desk.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.strip()
+    run = desk.folder / "runs" / "of_ones_own"
+
+    def trained(job: str) -> bool:
+        assert desk.slurm.state(job) not in ENDED, desk.slurm.output(job)
+        return last_step(run) > 0
+
+    until("training", lambda: trained(first), 120)
+    (successor,) = set(desk.slurm.run("squeue", "-h", "-o%i").split()) - {first}
+    desk.slurm.run("scancel", "--batch", "--signal=USR1", first)
+    until("the end of the first job", lambda: desk.slurm.state(first) in ENDED, 60)
+    steps = last_step(run)
+    until("the successor trains", lambda: trained(successor) and last_step(run) > steps, 120)
+    said = (desk.folder / f"slurm-{successor}.out").read_text()
+    assert "restart 1" in said
+    desk.slurm.quiet()

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.real_slurm.cluster import Slurm
 from tests.real_slurm.test_launch import ROOT, SITE
 from tests.run_commands import last_step
-from vaedist.slurm import launch_record as record
+from vaedist.slurm import launch_record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -97,11 +97,11 @@ def test_from_volumes_to_a_searched_model_with_a_prior(slurm: Slurm, tmp_path: P
     chain = re.sub(r"train\.steps=\d+'", f"train.steps=10 {SHORTER}'", chain)
     told = shell(f"{re.sub(r'train[.]steps=[0-9]+ ', 'train.steps=30 ', chain, count=1)} {SHORTER}")
     assert "launches/best (" in told
-    for link in record.read(tmp_path / "launches" / "best"):
+    for link in launch_record.read(tmp_path / "launches" / "best"):
         state = slurm.wait(link.job, seconds=240)
-        assert state == "COMPLETED", shell(f"vaedist-launch logs --link {link.link}")
-    assert "2 nodes x 1 ranks" in shell("vaedist-launch logs -n 100 --link prior")
-    assert "Grad strides" not in shell("vaedist-launch logs -n 100 --link prior")
+        assert state == "COMPLETED", shell(f"vaedist-launch logs --stage {link.link}")
+    assert "2 nodes x 1 ranks" in shell("vaedist-launch logs -n 100 --stage prior")
+    assert "Grad strides" not in shell("vaedist-launch logs -n 100 --stage prior")
     runs = tmp_path / "runs"
     prior = runs / "pixelcnn_phantom-of-scans"
     assert (last_step(runs / "scans"), last_step(prior)) == (30, 10)

@@ -24,7 +24,7 @@ import torch
 from vaedist.core.errors import UserError
 from vaedist.runs.checkpoint import Best, Checkpoints, Committer, load_checkpoint
 from vaedist.runs.checkpoint_manifest import checkpoint_from_bytes, checkpoint_to_bytes
-from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
+from vaedist.runs.checkpoint_paths import best_checkpoint, resolve_checkpoint, run_folder_of
 from vaedist.runs.init_from import source_from_bytes, source_to_bytes
 from vaedist.runs.weights import chosen_weights, weights_digest
 
@@ -280,14 +280,18 @@ def test_the_newest_and_the_best_are_kept(store: Checkpoints) -> None:
             store.mark_best(path, Best("loss", 1.5))
         store.prune()
     assert names(store) == ["step-000000020", "step-000000030", "step-000000040"]
-    assert store.best() == resolve_checkpoint(store.run_folder) == store.folder / "step-000000020"
+    assert (
+        best_checkpoint(store.run_folder)
+        == resolve_checkpoint(store.run_folder)
+        == store.folder / "step-000000020"
+    )
     assert resolve_checkpoint(store.folder / "step-000000030").name == "step-000000030"
     found = store.newest()
     assert found is not None and found.step == 40
     assert run_folder_of(found.path) == store.run_folder
 
     shutil.rmtree(store.folder / "step-000000020")
-    assert store.best() is None
+    assert best_checkpoint(store.run_folder) is None
     assert resolve_checkpoint(store.run_folder).name == "step-000000040"
 
 

@@ -23,7 +23,7 @@ from vaedist.config.job import Job, Spec, load_job
 from vaedist.config.settings import apply_overrides, parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import DatasetInfo, Index, write_index
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
 from vaedist.runs.open_run import open_run
@@ -334,8 +334,8 @@ def trained(folder: Path, index: Index, *overrides: str) -> dict[str, dict[str, 
     store = Checkpoints(run.path)
     states = {}
     for step in (5, 10):
-        model = build(model_config(asked.model), index.spec, seed=step)
-        average = build(model_config(asked.model), index.spec, seed=100 + step)
+        model = build(asked.model, index.spec, seed=step)
+        average = build(asked.model, index.spec, seed=100 + step)
         if asked.train.precision == "fp64":
             model.double(), average.double()
         states[f"{step}"] = {

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vaedist.cli.launch_options import is_setting, parse_grid_axis, parse_seeds
 from vaedist.core.errors import UserError
-from vaedist.slurm.chain import Link, Order, axis, is_setting, links, seeds
+from vaedist.slurm.chain import LaunchRequest, Stage, plan_stages
 
 JOB = """
 name: tiny
@@ -25,24 +26,24 @@ train: {steps: 4, batch_size: 8}
 
 
 @pytest.fixture
-def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LaunchRequest:
     monkeypatch.chdir(tmp_path)
     shards = tmp_path / "my shards"
     shards.mkdir()
     (shards / "index.json").touch()
     Path("tiny.yaml").write_text(JOB.replace("DATA", str(shards)))
     Path("codes.yaml").write_text(PRIOR.replace("DATA", str(shards)))
-    return Order(jobs=("tiny.yaml",), settings=(), runs=Path("runs"))
+    return LaunchRequest(jobs=("tiny.yaml",), settings=(), runs=Path("runs"))
 
 
-def commands(found: list[Link]) -> dict[str, list[tuple[str, ...]]]:
-    return {link.name: [task.arguments for task in link.tasks] for link in found}
+def commands(found: list[Stage]) -> dict[str, list[tuple[str, ...]]]:
+    return {stage.name: [task.arguments for task in stage.tasks] for stage in found}
 
 
-def test_one_job(order: Order, tmp_path: Path) -> None:
-    (link,) = links(replace(order, settings=("train.steps=9",), further=("--override",)))
-    assert (link.name, link.after, link.trains) == ("train", None, True)
-    assert link.tasks[0].arguments == (
+def test_one_job(plain: LaunchRequest, tmp_path: Path) -> None:
+    (stage,) = plan_stages(replace(plain, settings=("train.steps=9",), extra_arguments=("--override",)))
+    assert (stage.name, stage.after, stage.trains) == ("train", None, True)
+    assert stage.tasks[0].arguments == (
         "train",
         "tiny.yaml",
         "train.steps=9",
@@ -53,20 +54,24 @@ def test_one_job(order: Order, tmp_path: Path) -> None:
     )
 
 
-def test_a_grid_and_seeds_make_a_run_each(order: Order) -> None:
-    wanted = replace(order, grid=(axis("model.beta=0.5,1"), axis("train.batch_size=4,8")), seeds=seeds("0-1"))
-    (link,) = links(wanted)
-    runs = [str(task.run) for task in link.tasks]
+def test_a_grid_and_seeds_make_a_run_each(plain: LaunchRequest) -> None:
+    wanted = replace(
+        plain,
+        grid=(parse_grid_axis("model.beta=0.5,1"), parse_grid_axis("train.batch_size=4,8")),
+        seeds=parse_seeds("0-1"),
+    )
+    (stage,) = plan_stages(wanted)
+    runs = [str(task.run) for task in stage.tasks]
     assert len(set(runs)) == 8
     assert runs[0] == "runs/tiny-beta-0.5-batch_size-4-seed-0"
-    assert "seed=1" in link.tasks[1].arguments and "model.beta=0.5" in link.tasks[1].arguments
-    assert link.tasks[1].arguments[-1] == runs[1]
+    assert "seed=1" in stage.tasks[1].arguments and "model.beta=0.5" in stage.tasks[1].arguments
+    assert stage.tasks[1].arguments[-1] == runs[1]
 
 
-def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(order: Order) -> None:
-    found = links(
+def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(plain: LaunchRequest) -> None:
+    found = plan_stages(
         replace(
-            order,
+            plain,
             seeds=(0, 1),
             chain=("shard", "train", "prior", "evaluate", "sample"),
             shard="phantom --size 32 --out 'new shards'",
@@ -74,7 +79,7 @@ def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(order: 
             evaluate="--split test",
         )
     )
-    assert [(link.name, link.after, len(link.tasks)) for link in found] == [
+    assert [(stage.name, stage.after, len(stage.tasks)) for stage in found] == [
         ("shard", None, 1),
         ("train", "shard", 2),
         ("prior", "train", 2),
@@ -98,31 +103,33 @@ def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(order: 
     assert ran["sample"][1] == ("sample", prior, "--out", f"{prior}/samples.png")
 
 
-def test_a_chain_may_begin_with_runs_that_are_there(order: Order) -> None:
-    (evaluate,) = links(replace(order, chain=("evaluate",)))
+def test_a_chain_may_begin_with_runs_that_are_there(plain: LaunchRequest) -> None:
+    (evaluate,) = plan_stages(replace(plain, chain=("evaluate",)))
     assert (evaluate.after, evaluate.tasks[0].arguments) == (None, ("evaluate", "runs/tiny"))
 
 
-def test_a_search(order: Order) -> None:
-    (link,) = links(
-        replace(order, jobs=(), space="infovae", settings=("train.steps=5",), further=("--trials", "4"))
+def test_a_search(plain: LaunchRequest) -> None:
+    (stage,) = plan_stages(
+        replace(
+            plain, jobs=(), space="infovae", settings=("train.steps=5",), extra_arguments=("--trials", "4")
+        )
     )
-    assert link.trains
-    assert link.tasks[0].arguments == (
+    assert stage.trains
+    assert stage.tasks[0].arguments == (
         *("tune", "--space", "infovae", "train.steps=5"),
         *("--run-dir", "runs/tune_infovae", "--trials", "4"),
     )
 
 
 def test_a_prior_that_names_no_data_reads_those_of_its_tokenizer(
-    order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: LaunchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VAEDIST_DATA", raising=False)
     Path("codes.yaml").write_text(PRIOR.replace("data: {path: DATA}\n", ""))
-    wanted = replace(order, chain=("train", "prior"), prior="codes.yaml")
+    wanted = replace(plain, chain=("train", "prior"), prior="codes.yaml")
 
     def data() -> list[str]:
-        return [word for word in links(wanted)[1].tasks[0].arguments if word.startswith("data.path=")]
+        return [word for word in plan_stages(wanted)[1].tasks[0].arguments if word.startswith("data.path=")]
 
     assert data() == [f"data.path={tmp_path}/my shards"]
     (tmp_path / "other").mkdir()
@@ -149,34 +156,34 @@ def test_a_prior_that_names_no_data_reads_those_of_its_tokenizer(
         ({"chain": ("train", "prior"), "prior": "'codes.yaml"}, "as you would in a shell"),
         ({"evaluate": "--split test"}, "no effect without --chain evaluate"),
         ({"jobs": ("tiny.yaml", "tiny.yaml")}, "two of these would train in one folder"),
-        ({"further": ("--run-dir=x",)}, "would put all runs in one folder"),
+        ({"extra_arguments": ("--run-dir=x",)}, "would put all runs in one folder"),
         ({"seeds": tuple(range(1001))}, "a job array holds 1000"),
         ({"space": "infovae"}, "a job file has no place beside it"),
         ({"space": "infovae", "jobs": (), "seeds": (1,)}, "--seeds has no place beside it"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_queued(
-    order: Order, changes: dict[str, object], told: str
+    plain: LaunchRequest, changes: dict[str, object], told: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        links(replace(order, **changes))  # type: ignore[arg-type]
+        plan_stages(replace(plain, **changes))  # type: ignore[arg-type]
     assert told in str(error.value)
 
 
 def test_seeds() -> None:
-    assert seeds("0-4") == (0, 1, 2, 3, 4)
-    assert seeds("7, 1-2,7") == (7, 1, 2)
+    assert parse_seeds("0-4") == (0, 1, 2, 3, 4)
+    assert parse_seeds("7, 1-2,7") == (7, 1, 2)
     for wrong in ("", "4-0", "a", "1-", "0-5000", "-1"):
         with pytest.raises(UserError, match="--seeds"):
-            seeds(wrong)
+            parse_seeds(wrong)
 
 
 def test_axis() -> None:
-    assert axis("model.beta=0.5,1, 4") == ("model.beta", ("0.5", "1", "4"))
-    assert axis("model.shape=[1,2],[3,4]") == ("model.shape", ("[1,2]", "[3,4]"))
+    assert parse_grid_axis("model.beta=0.5,1, 4") == ("model.beta", ("0.5", "1", "4"))
+    assert parse_grid_axis("model.shape=[1,2],[3,4]") == ("model.shape", ("[1,2]", "[3,4]"))
     for wrong in ("model.beta", "=1", "a b=1", "model.beta=", "model.beta=1,,2", "seed=1,2"):
         with pytest.raises(UserError, match="--grid"):
-            axis(wrong)
+            parse_grid_axis(wrong)
 
 
 def test_words_are_settings_or_files() -> None:

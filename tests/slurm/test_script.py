@@ -20,13 +20,12 @@ import pytest
 from vaedist.config.site import Site, load_site
 from vaedist.core.errors import UserError
 from vaedist.slurm.script import (
-    LAST,
+    LAST_LINE,
     TEMPLATES,
-    Batch,
+    BatchSpec,
+    batch_script,
     cluster_folder,
     environment_exports,
-    fill,
-    template,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,27 +35,32 @@ SITES = {path.stem: load_site(path) for path in sorted((cluster_folder() / "site
         name="container", gpu_syntax="gres", gpus_per_node=2, container="/shared/vae dist.sif", max_restarts=3
     )
 }
-BATCHES = {
-    "train": Batch(
+SPECS = {
+    "train": BatchSpec(
         "demo.train",
         (("train", "/launches/demo/jobs/demo.yaml", "--run-dir", "runs/demo"),),
         "/launches/demo/train-%j.log",
-        mark="vaedist:/launches/demo",
+        comment="vaedist:/launches/demo",
         ranks_per_node=2,
         engine="srun",
     ),
-    "array": Batch(
+    "array": BatchSpec(
         "demo.train",
         tuple(("train", "/launches/demo/jobs/demo.yaml", f"seed={seed}") for seed in range(3)),
         "/launches/demo/train-%A_%a.log",
-        mark="vaedist:/launches/demo",
+        comment="vaedist:/launches/demo",
         time="02:00:00",
-        parallel=2,
+        max_parallel=2,
     ),
-    "chain": Batch(
-        "demo.evaluate", (("evaluate", "runs/demo", "--split", "test"),), "/launches/demo/x.log", gpus=1
+    "chain": BatchSpec(
+        "demo.evaluate",
+        (("evaluate", "runs/demo", "--split", "test"),),
+        "/launches/demo/x.log",
+        gpus_per_node=1,
     ),
-    "tune": Batch("demo.tune", (("tune", "--space", "infovae"),), "/launches/demo/tune-%j.log", engine="ray"),
+    "tune": BatchSpec(
+        "demo.tune", (("tune", "--space", "infovae"),), "/launches/demo/tune-%j.log", engine="ray"
+    ),
 }
 HOSTILE = (
     "it's",
@@ -77,9 +81,9 @@ HOSTILE = (
 )
 
 
-def filled(name: str, site: str, batch: Batch | None = None) -> str:
+def filled(name: str, site: str, spec: BatchSpec | None = None) -> str:
     file = Path("/launches/demo/site.yaml")
-    return fill(template(name), batch or BATCHES[name], SITES[site], file, Path("/venv/bin"))
+    return batch_script(name, spec or SPECS[name], SITES[site], file, Path("/venv/bin"))
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -112,7 +116,25 @@ def test_every_script_can_be_stopped_and_goes_on(name: str, site: str) -> None:
         "sbatch reads to the first command"
     )
     assert any(line.startswith("trap '' USR1") for line in lines)
-    assert (lines[-1] == LAST) == (SITES[site].container is None)
+    assert (lines[-1] == LAST_LINE) == (SITES[site].container is None)
+
+
+def test_the_module_that_queued_jobs_run_keeps_its_name() -> None:
+    """Scripts wait in the queue for days: renaming the module would end them all at their start."""
+    assert LAST_LINE == 'exec python -m vaedist.slurm.supervisor "$@"'
+    for text in [
+        *(path.read_text() for path in (ROOT / "cluster").glob("*.sbatch")),
+        filled("train", "generic"),
+    ]:
+        assert text.endswith(f"\n{LAST_LINE}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "vaedist.slurm.supervisor", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for option in ("--engine", "--ranks-per-node", "--continue-by", "--max-restarts"):
+        assert option in done.stdout
 
 
 def scripts() -> list[Path]:
@@ -175,8 +197,8 @@ def test_hostile_values_arrive_as_they_are(name: str, witness: Path, tmp_path: P
     site = Site(variables={f"V{number}": value for number, value in enumerate(HOSTILE)})
     several = name == "array"
     task = ("train", *HOSTILE)
-    batch = Batch("x", (task, task) if several else (task,), "/x.log")
-    text = fill(template(name), batch, site, Path("/a b/$(touch pwned)'s.yaml"), witness)
+    spec = BatchSpec("x", (task, task) if several else (task,), "/x.log")
+    text = batch_script(name, spec, site, Path("/a b/$(touch pwned)'s.yaml"), witness)
     arguments, seen, code = run(text, tmp_path, SLURM_ARRAY_TASK_ID="1")
     assert (arguments, code) == (["-m", "vaedist.slurm.supervisor", *task], 0)
     assert [seen[f"V{number}"] for number in range(len(HOSTILE))] == list(HOSTILE)
@@ -186,18 +208,18 @@ def test_hostile_values_arrive_as_they_are(name: str, witness: Path, tmp_path: P
 
 @pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\x00b", "a\x1fb", "a\u2028b"])
 def test_what_cannot_be_quoted_is_refused(value: str) -> None:
-    for batch in (Batch("x", (("train", value),), "/x.log"), Batch(value, (("train",),), "/x.log")):
+    for spec in (BatchSpec("x", (("train", value),), "/x.log"), BatchSpec(value, (("train",),), "/x.log")):
         with pytest.raises(UserError, match="line break or another control character"):
-            fill(template("train"), batch, Site(), Path("/site.yaml"), None)
+            batch_script("train", spec, Site(), Path("/site.yaml"), None)
 
 
 def test_a_backslash_in_an_option_is_refused() -> None:
     with pytest.raises(UserError, match="no backslash"):
-        fill(template("train"), Batch("x", (("train",),), "/a\\b.log"), Site(), Path("/site.yaml"), None)
+        batch_script("train", BatchSpec("x", (("train",),), "/a\\b.log"), Site(), Path("/site.yaml"), None)
 
 
 def test_each_task_of_an_array_runs_its_own_line(witness: Path, tmp_path: Path) -> None:
-    text = fill(template("array"), BATCHES["array"], Site(), Path("/site.yaml"), witness)
+    text = batch_script("array", SPECS["array"], Site(), Path("/site.yaml"), witness)
     for number in range(3):
         arguments, _, _ = run(text, tmp_path, SLURM_ARRAY_TASK_ID=str(number))
         assert arguments[-1] == f"seed={number}"
@@ -224,8 +246,8 @@ def test_a_template_works_by_hand(
 ) -> None:
     """With what `--print-env` exports; a line of the site that a strict shell would choke on included."""
     site = Site(setup=('echo "$UNSET_BY_CONDA"', "export FROM_SETUP='x y'"), variables={"MINE": "it's"})
-    lines, left = environment_exports(site, Path("/site.yaml"))
-    assert left == ""
+    lines, without_variable = environment_exports(site, Path("/site.yaml"))
+    assert without_variable == ""
     exported = dict(
         line.split("=", 1)
         for line in subprocess.run(
@@ -252,7 +274,7 @@ def test_a_template_works_by_hand(
 
 
 def test_the_site_for_plain_sbatch() -> None:
-    lines, left = environment_exports(SITES["example"], Path("/my site.yaml"))
+    lines, without_variable = environment_exports(SITES["example"], Path("/my site.yaml"))
     assert "export SBATCH_PARTITION=gpu" in lines
     assert "export SBATCH_CONSTRAINT='a100|h100'" in lines
     assert "export SBATCH_GRES=gpu:a100:2" in lines
@@ -260,7 +282,7 @@ def test_the_site_for_plain_sbatch() -> None:
     assert "export VAEDIST_SITE='/my site.yaml'" in lines
     assert not [line for line in lines if "TIMELIMIT" in line], "a script's own time would lose against it"
     assert (
-        left
+        without_variable
         == "--cpus-per-task=8 --mail-user=someone@example.org --mail-type=END,FAIL --exclude='node[13-14]'"
     )
     lines, _ = environment_exports(Site(time_max="01:00:00", continue_by="none"), Path("/s"))
@@ -330,17 +352,17 @@ def test_in_a_container_the_signal_is_passed_on(container: Path, tmp_path: Path)
 def test_a_container_gets_the_scratch_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USER", "ada")
     site = SITES["container"].model_copy(update={"scratch": "/scratch/$USER"})
-    text = fill(template("train"), BATCHES["train"], site, Path("/launches/demo/site.yaml"), None)
+    text = batch_script("train", SPECS["train"], site, Path("/launches/demo/site.yaml"), None)
     assert (
         "apptainer exec --nv --bind /launches/demo --bind /scratch/ada '/shared/vae dist.sif' python" in text
     )
     with pytest.raises(UserError, match="Apptainer cannot take"):
-        fill(template("train"), BATCHES["train"], site, Path("/a:b/site.yaml"), None)
+        batch_script("train", SPECS["train"], site, Path("/a:b/site.yaml"), None)
 
 
 def test_a_container_takes_one_node() -> None:
     with pytest.raises(UserError, match="--nodes 2 cannot work"):
-        filled("train", "container", Batch("x", (("train",),), "/x.log", nodes=2))
+        filled("train", "container", BatchSpec("x", (("train",),), "/x.log", nodes=2))
 
 
 # Setting up -------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ import torch
 from tests.ranks import run_ranks
 from tests.run_commands import curve
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import Batch, LaneContext, generator
 from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 from vaedist.training.progress import Progress
@@ -51,7 +52,7 @@ def batch(step: int) -> Batch:
 
 
 def train_step(job: Job) -> tuple[TrainStep, Variant]:
-    model = build(model_config(job.model), SPEC, job.seed).double()
+    model = build(job.model, SPEC, job.seed).double()
     return TrainStep(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
 
 

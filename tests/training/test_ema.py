@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vaedist.config.job import Spec
-from vaedist.models.contract import build, model_config
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 from vaedist.training.ema import RAMP, WeightAverage
 
 SPEC = Spec(1, (8, 8))

@@ -224,7 +224,7 @@ def test_an_optimizer_of_other_weights_is_refused(vae: Path, phantom: Path, tmp_
 def test_a_decoder_becomes_another_models_decoder(vae: Path, phantom: Path, tmp_path: Path) -> None:
     """The encoder differs, so that only the mapped part can be copied; the rest starts as the seed says."""
     section = {"run": str(vae), "map": {"decoder": "decoder"}}
-    mlp = {"encoder": {"kind": "mlp", "width": 8}, "decoder": small_job(phantom, steps=1).model["encoder"]}
+    mlp = {"encoder": {"kind": "mlp", "width": 8}, "decoder": small_job(phantom, steps=1).model.encoder}
     job = small_job(phantom, steps=1)
     told = train(job, tmp_path / "run", quiet=False, init_from=section, train=still(), model=mlp)
     new, old = saved(tmp_path / "run")["model"], saved(vae)["ema"]
@@ -328,8 +328,8 @@ def test_weights_that_fit_but_mean_something_else_are_the_variants_to_refuse(
     """`Variant.check_source`: a Bernoulli decoder's logits are no picture that a `tanh` generator paints."""
     gan = {
         "kind": "gan",
-        "latent": small_job(phantom, steps=1).model["latent"],
-        "generator": small_job(phantom, steps=1).model["encoder"],
+        "latent": small_job(phantom, steps=1).model.latent,
+        "generator": small_job(phantom, steps=1).model.encoder,
         "output": "tanh",
     }
     content = small_job(phantom, steps=1).model_dump(mode="json")

@@ -10,11 +10,12 @@ import torch
 
 import vaedist.models
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import Batch
 from vaedist.core.errors import UserError
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.training.step import TrainStep, micro_batches
 
 SPEC = Spec(1, (8, 8))
@@ -43,7 +44,7 @@ def batch(number: int = 0) -> Batch:
 
 
 def train_step(job: Job) -> tuple[TrainStep, Variant]:
-    model = build(model_config(job.model), SPEC, job.seed).double()
+    model = build(job.model, SPEC, job.seed).double()
     return TrainStep(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
 
 
@@ -75,11 +76,11 @@ def test_each_phase_trains_its_own_parameters_when_it_is_due(toys: None) -> None
 
 
 def test_a_phase_without_an_optimizer_of_that_name_is_refused(toys: None) -> None:
-    from vaedist.training.loop import _check_phases
+    from vaedist.training.session import check_phases
 
     wrong = job({"kind": "toy_duel"}, optim={"critic": {}, "makr": {}})
     with pytest.raises(UserError, match=r"unknown phase 'makr'; did you mean 'maker'"):
-        _check_phases(wrong, build(model_config(wrong.model), SPEC, 0))
+        check_phases(wrong, build(model_config(wrong.model), SPEC, 0))
 
 
 @pytest.mark.parametrize("kind", ["vae", "vqvae"])

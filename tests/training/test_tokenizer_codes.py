@@ -20,6 +20,7 @@ from tests.conftest import pack_phantom
 from tests.ranks import ROOT, run_ranks
 from tests.run_commands import curve, small_job
 from vaedist.config.job import Job, Spec
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
@@ -32,8 +33,8 @@ from vaedist.data.loading.stream import (
 )
 from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_codes
 from vaedist.distributed.process_group import Group
-from vaedist.models.bases.frozen_tokenizer import Tokenizer
-from vaedist.models.contract import build, model_config
+from vaedist.models.bases.code_prior_config import Tokenizer
+from vaedist.models.contract import build
 from vaedist.runs.checkpoint import Best, Checkpoints, load_checkpoint
 from vaedist.runs.checkpoint_paths import resolve_checkpoint
 from vaedist.runs.fit_options import FitOptions, Outcome
@@ -258,7 +259,7 @@ def test_whole_shards_of_a_killed_attempt_are_kept(tokenizer: Path, phantom: Pat
     """Nothing but the missing ones is made: a shard that is there is taken as it is, which another code shows."""
     job = prior_job(phantom, tokenizer, steps=1)
     images = Index.open(phantom)
-    described = resolve_tokenizer(job, images, Group.join("cpu")).model["tokenizer"]
+    described = resolve_tokenizer(job, images, Group.join("cpu")).model.tokenizer.model_dump(mode="json")
     stamp = {
         "made_by": "vaedist-train",
         "tokenizer": {name: value for name, value in described.items() if name != "run"},
@@ -452,7 +453,7 @@ def test_what_is_borrowed_is_frozen_stays_in_evaluation_mode_and_is_not_averaged
 
 def test_a_tokenizers_section_is_checked_and_compares_equal_to_itself() -> None:
     short, full = (Tokenizer.model_validate(section()["tokenizer"]) for _ in range(2))
-    assert short == full and short.model["commitment"] == 0.25
+    assert short == full and short.model.commitment == 0.25
     with pytest.raises(UserError, match=r"unknown key 'model\.codebok'"):
         Tokenizer.model_validate(section(model={"kind": "vqvae", "codebok": {}})["tokenizer"])
     with pytest.raises(UserError, match="what that run is has not been read"):

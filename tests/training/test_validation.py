@@ -24,7 +24,8 @@ import json, sys
 from vaedist.config.job import Job
 from vaedist.data.format.index import Index
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
-from vaedist.models.contract import build, model_config
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 from vaedist.distributed.process_group import Group
 from vaedist.training.validation import validate
 import torch
@@ -32,7 +33,7 @@ torch.set_num_threads(1)
 job = Job.model_validate_json(sys.argv[1])
 group = Group.join("cpu", 60)
 index = Index.open(job.data.path)
-model = build(model_config(job.model), index.spec, 0).double()
+model = build(job.model, index.spec, 0).double()
 told = []
 for batch_size in (7, 128):
     config = EvaluationStreamConfig(batch_size=batch_size, rank=group.rank, world=group.world, limit=128)

@@ -25,7 +25,7 @@ from vaedist.data.format.index import Index
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.features import WEIGHTS
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.runs.metrics_csv import MetricsCsv
 from vaedist.runs.open_run import open_run
@@ -128,7 +128,7 @@ def test_the_projector_holds_a_bounded_even_choice_of_small_thumbnails(
     monkeypatch.setattr("vaedist.training.validation.THUMBNAIL", 4)
     job = a_job(phantom)
     index = Index.open(phantom)
-    model = build(model_config(job.model), index.spec, 0).double()
+    model = build(job.model, index.spec, 0).double()
     stream = EvaluationStream(index, "validate", EvaluationStreamConfig(batch_size=7))
     _, seen = validate(model, stream, job, Group(torch.device("cpu")), 0)
     assert seen.latents["sample"].tolist() == [0, 8, 16, 23, 31]

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from tests.spaces import DIMENSIONS, MODEL, content, small_space, write_space
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
+from vaedist.nets.quantizers_config import EmaCodebook, Fsq
 from vaedist.tuning.dimensions import Integer, LogUniform
 from vaedist.tuning.space import Space, differences, load_space, shipped
 
@@ -36,7 +38,7 @@ VQ = {"model": {"kind": "vqvae", "codebook": {"kind": "ema"}}, "train": {"steps"
 def test_settings_become_an_ordinary_job() -> None:
     space = small_space(train={"threads": None}, resources={"cpus": 2})
     job = space.job({"model.beta.end": 2.5, "model.latent": 4}, "somewhere", "small-003")
-    assert job.model == {**MODEL, "latent": 4, "beta": {"start": 0.0, "end": 2.5, "steps": 4}}
+    assert job.model == model_config({**MODEL, "latent": 4, "beta": {"start": 0.0, "end": 2.5, "steps": 4}})
     assert (job.name, job.data.path, job.seed, job.train.threads) == ("small-003", "somewhere", 3, 2)
     assert space.base["model"]["beta"]["end"] == 1.0, "the space itself is left as it is"
 
@@ -46,8 +48,8 @@ def test_a_choice_among_sections_and_dimensions_that_depend_on_it() -> None:
     low, high = (space.settings_of(dict.fromkeys(CODES, part)) for part in (0.0, 0.999))
     assert low == {"model.codebook": "ema", "model.codebook.codes": 8}
     assert high == {"model.codebook": "fsq", "model.codebook.levels": "[5, 4]"}
-    assert space.job(low, "d", "n").model["codebook"] == {"kind": "ema", "codes": 8}
-    assert space.job(high, "d", "n").model["codebook"] == {"kind": "fsq", "levels": [5, 4]}
+    assert space.job(low, "d", "n").model.codebook == EmaCodebook(codes=8)
+    assert space.job(high, "d", "n").model.codebook == Fsq(levels=(5, 4))
 
 
 def test_a_grid_has_every_combination_once() -> None:

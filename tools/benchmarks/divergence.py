@@ -19,7 +19,7 @@ TILED = "tiled B x B x D, one kernel"
 
 
 def questions(_folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
-    from vaedist.nets.divergences import Imq
+    from vaedist.nets.divergences_config import Imq
 
     ways: dict[str, Callable[[Any, Any], Any]] = {
         "vaedist, unbiased, seven scales": lambda x, y: ours(x, y, None),
@@ -44,7 +44,8 @@ def questions(_folder: Path, _asked: argparse.Namespace) -> Iterator[Question]:
 
 
 def ours(x: Any, y: Any, block: int | None) -> Any:
-    from vaedist.nets.divergences import Imq, mmd
+    from vaedist.nets.divergences import mmd
+    from vaedist.nets.divergences_config import Imq
 
     return mmd(x, y, Imq(block=block))
 

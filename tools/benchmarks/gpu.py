@@ -252,12 +252,12 @@ class _Training:
 
         from vaedist.core.context import LaneContext
         from vaedist.data.format.index import Index
-        from vaedist.models.contract import build, model_config
+        from vaedist.models.contract import build
         from vaedist.training.step import precision
 
         job, device = self.job(WAYS[name]), self.chip.device
         spec = Index.open(self.shards).spec
-        model = build(model_config(job.model), spec, job.seed).to(device)
+        model = build(job.model, spec, job.seed).to(device)
         image = torch.randint(0, 256, (self.batch, *spec.image_shape), dtype=torch.uint8).to(device)
         label = torch.zeros(self.batch, dtype=torch.int64, device=device)
         keys = [str(number) for number in range(self.batch)]
@@ -276,7 +276,8 @@ def sampling(chip: _Chip, rows: int, grid: tuple[int, int]) -> dict[str, Rate]:
     import torch
 
     from vaedist.nets.autoregressive import LogitSampler, generate
-    from vaedist.nets.transformer import CausalTransformer, Transformer
+    from vaedist.nets.transformer import CausalTransformer
+    from vaedist.nets.transformer_config import Transformer
 
     network = CausalTransformer(Transformer(), 512, grid).to(chip.device).eval()
     uniform = torch.rand(rows, grid[0] * grid[1], generator=torch.Generator().manual_seed(0)).to(chip.device)

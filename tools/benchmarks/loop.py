@@ -30,7 +30,7 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
     from vaedist.core.context import LaneContext
     from vaedist.data.format.index import Index
     from vaedist.data.loading.stream import TrainingStream, TrainingStreamConfig
-    from vaedist.models.contract import build, model_config
+    from vaedist.models.contract import build
 
     shards = packed(folder, size=64, train=IMAGES)
     skipped = -(-IMAGES // BATCH // 20) * 20
@@ -48,7 +48,7 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
     def bare() -> float:
         torch.set_num_threads(1)
         index = Index.open(shards)
-        model = build(model_config(job.model), index.spec, job.seed)
+        model = build(job.model, index.spec, job.seed)
         stream = TrainingStream(index, "train", TrainingStreamConfig(batch_size=BATCH, seed=0))
         reading = stream.batches(0)
         batches = [next(reading) for _ in range(IMAGES // BATCH)]

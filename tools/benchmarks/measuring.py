@@ -75,13 +75,11 @@ def ways(side: int, rows: int) -> dict[str, Rate]:
 
     from vaedist.config.job import Spec, load_job
     from vaedist.evaluation.metrics.image_quality import batch_metrics, pair_metrics
-    from vaedist.models.contract import build, model_config
+    from vaedist.models.contract import build
 
     torch.set_num_threads(1)
     jobs = Path(__file__).resolve().parents[2] / "jobs"
-    model = build(
-        model_config(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model), Spec(1, (side, side)), 0
-    )
+    model = build(load_job(jobs / "vqvae_oasis.yaml", ["data.path=none"]).model, Spec(1, (side, side)), 0)
     model.eval()
     generator = torch.Generator().manual_seed(0)
     x, y = (

@@ -35,8 +35,10 @@ def samplers(kind: str, rows: int) -> dict[str, Rate]:
         UncachedSamplingState,
         generate,
     )
-    from vaedist.nets.pixelcnn import GatedPixelCnn, PixelCnn
-    from vaedist.nets.transformer import CausalTransformer, Transformer
+    from vaedist.nets.pixelcnn import GatedPixelCnn
+    from vaedist.nets.pixelcnn_config import PixelCnn
+    from vaedist.nets.transformer import CausalTransformer
+    from vaedist.nets.transformer_config import Transformer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     grid, codes = (32, 32), 512

@@ -25,9 +25,10 @@ LIMIT = "import torch, build the model"
 BUILD = """
 import torch, yaml
 from vaedist.config.job import Job, Spec
-from vaedist.models.contract import build, model_config
+from vaedist.config.model_section import model_config
+from vaedist.models.contract import build
 job = Job.model_validate(yaml.safe_load(open({path!r})))
-build(model_config(job.model), Spec(1, (64, 64)), 0)
+build(job.model, Spec(1, (64, 64)), 0)
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -25,11 +24,7 @@ class PrintCompletion(argparse.Action):
         )
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option: str | None = None,
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, *_: object
     ) -> None:
         import shtab
 

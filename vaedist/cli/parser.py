@@ -11,6 +11,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
+import vaedist
 from vaedist.cli.completion import PrintCompletion
 from vaedist.core.terminal import error_line
 
@@ -23,7 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
-        self.add_argument("--version", action=_Version, help="print the version, and exit")
+        version = f"%(prog)s {vaedist.__version__}"
+        self.add_argument("--version", action="version", version=version, help="print the version, and exit")
         self.add_argument("--print-completion", action=PrintCompletion)
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -68,16 +70,3 @@ class Parser(argparse.ArgumentParser):
 
 class CommandLineError(Exception):
     """What is wrong with a command line, in one sentence."""
-
-
-class _Version(argparse.Action):
-    """`--version`, which reads it only when asked."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(nargs=0, default=argparse.SUPPRESS, **settings)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        import vaedist
-
-        print(f"{parser.prog} {vaedist.__version__}")
-        parser.exit()

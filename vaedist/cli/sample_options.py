@@ -81,7 +81,7 @@ def build_parser() -> Parser:
         "--codes",
         action="store_true",
         default=None,
-        help="beside each image its map of codes, a color for each",
+        help="beside each image its map of codes, a colour for each",
     )
     parser.add_argument(
         "--npz", metavar="NPZ", help="write the images as arrays too: uint8 (N, C, H, W), for numpy.load"

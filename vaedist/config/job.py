@@ -3,8 +3,7 @@
 A job is YAML, checked by the frozen models below, changed on the command line by `key.sub=value`, and saved
 resolved in the run folder; `vaedist.config.settings` says how, and what a resumed run may change.
 
-The `model` section is kept as written here; `vaedist.models.contract` checks it against the `Config` of the
-variant that `kind` names, because this file lies below the models and must load without torch.
+`Job.model` is an instance of its kind's `Config`: `vaedist.config.model_section` finds it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from vaedist.config.model_section import ModelConfig
 from vaedist.config.settings import FREE, NAME, OVERRIDE, Strict, apply_overrides, parse, read_yaml
 
 
@@ -276,7 +276,7 @@ class Job(Strict):
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data = Data()
     augment: Augment = Field(Augment(), json_schema_extra=OVERRIDE)
-    model: dict[str, Any] = Field(description="`kind` and that variant's own settings.")
+    model: ModelConfig = Field(description="`kind` and that variant's own settings.")
     train: Train
     init_from: InitFrom | None = Field(
         None,
@@ -322,11 +322,10 @@ class Job(Strict):
             )
         return self
 
-    @model_validator(mode="after")
-    def _model_has_kind(self) -> Job:
-        if not isinstance(self.model.get("kind"), str):
-            raise ValueError("model.kind is missing: name the variant, for example `kind: vqvae`")
-        return self
+    @property
+    def kind(self) -> str:
+        """The variant of `model`."""
+        return str(self.model.kind)  # type: ignore[attr-defined]
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:

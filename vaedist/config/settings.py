@@ -165,7 +165,7 @@ def parse(cls: type[_Model], content: Any, where: str, prefix: str = "") -> _Mod
         UserError: naming the file, the key, and for unknown keys the nearest and all valid ones.
     """
     try:
-        return cls.model_validate(content)
+        return cls.model_validate(content, context={"where": where})
     except ValidationError as error:
         told = [_sentence(cls, problem, prefix) for problem in error.errors()[:3]]
         raise UserError(f"{where}: {'; '.join(told)}") from None
@@ -294,7 +294,7 @@ def resume_policy(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
         for branch in _branches(field.annotation):
             star = typing.get_origin(branch) is dict
             model = typing.get_args(branch)[-1] if star else branch
-            if isinstance(model, type) and issubclass(model, BaseModel):
+            if isinstance(model, type) and issubclass(model, BaseModel) and model.model_fields:
                 inner.append((model, f"{key}.*." if star else f"{key}."))
         if mark is not None or not inner:
             yield key, typing.cast(ResumePolicy, mark or "fixed")

@@ -44,9 +44,8 @@ def figure(**options: Any) -> Any:
 def figure_png(sheet: Any) -> bytes:
     """The PNG file of a matplotlib figure: a function of what is drawn and of matplotlib's version."""
     buffer = io.BytesIO()
-    sheet.savefig(
-        buffer, format="png", metadata={"Software": None}
-    )  # the tag would name the version once more
+    # Without the tag that names the version of matplotlib.
+    sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

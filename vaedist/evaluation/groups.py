@@ -13,7 +13,7 @@ The first column is an image's key, its subject, or the beginning of its key up 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,40 +74,36 @@ def group_of(groups: Mapping[str, str], key: str, subject: str) -> str | None:
 
 
 def metrics_by_group(
-    found: SplitMetrics,
-    split: Split,
-    classes: tuple[str, ...],
-    files: Mapping[str, Mapping[str, str]],
-    tell: Callable[[str], None],
+    measured: SplitMetrics, split: Split, classes: tuple[str, ...], columns: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, Any]]:
     """Per subject, per class, and per column of the groups file: means of each group that holds several images.
 
     Args:
-        found: Of `split`.
+        measured: Of `split`.
         classes: Their names.
-        files: What `read_groups` found.
-        tell: Shows one line.
+        columns: Of `read_groups`.
 
     Raises:
-        UserError: no image is in any group of a file's column.
+        UserError: no image is in any group of a column.
     """
-    subjects = {row.sample: split.subject(row.sample) for row in found.rows}
-    labels = {row.sample: split.label(row.sample) for row in found.rows}
-    groups = {"subject": found.by(lambda row: subjects[row.sample] or None)}
-    if len(groups["subject"]) == len(found.rows) > 1:
+    rows = measured.rows
+    subjects = {row.sample: split.subject(row.sample) for row in rows}
+    groups = {"subject": measured.by(lambda row: subjects[row.sample] or None)}
+    if len(groups["subject"]) == len(rows) > 1:
         del groups["subject"]  # every image is its own subject: those are the rows of images.jsonl
     if classes:
-        groups["class"] = found.by(
+        labels = {row.sample: split.label(row.sample) for row in rows}
+        groups["class"] = measured.by(
             lambda row: classes[labels[row.sample]] if labels[row.sample] >= 0 else None
         )
-    for column, names in files.items():
-        groups[column] = found.by(lambda row, names=names: group_of(names, row.key, subjects[row.sample]))  # type: ignore[misc]
+    for column, names in columns.items():
+        groups[column] = measured.by(lambda row, names=names: group_of(names, row.key, subjects[row.sample]))  # type: ignore[misc]
         members = sum(group["images"] for group in groups[column].values())
         if members == 0:
             raise UserError(
                 f"--groups: no image is in any group; its first column holds names such as {next(iter(names))!r}, "
-                f"the images have keys such as {found.rows[0].key!r}"
+                f"the images have keys such as {rows[0].key!r}"
             )
-        if members < len(found.rows):
-            tell(f"note: {len(found.rows) - members} images have no {column} in the groups file")
+        if members < len(rows):
+            print(f"note: {len(rows) - members} images have no {column} in the groups file")
     return {name: members for name, members in groups.items() if members}

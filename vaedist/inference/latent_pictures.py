@@ -10,11 +10,10 @@ import torch
 from vaedist.core.errors import UserError
 from vaedist.core.imaging import channels_last, gif_bytes, grid, png_bytes, write_atomic
 from vaedist.data.format.resize import Fit
-from vaedist.inference.class_labels import class_labels
 from vaedist.inference.latent_space import TRAVERSAL_REACH, interpolation, manifold, traversal
 from vaedist.inference.picture_files import PictureFiles, PictureResult
 from vaedist.inference.reconstructions import read_images
-from vaedist.inference.sampling import Sampler
+from vaedist.inference.sampling import Sampler, label_tensor
 from vaedist.runs.open_run import Run
 
 
@@ -51,7 +50,7 @@ def write_interpolation(
             continue
         image = torch.from_numpy(read_images(run, [end], fit)).to(run.device)
         with torch.no_grad():
-            latents.append(run.model.encode(image, class_labels(run, label, 1)).mean[0])
+            latents.append(run.model.encode(image, label_tensor(labels, run.device)).mean[0])
     images = interpolation(run.model, latents[0], latents[1], frames, label)
     strip = channels_last(images)
     gif = str(Path(target.picture).with_suffix(".gif"))

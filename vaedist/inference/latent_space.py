@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vaedist.core.errors import NotDefined, UserError
 from vaedist.core.imaging import Pixels
-from vaedist.inference.sampling import decode_to_pixels, require_numeric_latent
+from vaedist.inference.sampling import decode_to_pixels, label_tensor, require_numeric_latent
 from vaedist.models.contract import Variant
 
 TRAVERSAL_REACH = 3.0
@@ -30,8 +30,8 @@ TRAVERSAL_REACH = 3.0
 @torch.no_grad()
 def interpolation(model: Variant, a: Tensor, b: Tensor, count: int, label: int | None = None) -> Pixels:
     """uint8 (count, C, H, W) on the way from latent a to latent b, both (*latent_shape), both included."""
-    labels = _labels(label, 1, a.device)
-    center = _prior_points(model, torch.zeros_like(a)[None], labels)[0]
+    require_numeric_latent(model)
+    center = model.prior(_labels(label, 1, a.device)).sample(torch.zeros_like(a)[None])[0]
     share = torch.linspace(0, 1, count, device=a.device, dtype=a.dtype).view(-1, *[1] * a.dim())
     z = center + _between(a - center, b - center, share)
     # Exactly the given ends, without rounding.
@@ -83,8 +83,7 @@ def traversal(
     steps = torch.linspace(-reach, reach, count, device=weight.device, dtype=weight.dtype)
     for row, unit in enumerate(dimensions):
         noise[row, :, unit] = steps.view(-1, *[1] * (noise.dim() - 3))
-    labels = _labels(label, len(dimensions) * count, weight.device)
-    return decode_to_pixels(model, _prior_points(model, noise.flatten(0, 1), labels), labels)
+    return _decode_points(model, noise.flatten(0, 1), label)
 
 
 @torch.no_grad()
@@ -104,17 +103,14 @@ def manifold(model: Variant, side: int, *, label: int | None = None, temperature
     quantiles = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     steps = temperature * torch.special.ndtri(quantiles).to(weight.device, weight.dtype)
     down, right = torch.meshgrid(steps.flip(0), steps, indexing="ij")
-    labels = _labels(label, side * side, weight.device)
-    return decode_to_pixels(
-        model, _prior_points(model, torch.stack([right, down], 2).flatten(0, 1), labels), labels
-    )
+    return _decode_points(model, torch.stack([right, down], 2).flatten(0, 1), label)
 
 
-def _prior_points(model: Variant, noise: Tensor, label: Tensor | None) -> Tensor:
-    """Latents that lie `noise` standard deviations from the prior's center."""
-    require_numeric_latent(model)
-    return model.prior(label).sample(noise)
+def _decode_points(model: Variant, noise: Tensor, label: int | None) -> Pixels:
+    """The images of latents that lie `noise` (n, *latent_shape) standard deviations from the prior's center."""
+    labels = _labels(label, len(noise), noise.device)
+    return decode_to_pixels(model, model.prior(labels).sample(noise), labels)
 
 
 def _labels(label: int | None, n: int, device: torch.device) -> Tensor | None:
-    return None if label is None else torch.full((n,), label, dtype=torch.int64, device=device)
+    return None if label is None else label_tensor([label] * n, device)

@@ -15,7 +15,6 @@ from vaedist.data.loading.inputs import Inputs
 from vaedist.evaluation.metrics.image_quality import pair_metrics, summaries
 from vaedist.evaluation.metrics.per_image import reconstruct
 from vaedist.evaluation.metrics.tables import metrics_table
-from vaedist.inference.class_labels import class_labels
 from vaedist.inference.figures import framed_sheet
 from vaedist.inference.picture_files import PictureFiles, PictureResult
 from vaedist.runs.open_run import Run
@@ -66,9 +65,8 @@ def write_reconstructions(
     for start in range(0, len(files), 16):
         part = slice(start, start + 16)
         batch = Batch(image=torch.from_numpy(originals[part]).to(run.device), key=list(files[part]))
-        labels = class_labels(run, label, len(batch["image"]))
-        if labels is not None:
-            batch["label"] = labels
+        if label is not None:
+            batch["label"] = torch.full((len(batch["image"]),), label, dtype=torch.int64, device=run.device)
         with torch.no_grad():
             reconstructed.append(reconstruct(run.model, batch))
             if codes:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -139,7 +140,7 @@ def _shards(run: Run, sampler: Sampler, folder: str) -> SampleShards:
         **sampler.options,
     }
     classes = run.classes if run.model.conditional else ()
-    return SampleShards(folder, run.spec.image_shape, classes, source, sampler.seed)
+    return SampleShards(Path(folder), run.spec.image_shape, classes, source, sampler.seed)
 
 
 def with_code_maps(images: Pixels, codes: Any) -> Pixels:

@@ -6,10 +6,12 @@ label. The folder is made under a temporary name beside its place and renamed wh
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from vaedist.data.sources import Item
 SPLIT = "train"
 
 
+@dataclass(eq=False)
 class SampleShards:
     """Writes samples shard by shard; memory holds one shard. A context manager: unfinished, it leaves nothing behind.
 
@@ -44,18 +47,15 @@ class SampleShards:
         UserError: the folder holds something, or cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        shape: tuple[int, ...],
-        classes: Sequence[str],
-        source: Mapping[str, Any],
-        seed: int,
-        per_shard: int | None = None,
-    ) -> None:
-        self.folder, self.shape, self.classes = Path(folder), shape, tuple(classes)
-        self.source, self.seed = dict(source), seed
-        self.per_shard = per_shard or samples_per_shard(shape[0] * shape[1] * shape[2])
+    folder: Path
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    source: Mapping[str, Any]
+    seed: int
+    per_shard: int | None = None
+
+    def __post_init__(self) -> None:
+        self._per_shard = self.per_shard or samples_per_shard(math.prod(self.shape))
         self._waiting: list[Prepared] = []
         self._shards: list[Shard] = []
         with writable(self.folder):
@@ -86,7 +86,7 @@ class SampleShards:
                 origin=f"sample {first + i} of seed {self.seed}",
             )
             self._waiting.append(Prepared(item, member, skip, zlib.crc32(member), pixel_digest(image)))
-            if len(self._waiting) == self.per_shard:
+            if len(self._waiting) == self._per_shard:
                 self._write()
 
     def finish(self) -> Index:

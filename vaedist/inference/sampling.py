@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaedist.core.context import generator
-from vaedist.core.errors import NotDefined, UserError
+from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.core.imaging import Pixels, as_numpy, to_uint8
 from vaedist.inference.mixture import Mixture
 from vaedist.models.contract import Variant
+from vaedist.runs.open_run import Run
 
 SAMPLE_BATCH = 64
 """Images drawn at once, so that memory does not depend on how many are asked for."""
+_CLASSES_NAMED = 64
 
 
 class SampleBatch(NamedTuple):
@@ -29,6 +32,7 @@ class SampleBatch(NamedTuple):
     """(n, h, w), where they were asked for."""
 
 
+@dataclass(frozen=True, eq=False)
 class Sampler:
     """One way of drawing from a model.
 
@@ -44,31 +48,28 @@ class Sampler:
         NotDefined: the variant does not sample so.
     """
 
-    def __init__(
-        self,
-        model: Variant,
-        *,
-        seed: int = 0,
-        temperature: float = 1.0,
-        options: Mapping[str, Any] | None = None,
-        mixture: Mixture | None = None,
-        codes: bool = False,
-    ) -> None:
-        self.model, self.seed, self.temperature = model, seed, temperature
-        self.options, self.mixture, self.codes = dict(options or {}), mixture, codes
-        unknown = sorted(set(self.options) - model.sampling_options)
+    model: Variant
+    _: KW_ONLY
+    seed: int = 0
+    temperature: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mixture: Mixture | None = None
+    codes: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.options) - self.model.sampling_options)
         if unknown:
-            known = ", ".join(sorted(model.sampling_options)) or "none"
+            known = ", ".join(sorted(self.model.sampling_options)) or "none"
             raise NotDefined(
                 f"{unknown[0]} is not defined, because this model's samples are not drawn so (its sampling options: "
                 f"{known})"
             )
-        if mixture is None and not model.samples:
-            raise model.not_defined("sample")
-        if mixture is not None:
-            require_numeric_latent(model)
-        if codes and model.latent != "codes":
-            raise model.not_defined("codes")
+        if self.mixture is not None:
+            require_numeric_latent(self.model)
+        elif not self.model.samples:
+            raise self.model.not_defined("sample")
+        if self.codes and self.model.latent != "codes":
+            raise self.model.not_defined("codes")
 
     @torch.no_grad()
     def draw(self, n: int, first: int = 0, label: Sequence[int] | None = None) -> SampleBatch:
@@ -93,10 +94,9 @@ class Sampler:
         return self.model.sample(n, **asked)
 
     def _asked(self, first: int, label: Sequence[int] | None) -> dict[str, Any]:
-        device = next(self.model.parameters()).device
-        labels = None if label is None else torch.tensor(list(label), dtype=torch.int64, device=device)
+        labels = label_tensor(label, next(self.model.parameters()).device)
         common = {"seed": self.seed, "first": first, "label": labels, "temperature": self.temperature}
-        return common | self.options
+        return common | dict(self.options)
 
     @torch.no_grad()
     def latents(self, n: int, first: int = 0, label: Sequence[int] | None = None) -> Tensor:
@@ -114,9 +114,38 @@ class Sampler:
             torch.randn(self.model.latent_shape, generator=generator("sample", self.seed, number))
             for number in range(first, first + n)
         ]
-        labels = None if label is None else torch.tensor(list(label), dtype=torch.int64, device=weight.device)
-        prior = self.model.prior(labels)
+        prior = self.model.prior(label_tensor(label, weight.device))
         return prior.sample(self.temperature * torch.stack(noise).to(weight.device, weight.dtype))
+
+
+def class_numbers(run: Run, given: Sequence[str] | None) -> list[int] | None:
+    """Numbers of classes by name or number, -1 for `none`; None where nothing was given.
+
+    Raises:
+        NotDefined: the model knows no classes.
+        UserError: it does not know this one.
+    """
+    if given is None:
+        return None
+    if not run.model.conditional:
+        raise NotDefined("--class is not defined, because the model was not trained with classes")
+    numbers = {str(number): number for number in range(len(run.classes))}
+    numbers |= {"none": -1} | {name: number for number, name in enumerate(run.classes)}
+    for name in given:
+        if name not in numbers:
+            valid = [*run.classes, "none"][:_CLASSES_NAMED]
+            raise UserError(f"--class: the model knows no class {name!r}{did_you_mean(name, valid)}")
+    return [numbers[name] for name in given]
+
+
+def single_class(classes: Sequence[int] | None) -> int | None:
+    """The one class, or None for none. A model that was not trained without classes refuses it."""
+    return None if classes is None or classes[0] < 0 else classes[0]
+
+
+def label_tensor(labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """int64 (n,) class numbers as a model takes them; None for none."""
+    return None if labels is None else torch.tensor(list(labels), dtype=torch.int64, device=device)
 
 
 def finite_pixels(images: Any) -> Pixels:
@@ -135,17 +164,14 @@ def finite_pixels(images: Any) -> Pixels:
 def decode_to_pixels(model: Variant, z: Tensor, label: Tensor | None = None) -> Pixels:
     """uint8 (n, C, H, W) means of latents (n, *latent_shape); `label` (n,) or None."""
     require_numeric_latent(model)
-    parts = range(0, len(z), SAMPLE_BATCH)
-    labels = [None if label is None else label[start : start + SAMPLE_BATCH] for start in parts]
-    return np.concatenate(
-        [
-            finite_pixels(model.decode(z[a : a + SAMPLE_BATCH], y).mean)
-            for a, y in zip(parts, labels, strict=True)
-        ]
-    )
+    pixels = []
+    for start in range(0, len(z), SAMPLE_BATCH):
+        part = slice(start, start + SAMPLE_BATCH)
+        pixels.append(finite_pixels(model.decode(z[part], None if label is None else label[part]).mean))
+    return np.concatenate(pixels)
 
 
-def require_numeric_latent(model: Variant) -> None:
-    """Refuse a model whose latent is codes, or that has none."""
+def require_numeric_latent(model: Variant, operation: str = "decode") -> None:
+    """Refuse `operation` for a model whose latent is codes, or that has none."""
     if model.latent not in ("vector", "map"):
-        raise model.not_defined("decode")
+        raise model.not_defined(operation)

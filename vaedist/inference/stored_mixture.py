@@ -1,4 +1,4 @@
-"""The ex-post density of a run's latents, fitted once and kept with the run: see `vaedist.inference.mixture`.
+"""The Gaussian mixture of a run's latents, fitted once and kept with the run: see `vaedist.inference.mixture`.
 
 It lies at `RUN/density/gmm-<hash>.safetensors`, named after what it was fitted to: the chosen weights, the data and
 how they were shown. Other weights of the same run get another file, and a stale one is never used.
@@ -19,32 +19,33 @@ from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics.latents import collect_latents
 from vaedist.inference.mixture import COMPONENTS, Mixture, fit_mixture
+from vaedist.inference.sampling import require_numeric_latent
 from vaedist.runs.open_run import Run
 from vaedist.runs.weights import weights_digest
 
 log = logging.getLogger("vaedist")
 
 
-def mixture_stamp(run: Run, components: int = COMPONENTS) -> dict[str, str | int]:
-    """What a density of this run's latents depends on."""
+def mixture_stamp(run: Run) -> dict[str, str | int]:
+    """What a mixture of this run's latents depends on."""
     return {
         "weights": weights_digest(run.model.state_dict()),
         "data": run.data_identity,
         "split": run.job.data.train_split,
         "binarise": run.job.data.binarise,
         "seed": run.job.seed,
-        "components": components,
+        "components": COMPONENTS,
     }
 
 
-def mixture_path(run: Run, components: int = COMPONENTS) -> Path:
-    """Where the run keeps, or would keep, its density."""
-    text = json.dumps(mixture_stamp(run, components), sort_keys=True)
+def mixture_path(run: Run) -> Path:
+    """Where the run keeps, or would keep, its mixture."""
+    text = json.dumps(mixture_stamp(run), sort_keys=True)
     return run.folder / "density" / f"gmm-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
 
 def load_mixture(run: Run) -> Mixture | None:
-    """The density that was fitted before, if one was.
+    """The mixture that was fitted before, if one was.
 
     Raises:
         UserError: its file is damaged.
@@ -58,7 +59,7 @@ def load_mixture(run: Run) -> Mixture | None:
 def load_or_fit_mixture(
     run: Run, data: Callable[[], Index], bar: StartBar = lambda *_: lambda _: None
 ) -> Mixture:
-    """The density kept with the run; fitted now if there is none.
+    """The mixture kept with the run; fitted now if there is none.
 
     Args:
         run: Opened.
@@ -69,8 +70,7 @@ def load_or_fit_mixture(
         NotDefined: the variant gives no posterior over numbers.
         UserError: the stored file is damaged, or `data` are not those that the run was trained from.
     """
-    if run.model.latent not in ("vector", "map"):
-        raise run.model.not_defined("encode")
+    require_numeric_latent(run.model, "encode")
     held = load_mixture(run)
     if held is not None:
         return held
@@ -85,7 +85,7 @@ def load_or_fit_mixture(
 
 
 def fit_and_store_mixture(run: Run, index: Index, progress: Callable[[int], None] | None = None) -> Mixture:
-    """Fit the density to the training split's latents and store it with the run.
+    """Fit a mixture to the training split's latents and store it with the run.
 
     Args:
         run: Opened; its variant gives each image a posterior over numbers.
@@ -95,15 +95,11 @@ def fit_and_store_mixture(run: Run, index: Index, progress: Callable[[int], None
     Raises:
         NotDefined: the variant has no such posterior.
     """
-    if run.model.latent not in ("vector", "map"):
-        raise run.model.not_defined("encode")
-    batches = whole_split(
-        index, run.job.data.train_split, run.job, device=next(run.model.parameters()).device
-    )
+    require_numeric_latent(run.model, "encode")
+    batches = whole_split(index, run.job.data.train_split, run.job, device=run.device)
     latents = collect_latents(run.model, batches, seed=run.job.seed, progress=progress)
-    mixture = fit_mixture(
-        latents, classes=run.spec.classes if run.model.conditional else None, seed=run.job.seed
-    )
+    classes = run.spec.classes if run.model.conditional else None
+    mixture = fit_mixture(latents, classes=classes, seed=run.job.seed)
     path = mixture_path(run)
     try:
         write_atomic(path, mixture.to_bytes(mixture_stamp(run)))

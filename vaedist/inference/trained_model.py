@@ -29,13 +29,16 @@ from torch import Tensor
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import Inputs, rows_at_once
-from vaedist.inference.sampling import SAMPLE_BATCH, Sampler
+from vaedist.inference.sampling import SAMPLE_BATCH, Sampler, label_tensor
 from vaedist.inference.stored_mixture import load_or_fit_mixture
 from vaedist.models.contract import Variant
 from vaedist.runs.open_run import Run, open_run
 
 Numbers = TypeVar("Numbers", Tensor, NDArray[Any])
 """A tensor, or an array: what comes back is of the same kind as what was given."""
+Classes = str | int | Sequence[str | int] | None
+"""Name or number of a class: one for all images, or one for each; None: no class."""
+_Network = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class TrainedModel:
@@ -62,7 +65,7 @@ class TrainedModel:
     @property
     def kind(self) -> str:
         """`vae`, `vqvae`, `pixelcnn`, ..."""
-        return self.run.kind
+        return self.run.job.kind
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +87,7 @@ class TrainedModel:
         self,
         n: int = 16,
         *,
-        classes: str | int | Sequence[str | int] | None = None,
+        classes: Classes = None,
         seed: int = 0,
         first: int = 0,
         temperature: float = 1.0,
@@ -124,7 +127,7 @@ class TrainedModel:
             parts.append(drawer.images(count, first + start, some))
         return torch.cat(parts).float().cpu()
 
-    def reconstruct(self, images: Numbers, classes: str | int | Sequence[str | int] | None = None) -> Numbers:
+    def reconstruct(self, images: Numbers, classes: Classes = None) -> Numbers:
         """(n, C, H, W) in [0, 1]: the images as the model sees them again, without noise.
 
         Args:
@@ -135,9 +138,9 @@ class TrainedModel:
             NotDefined: this variant does not reconstruct.
             UserError: these are no images of the model's shape.
         """
-        return self._through(images, classes, self.run.model.reconstruct)
+        return self._encoded(images, classes, self.run.model.reconstruct)
 
-    def encode(self, images: Numbers, classes: str | int | Sequence[str | int] | None = None) -> Numbers:
+    def encode(self, images: Numbers, classes: Classes = None) -> Numbers:
         """(n, *latent_shape): the posterior's mean of each image, or its int64 codes.
 
         Args:
@@ -149,11 +152,10 @@ class TrainedModel:
             UserError: these are no images of the model's shape.
         """
         if self.run.model.latent == "codes":
-            return self._through(images, None, lambda image, _: self.run.model.codes(image))
-        return self._through(images, classes, lambda image, label: self.run.model.encode(image, label).mean)
+            return self._encoded(images, None, lambda image, _: self.run.model.codes(image))
+        return self._encoded(images, classes, lambda image, label: self.run.model.encode(image, label).mean)
 
-    @torch.no_grad()
-    def decode(self, latents: Numbers, classes: str | int | Sequence[str | int] | None = None) -> Numbers:
+    def decode(self, latents: Numbers, classes: Classes = None) -> Numbers:
         """(n, C, H, W) in [0, 1]: the mean image of each latent, or of each map of codes.
 
         Args:
@@ -169,36 +171,37 @@ class TrainedModel:
         if tuple(z.shape[1:]) != model.latent_shape or not len(z):
             expected = ", ".join(str(axis) for axis in ("n", *model.latent_shape))
             raise UserError(f"latents are of shape {tuple(z.shape)} and the model decodes ({expected})")
-        labels = self._labels(classes, len(z))
-        parts = []
-        for start in range(0, len(z), self._rows):
-            part = z[start : start + self._rows].to(self.run.device)
-            label = self._label_part(labels, start, len(part))
+        dtype = next(model.parameters()).dtype
+
+        def decode(part: Tensor, label: Tensor | None, _: int) -> Tensor:
             if model.latent == "codes":
-                parts.append(model.decode_codes(part.long()).mean)
-            else:
-                parts.append(model.decode(part.to(next(model.parameters()).dtype), label).mean)
-        return _as(latents, torch.cat(parts).float())
+                return model.decode_codes(part.long()).mean
+            return model.decode(part.to(dtype), label).mean
+
+        return _as(latents, self._in_parts(z, classes, decode))
 
     # Around it
 
-    @torch.no_grad()
-    def _through(
-        self,
-        images: Numbers,
-        classes: str | int | Sequence[str | int] | None,
-        network: Callable[[Tensor, Tensor | None], Tensor],
-    ) -> Numbers:
-        pixels = self._pixels(torch.as_tensor(images))
-        labels = self._labels(classes, len(pixels))
-        parts = []
-        for start in range(0, len(pixels), self._rows):
-            part = pixels[start : start + self._rows]
+    def _encoded(self, images: Numbers, classes: Classes, network: _Network) -> Numbers:
+        def shown(part: Tensor, label: Tensor | None, start: int) -> Tensor:
             keys = [str(number) for number in range(start, start + len(part))]
-            shown = self._inputs.binarize(part.to(self.run.device), keys)
-            parts.append(network(shown, self._label_part(labels, start, len(part))))
-        result = torch.cat(parts)
-        return _as(images, result.float() if result.is_floating_point() else result)
+            return network(self._inputs.binarize(part, keys), label)
+
+        return _as(images, self._in_parts(self._pixels(torch.as_tensor(images)), classes, shown))
+
+    @torch.no_grad()
+    def _in_parts(
+        self, rows: Tensor, classes: Classes, function: Callable[[Tensor, Tensor | None, int], Tensor]
+    ) -> Tensor:
+        """`function(part, its labels, number of its first row)` for each part of `rows`, on the model's device."""
+        labels = self._labels(classes, len(rows))
+        results = []
+        for start in range(0, len(rows), self._rows):
+            part = rows[start : start + self._rows].to(self.run.device)
+            label = None if labels is None else labels[start : start + len(part)]
+            results.append(function(part, label_tensor(label, self.run.device), start))
+        result = torch.cat(results)
+        return result.float() if result.is_floating_point() else result
 
     def _pixels(self, images: Tensor) -> Tensor:
         """uint8 (n, C, H, W)."""
@@ -220,7 +223,7 @@ class TrainedModel:
             )
         return (images * 255).round().to(torch.uint8)
 
-    def _labels(self, classes: str | int | Sequence[str | int] | None, n: int) -> list[int] | None:
+    def _labels(self, classes: Classes, n: int) -> list[int] | None:
         if classes is None:
             return None
         if not self.run.model.conditional:
@@ -234,11 +237,6 @@ class TrainedModel:
         if wrong:
             raise UserError(f"the model knows no class {wrong[0]!r}; it knows {', '.join(self.classes)}")
         return numbers
-
-    def _label_part(self, labels: list[int] | None, start: int, count: int) -> Tensor | None:
-        if labels is None:
-            return None
-        return torch.tensor(labels[start : start + count], dtype=torch.int64, device=self.run.device)
 
 
 def _number(text: str) -> int:

@@ -8,35 +8,35 @@ _STAGES = ("started", "imported", "joined", "resumed", "stepped")
 
 
 class Recovery:
-    """One group after the other, the stages of each told as they are reached.
+    """Times one recovery after the other.
 
     Args:
-        restart: What the time from the loss to the first stage was spent on.
+        restart: Name of the time from the loss to the first stage.
     """
 
     def __init__(self, restart: str = "restart") -> None:
-        self._spent_on = (restart, "imports", "rendezvous", "reload", "first step")
-        self._marks: list[float] = []  # of the loss, then of each stage since
+        self._names = (restart, "imports", "rendezvous", "reload", "first step")
+        self._times: list[float] = []  # of the loss, then of each stage since
 
     @property
-    def awaited(self) -> str | None:
+    def next_stage(self) -> str | None:
         """The stage that comes next; None where nothing is being recovered from."""
-        return _STAGES[len(self._marks) - 1] if self._marks else None
+        return _STAGES[len(self._times) - 1] if self._times else None
 
-    def lost(self, now: float) -> None:
+    def on_lost(self, now: float) -> None:
         """A worker was lost, at `now` seconds of the monotonic clock."""
-        self._marks = [now]
+        self._times = [now]
 
-    def reached(self, stage: str, now: float) -> str | None:
-        """Take in a stage; after the last one, the line that says where the time went."""
+    def on_stage(self, stage: str, now: float) -> str | None:
+        """A stage was reached; after the last one, a line that says where the time went."""
         if stage == _STAGES[0]:
-            del self._marks[1:]  # another group: what the one before had reached no longer counts
-        if stage != self.awaited:
+            del self._times[1:]  # another group: the stages of the one before no longer count
+        if stage != self.next_stage:
             return None
-        self._marks.append(now)
+        self._times.append(now)
         if stage != _STAGES[-1]:
             return None
-        spent = [after - before for before, after in itertools.pairwise(self._marks)]
-        self._marks = []
-        told = ", ".join(f"{what} {took:.1f} s" for what, took in zip(self._spent_on, spent, strict=True))
-        return f"training again {sum(spent):.1f} s after the loss was noticed: {told}"
+        spent = [after - before for before, after in itertools.pairwise(self._times)]
+        self._times = []
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in zip(self._names, spent, strict=True))
+        return f"training again {sum(spent):.1f} s after the loss was noticed: {parts}"

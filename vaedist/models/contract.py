@@ -14,20 +14,17 @@ batch is a scalar (), or is added to every row of `loss`; the loop averages rows
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-import vaedist.models
 from vaedist.config.job import Spec
-from vaedist.config.settings import Strict, parse
+from vaedist.config.model_section import kind_module
+from vaedist.config.settings import Strict
 from vaedist.core.context import Batch, Context
-from vaedist.core.errors import NotDefined, UserError, did_you_mean
+from vaedist.core.errors import NotDefined
 
 
 class Likelihood(Protocol):
@@ -234,32 +231,6 @@ class Variant(nn.Module):
         return image.to(next(self.parameters()).dtype) / 127.5 - 1
 
 
-_KIND = re.compile(r"[a-z0-9_]+")
-
-
-def kinds() -> tuple[str, ...]:
-    """Every variant in this folder."""
-    modules = pkgutil.iter_modules(vaedist.models.__path__)
-    return tuple(sorted(module.name for module in modules if not module.ispkg and module.name != "contract"))
-
-
-def variant(kind: str) -> Any:
-    """The module of a variant: its `Config` and `Model`.
-
-    Raises:
-        UserError: there is no such kind; the nearest and all that exist are named.
-    """
-    if not _KIND.fullmatch(kind) or kind not in kinds():
-        raise UserError(f"unknown model kind {kind!r}{did_you_mean(kind, kinds())}")
-    return importlib.import_module(f"vaedist.models.{kind}")
-
-
-def model_config(section: Mapping[str, Any], where: str = "model") -> Strict:
-    """A job's `model` section as its variant's own settings, defaults filled in."""
-    config: Strict = parse(variant(section["kind"]).Config, dict(section), where, prefix="model")
-    return config
-
-
 def build(config: Strict, spec: Spec, seed: int) -> Variant:
     """A variant with its initial weights, a function of (config, spec, seed) alone, in fp32 on the CPU.
 
@@ -267,5 +238,5 @@ def build(config: Strict, spec: Spec, seed: int) -> Variant:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Variant = variant(config.kind).Model(config, spec)  # type: ignore[attr-defined]
+        model: Variant = kind_module(config.kind).Model(config, spec)  # type: ignore[attr-defined]
     return model

@@ -30,20 +30,20 @@ The losses tell who is ahead, not how good the pictures are, so a GAN's monitor 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, Tag
 from torch import Tensor, nn
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import NUMBER, Strict, number_or
+from vaedist.config.settings import Strict
 from vaedist.core.context import Batch, Context, generator
 from vaedist.core.errors import UserError
-from vaedist.models.bases.gaussian_autoencoder import MapLatent
+from vaedist.models.bases.gaussian_autoencoder_config import MapLatent
 from vaedist.models.contract import Variant
-from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
-from vaedist.nets.bodies import Body, Conv, decoder, grid
+from vaedist.models.gan_config import Config
+from vaedist.nets.adversarial import UNITS, Discriminator
+from vaedist.nets.bodies import decoder, grid
 from vaedist.nets.likelihoods import ObservationModel
 
 OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -52,20 +52,6 @@ OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda a: a,
 }
 """`output` to the reading of a network's numbers as an image in [-1, 1]."""
-
-
-class Config(Adversary):
-    """Settings of `kind: gan`."""
-
-    kind: Literal["gan"] = "gan"
-    generator: Body = Conv()
-    latent: Annotated[
-        Annotated[Annotated[int, Field(ge=1)], Tag(NUMBER)] | Annotated[MapLatent, Tag("map")],
-        number_or("map"),
-    ] = Field(32, description="Dimensions of z, or `{kind: map, channels: n}`.")
-    output: Literal["tanh", "sigmoid_logits", "linear"] = Field(
-        "tanh", description="How the generator's numbers are read as an image."
-    )
 
 
 class Model(Variant):

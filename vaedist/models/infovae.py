@@ -23,42 +23,17 @@ batch: of two batches of one split it is not the same number, and a larger batch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import OVERRIDE
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
-from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
-from vaedist.nets.divergences import Imq, KernelConfig, mmd
-
-
-class Config(GaussianAutoencoderConfig):
-    """Settings of `kind: infovae`."""
-
-    kind: Literal["infovae"] = "infovae"
-    alpha: float = Field(0.0, le=1, description="1 minus the weight of the rate.", json_schema_extra=OVERRIDE)
-    mmd_weight: float = Field(1000.0, ge=0, description="lambda.", json_schema_extra=OVERRIDE)
-    kernel: KernelConfig = Field(Imq(), json_schema_extra=OVERRIDE)
-    deterministic: bool = Field(False, description="An encoder without a variance; where alpha is 1.")
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> Config:
-        if self.alpha + self.mmd_weight < 1:
-            raise ValueError(
-                f"the MMD's weight alpha + mmd_weight - 1 is negative ({self.alpha:g} + {self.mmd_weight:g} - 1): "
-                "raise mmd_weight"
-            )
-        if self.deterministic and self.alpha != 1:
-            raise ValueError(
-                f"a deterministic encoder has no KL term, which alpha {self.alpha:g} would weigh by "
-                f"{1 - self.alpha:g}: set alpha to 1, or deterministic to false"
-            )
-        return self
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder
+from vaedist.models.infovae_config import Config
+from vaedist.nets.divergences import mmd
 
 
 class Model(GaussianAutoencoder):

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
-from vaedist.models.bases.code_prior import CodePrior, PriorConfig
-from vaedist.nets.pixelcnn import GatedPixelCnn, PixelCnn
-
-
-class Config(PriorConfig):
-    """Settings of `kind: pixelcnn`."""
-
-    kind: Literal["pixelcnn"] = "pixelcnn"
-    net: PixelCnn = PixelCnn()
+from vaedist.models.bases.code_prior import CodePrior
+from vaedist.models.pixelcnn_config import Config
+from vaedist.nets.pixelcnn import GatedPixelCnn
 
 
 class Model(CodePrior):

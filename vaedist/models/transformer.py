@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
-from vaedist.models.bases.code_prior import CodePrior, PriorConfig
-from vaedist.nets.transformer import CausalTransformer, Transformer
-
-
-class Config(PriorConfig):
-    """Settings of `kind: transformer`."""
-
-    kind: Literal["transformer"] = "transformer"
-    net: Transformer = Transformer()
+from vaedist.models.bases.code_prior import CodePrior
+from vaedist.models.transformer_config import Config
+from vaedist.nets.transformer import CausalTransformer
 
 
 class Model(CodePrior):

@@ -21,39 +21,16 @@ tighter bound
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from vaedist.config.job import Spec
-from vaedist.config.loss_weights import Weight, ramp_end, weight_at
-from vaedist.config.settings import OVERRIDE
+from vaedist.config.loss_weights import ramp_end, weight_at
 from vaedist.core.context import Batch, Context
-from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder
+from vaedist.models.vae_config import Config
 from vaedist.nets.divergences import DiagonalGaussian
-
-
-class Config(GaussianAutoencoderConfig):
-    """Settings of `kind: vae`."""
-
-    kind: Literal["vae"] = "vae"
-    beta: Weight = Field(1.0, description="Weight of the rate.", json_schema_extra=OVERRIDE)
-    free_bits: float = Field(
-        0.0, ge=0, description="Nats per latent dimension without a price.", json_schema_extra=OVERRIDE
-    )
-    num_importance: int = Field(
-        1, ge=1, description="Latents drawn per image; more give a tighter bound.", json_schema_extra=OVERRIDE
-    )
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Config:
-        if self.free_bits > 0 and self.num_importance > 1:
-            raise ValueError(
-                "free_bits change the KL term, and the bound of num_importance has none: give one of them"
-            )
-        return self
 
 
 class Model(GaussianAutoencoder):

@@ -21,19 +21,19 @@ with the same networks by `init_from: {run: VAE, map: {encoder: encoder, decoder
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from vaedist.config.job import Spec
-from vaedist.config.loss_weights import Weight, ramp_end, weight_at
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.loss_weights import ramp_end, weight_at
+from vaedist.config.settings import Strict
 from vaedist.core.context import Batch, Context
 from vaedist.core.errors import UserError
-from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder, GaussianAutoencoderConfig
-from vaedist.nets.adversarial import UNITS, Adversary, Discriminator
+from vaedist.models.bases.gaussian_autoencoder import GaussianAutoencoder
+from vaedist.models.vaegan_config import Config
+from vaedist.nets.adversarial import UNITS, Discriminator
 from vaedist.nets.decoder_distribution import DecoderDistribution
 
 _ADVERSARIAL_TERMS = {
@@ -41,17 +41,6 @@ _ADVERSARIAL_TERMS = {
     "similarity": "nats in the features of the day",
     **UNITS,
 }
-
-
-class Config(GaussianAutoencoderConfig, Adversary):
-    """Settings of `kind: vaegan`."""
-
-    kind: Literal["vaegan"] = "vaegan"
-    beta: Weight = Field(1.0, description="Weight of the rate.", json_schema_extra=OVERRIDE)
-    style: float = Field(
-        0.01, ge=0, description="Weight of S against the game, for the decoder.", json_schema_extra=OVERRIDE
-    )
-    pixel: float = Field(0.0, ge=0, description="Weight of the distortion.", json_schema_extra=OVERRIDE)
 
 
 class Model(GaussianAutoencoder):

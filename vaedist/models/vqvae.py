@@ -14,35 +14,18 @@ residual levels and the rotation of gradients are the codebook's own: see `vaedi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context
 from vaedist.models.contract import Likelihood, Variant
-from vaedist.nets.bodies import Body, Resnet, decoder, encoder, matching_grid
+from vaedist.models.vqvae_config import Config
+from vaedist.nets.bodies import decoder, encoder, matching_grid
 from vaedist.nets.kmeans import sample_initial_vectors
-from vaedist.nets.likelihoods import GaussianLikelihood, LikelihoodConfig, ObservationModel, check_dssim
-from vaedist.nets.quantizers import EmaCodebook, QuantizerConfig, quantizer
-
-
-class Config(Strict):
-    """Settings of `kind: vqvae`."""
-
-    kind: Literal["vqvae"] = "vqvae"
-    encoder: Body = Resnet()
-    decoder: Body | None = Field(None, description="Default: as the encoder, mirrored.")
-    codebook: QuantizerConfig = EmaCodebook()
-    likelihood: LikelihoodConfig = GaussianLikelihood()
-    commitment: float = Field(
-        0.25, ge=0, description="Weight of the commitment term.", json_schema_extra=OVERRIDE
-    )
-    dssim: float = Field(
-        0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.", json_schema_extra=OVERRIDE
-    )
+from vaedist.nets.likelihoods import ObservationModel, check_dssim
+from vaedist.nets.quantizers import quantizer
 
 
 class Model(Variant):
@@ -89,7 +72,7 @@ class Model(Variant):
         if self.quantizer.initialized_from_data:
             maps = [self.encoder(self.to_network(batch["image"])) for batch in first_batches]
             self.quantizer.initialize_codebook(
-                *sample_initial_vectors(maps, ctx, wanted=min(64 * self.num_codes, 1 << 16))
+                *sample_initial_vectors(maps, ctx, count=min(64 * self.num_codes, 1 << 16))
             )
 
     def averaged(self, name: str) -> bool:

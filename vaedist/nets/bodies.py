@@ -29,18 +29,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import Field, Tag, model_validator
 from torch import Tensor, nn
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import LIST, NUMBER, Strict, number_or_list
 from vaedist.core.errors import UserError
-
-Upsample = Literal["transpose", "resize", "shuffle"]
-Activation = Literal["silu", "relu", "leaky_relu", "tanh"]
+from vaedist.nets.bodies_config import Activation, Conv, GridBody, Mlp, Resnet, Upsample
 
 _LEAK = 0.2  # slope of the leaky one below 0
 _GAINS: dict[Activation, float] = {  # 1 / sqrt(E[f(x)^2]) for x ~ N(0, 1)
@@ -57,87 +53,8 @@ def _activation(name: Activation) -> nn.Module:
     return {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}[name]()
 
 
-class Mlp(Strict):
-    """A fully connected body."""
-
-    kind: Literal["mlp"] = "mlp"
-    width: int = Field(512, ge=1, description="Units of each hidden layer.")
-    depth: int = Field(2, ge=1, description="Hidden layers.")
-    grid: int = Field(1, ge=1, description="Side of the latent map that it emits; 1 for a vector.")
-    activation: Activation = "silu"
-    black: Literal[-1, 0] = Field(
-        -1,
-        description="What an encoder sees where a pixel is black; white is 1. With 0 it moves no weight: so published "
-        "networks for MNIST were trained.",
-    )
-
-    def hidden(self, inputs: int, outputs: int) -> nn.Sequential:
-        """One hidden layer."""
-        return nn.Sequential(nn.Linear(inputs, outputs), _activation(self.activation))
-
-
-class _Grid(Strict):
-    width: Annotated[
-        Annotated[Annotated[int, Field(ge=1)], Tag(NUMBER)]
-        | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Tag(LIST)],
-        number_or_list(),
-    ] = Field(
-        64,
-        description="Channels at the coarsest grid; finer grids have half, at least 16. A list: of each grid size, "
-        "finest first.",
-    )
-    depth: int = Field(2, ge=0, description="Blocks at each grid size.")
-    downsample: int = Field(4, ge=1, description="Image side / latent side; a power of two.")
-    patch: int = Field(
-        1, ge=1, description="The part of `downsample` that is space-to-depth; a power of two."
-    )
-    upsample: Upsample = "transpose"
-    norm: Literal["group", "none"] = "group"
-    activation: Activation = "silu"
-    dense: int | None = Field(
-        None,
-        ge=1,
-        description="Units of a layer between the coarsest grid and a latent vector; none: no layer.",
-    )
-
-    @model_validator(mode="after")
-    def _powers_of_two(self) -> _Grid:
-        for name in ("downsample", "patch"):
-            value = getattr(self, name)
-            if value & (value - 1):
-                raise ValueError(f"{name} must be a power of two (it is {value})")
-        if self.patch > self.downsample:
-            raise ValueError(f"patch ({self.patch}) is a part of downsample ({self.downsample}), not more")
-        sizes = (self.downsample // self.patch).bit_length()
-        if isinstance(self.width, tuple) and len(self.width) != sizes:
-            raise ValueError(
-                f"width lists {len(self.width)} grid sizes, and downsample / patch = {self.downsample // self.patch} "
-                f"makes {sizes}: list as many, finest first"
-            )
-        return self
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each grid size, finest first."""
-        if isinstance(self.width, tuple):
-            return self.width
-        levels = (self.downsample // self.patch).bit_length() - 1
-        return tuple(min(self.width, max(16, self.width >> level)) for level in reversed(range(levels + 1)))
-
-
-class Conv(_Grid):
-    """Plain strided convolutions."""
-
-    kind: Literal["conv"] = "conv"
-
-
-class Resnet(_Grid):
-    """Residual blocks."""
-
-    kind: Literal["resnet"] = "resnet"
-
-
-Body = Annotated[Mlp | Conv | Resnet, Field(discriminator="kind")]
+def _hidden(body: Mlp, inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), _activation(body.activation))
 
 
 def grid(body: Mlp | Conv | Resnet, spec: Spec, where: str = "model.encoder") -> tuple[int, int]:
@@ -197,7 +114,7 @@ def encoder(
         _no_grid(body, vector, where)
         net.add_module("flatten", nn.Flatten() if body.black else _BlackIsZero(spec.pixels))
         for layer, (a, b) in enumerate(_pairs(spec.pixels + extra, body)):
-            net.add_module(f"hidden{layer}", body.hidden(a, b))
+            net.add_module(f"hidden{layer}", _hidden(body, a, b))
         net.add_module("head", nn.Linear(body.width, out * h * w))
         if not vector:
             net.add_module("map", nn.Unflatten(1, (out, h, w)))
@@ -245,7 +162,7 @@ def decoder(
         if not vector:
             net.add_module("flatten", nn.Flatten())
         for layer, (a, b) in enumerate(_pairs(latent * h * w + extra, body)):
-            net.add_module(f"hidden{layer}", body.hidden(a, b))
+            net.add_module(f"hidden{layer}", _hidden(body, a, b))
         net.add_module("head", nn.Linear(body.width, channels * math.prod(spec.shape)))
         net.add_module("image", nn.Unflatten(1, (channels, *spec.shape)))
         return net
@@ -295,12 +212,12 @@ def _no_grid(body: Mlp, vector: bool, where: str) -> None:
         raise UserError(f"{where}.grid is {body.grid}, but this model's latent is a vector: leave it at 1")
 
 
-def _no_dense(body: _Grid, vector: bool, where: str) -> None:
+def _no_dense(body: GridBody, vector: bool, where: str) -> None:
     if body.dense is not None and not vector:
         raise UserError(f"{where}.dense is {body.dense}, but this model's latent is a map: leave it out")
 
 
-def _linear(body: _Grid, inputs: int, outputs: int) -> Iterator[nn.Module]:
+def _linear(body: GridBody, inputs: int, outputs: int) -> Iterator[nn.Module]:
     """From the coarsest grid to a latent vector, or back."""
     if body.dense is None:
         yield nn.Linear(inputs, outputs)
@@ -317,31 +234,31 @@ def _pairs(inputs: int, body: Mlp) -> list[tuple[int, int]]:
     return list(itertools.pairwise(sizes))
 
 
-def _norm(body: _Grid, width: int) -> Iterator[nn.Module]:
+def _norm(body: GridBody, width: int) -> Iterator[nn.Module]:
     if body.norm == "group":
         yield nn.GroupNorm(math.gcd(8, width), width)
 
 
-def _after(body: _Grid, width: int) -> Iterator[nn.Module]:
+def _after(body: GridBody, width: int) -> Iterator[nn.Module]:
     """What follows a convolution between blocks: plain bodies normalise and activate there, residual ones do not."""
     if isinstance(body, Conv):
         yield from _norm(body, width)
         yield _activation(body.activation)
 
 
-def _before(body: _Grid, width: int) -> Iterator[nn.Module]:
+def _before(body: GridBody, width: int) -> Iterator[nn.Module]:
     """What precedes the last convolution: the activation that residual blocks leave open."""
     if isinstance(body, Resnet):
         yield from _norm(body, width)
         yield _activation(body.activation)
 
 
-def _conv(body: _Grid, inputs: int, width: int, gain: float = 1.0) -> Iterator[nn.Module]:
+def _conv(body: GridBody, inputs: int, width: int, gain: float = 1.0) -> Iterator[nn.Module]:
     yield _unit(nn.Conv2d(inputs, width, 3, padding=1), gain)
     yield from _after(body, width)
 
 
-def _blocks(body: _Grid, width: int) -> Iterator[nn.Module]:
+def _blocks(body: GridBody, width: int) -> Iterator[nn.Module]:
     for _ in range(body.depth):
         if isinstance(body, Resnet):
             yield Residual(body, width)
@@ -352,7 +269,7 @@ def _blocks(body: _Grid, width: int) -> Iterator[nn.Module]:
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
-def _gain(body: _Grid) -> float:
+def _gain(body: GridBody) -> float:
     """Plain bodies change the grid after an activation, residual ones before it."""
     return _GAINS[body.activation] if isinstance(body, Conv) else 1.0
 
@@ -388,7 +305,7 @@ class _BlackIsZero(nn.Module):
 class Residual(nn.Module):
     """x + f(x), where f starts at 0 so that a deep stack starts as the identity."""
 
-    def __init__(self, body: _Grid, width: int) -> None:
+    def __init__(self, body: GridBody, width: int) -> None:
         super().__init__()
         last = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(last.weight)

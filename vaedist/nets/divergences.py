@@ -35,15 +35,14 @@ test"; b = 2 is all but the linear-time estimator of Gretton et al., section 6).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vaedist.config.settings import Strict
 from vaedist.core.errors import NotDefined
+from vaedist.nets.divergences_config import Imq, Legacy, Rbf
 
 # exp of these stays finite and non-zero in fp32, with room for products; a trained posterior is far inside.
 _LOG_VARIANCE = (-30.0, 20.0)
@@ -120,38 +119,6 @@ class PointMass:
 
 
 # Maximum mean discrepancy -------------------------------------------------------------------------------------
-
-
-class _Kernel(Strict):
-    block: int | None = Field(
-        None,
-        ge=2,
-        description="Compare in blocks of so many rows, in linear time; none: every row with every other.",
-    )
-
-
-class Imq(_Kernel):
-    """Inverse multiquadratics of several scales."""
-
-    kind: Literal["imq"] = "imq"
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.1, 0.2, 0.5, 1, 2, 5, 10), min_length=1)
-    bandwidth: float = Field(1.0, gt=0, description="w: 1 suits a standard normal prior.")
-
-
-class Rbf(_Kernel):
-    """A Gaussian kernel."""
-
-    kind: Literal["rbf"] = "rbf"
-    bandwidth: float = Field(1.0, gt=0, description="w: 1 suits a standard normal prior.")
-
-
-class Legacy(_Kernel):
-    """The biased kernel of earlier systems, for comparison only."""
-
-    kind: Literal["legacy"] = "legacy"
-
-
-KernelConfig = Annotated[Imq | Rbf | Legacy, Field(discriminator="kind")]
 
 
 def mmd(x: Tensor, y: Tensor, kernel: Imq | Rbf | Legacy = Imq()) -> Tensor:  # noqa: B008 - frozen

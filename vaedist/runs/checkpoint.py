@@ -25,9 +25,14 @@ from typing import Any, NamedTuple
 
 from vaedist.core.errors import UserError
 from vaedist.core.files import TEMPORARY, as_json, disk_errors, replace_file, sync_folder, temporary
-from vaedist.runs.checkpoint_manifest import LoadedCheckpoint, read_checkpoint, write_checkpoint
+from vaedist.runs.checkpoint_manifest import (
+    DamagedCheckpoint,
+    LoadedCheckpoint,
+    assert_plain,
+    read_checkpoint,
+    write_checkpoint,
+)
 from vaedist.runs.checkpoint_paths import BEST, best_checkpoint, list_checkpoints, step_and_serial
-from vaedist.runs.checkpoint_state import DamagedCheckpoint, assert_plain
 
 log = logging.getLogger("vaedist")
 
@@ -40,7 +45,7 @@ class Best(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in the hands of the process that holds its lock.
+    """The checkpoints of one run, for the process that holds its lock.
 
     Args:
         run_folder: The run folder; `checkpoints` is made below it.
@@ -60,7 +65,7 @@ class Checkpoints:
         Args:
             state: Tensors and plain values (numbers, text, None, lists, tuples, dicts of these).
             step: Optimizer steps done.
-            guard: Raises if the run is no longer ours (`RunLock.check`); asked right before the rename.
+            guard: Raises if the run is no longer ours (`RunLock.check`); called right before the rename.
 
         Returns:
             The checkpoint's folder.
@@ -79,7 +84,7 @@ class Checkpoints:
                 os.rename(scratch, target)
                 sync_folder(self.folder)
         except FileNotFoundError:
-            guard()  # the sweep of whoever took the run over is the likely reason, and `guard` says it better
+            guard()  # the likely reason: another process took the run over and deleted temporary files
             raise UserError(
                 f"the checkpoint of step {step} vanished from {self.folder} while it was written: does "
                 "another process clean that folder? Run the same command again to continue"
@@ -134,13 +139,9 @@ class Checkpoints:
         with disk_errors(BEST, self.run_folder):
             replace_file(self.run_folder / BEST, as_json(pointer))
 
-    def best(self) -> Path | None:
-        """The folder of the best checkpoint, if one was marked and is still there."""
-        return best_checkpoint(self.run_folder)
-
     def prune(self) -> None:
         """Delete all checkpoints but the newest `keep` and the best."""
-        best = self.best()
+        best = best_checkpoint(self.run_folder)
         for path in list_checkpoints(self.folder)[: -self.keep]:
             if path != best:
                 # Renamed first: a half-deleted checkpoint must not look like a damaged one.
@@ -159,13 +160,13 @@ class Checkpoints:
 
 
 class Committer:
-    """Commits in one background thread, at most one at a time, so that training does not wait for the disk.
+    """Commits in one background thread, one at a time, so that training does not wait for the disk.
 
     Errors of a commit are raised in the training thread, by the next `submit` or `join`.
 
     Args:
         checkpoints: Where to.
-        guard: Raises if the run is no longer ours (`RunLock.check`); asked before anything visible changes.
+        guard: Raises if the run is no longer ours (`RunLock.check`); called before anything visible changes.
     """
 
     def __init__(self, checkpoints: Checkpoints, guard: Callable[[], None]) -> None:
@@ -188,7 +189,7 @@ class Committer:
             pending.result()
 
     def close(self) -> None:
-        """`join`, and let the thread go."""
+        """`join`, and end the thread."""
         try:
             self.join()
         finally:

@@ -1,6 +1,7 @@
-"""The format of one checkpoint folder: `state.pt`, and a manifest with the size and sha256 of every file.
+"""The format of one checkpoint folder: `state.pt` (tensors and plain values), and a manifest with its size and sha256.
 
-Reading verifies the files against `manifest.json` first.
+Reading verifies `state.pt` against the manifest first. It runs no code: `torch.load(weights_only=True)` on an archive
+whose members are stored uncompressed, so that a foreign file can neither act nor unfold to more than its own size.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vaedist.core.errors import UserError
 from vaedist.core.files import as_json, sync_folder, write_synced
-from vaedist.runs.checkpoint_state import STATE, DamagedCheckpoint, read_state, save_state
 
 FORMAT = 1
+STATE = "state.pt"
 MANIFEST = "manifest.json"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint is not what its manifest says; the message is the reason."""
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -33,7 +41,7 @@ class LoadedCheckpoint(NamedTuple):
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any], step: int) -> None:
     """Write `state` and its manifest into an empty folder, and force both to the disk."""
-    size, digest = save_state(state, folder / STATE)
+    size, digest = _save_state(state, folder / STATE)
     manifest = {"format": FORMAT, "step": step, "files": {STATE: {"bytes": size, "sha256": digest}}}
     write_synced(folder / MANIFEST, as_json(manifest))
     sync_folder(folder)
@@ -61,7 +69,7 @@ def read_checkpoint(path: Path) -> LoadedCheckpoint:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 raise DamagedCheckpoint(f"the sha256 of {STATE} is not the manifest's")
             file.seek(0)
-            state = read_state(file)
+            state = _read_state(file)
         return LoadedCheckpoint(state, int(manifest["step"]), path)
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; ask its owner for access") from None
@@ -88,3 +96,78 @@ def checkpoint_from_bytes(data: bytes) -> LoadedCheckpoint | None:
     """The checkpoint that `checkpoint_to_bytes` wrote."""
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return None if content is None else LoadedCheckpoint(content[0], content[1], Path(content[2]))
+
+
+def _save_state(state: Mapping[str, Any], path: Path) -> tuple[int, str]:
+    """Write `state` and force it to the disk; its size in bytes and its sha256."""
+    with path.open("xb", buffering=0) as raw:
+        written = _Sha256File(raw)
+        torch.save(dict(state), written)  # type: ignore[arg-type]
+        if written.error is not None:
+            raise written.error
+        os.fsync(raw.fileno())
+    return written.size, written.digest.hexdigest()
+
+
+def _read_state(file: BinaryIO) -> dict[str, Any]:
+    """The state in an open file, on the CPU.
+
+    Raises:
+        DamagedCheckpoint: it is not what `_save_state` writes.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise DamagedCheckpoint(f"{STATE} has compressed members, which vaedist never writes")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DamagedCheckpoint(
+            f"{STATE} is not tensors and plain values: {str(error).splitlines()[0]}"
+        ) from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{STATE} is not a mapping")
+    return state
+
+
+def assert_plain(value: Any, where: str) -> None:
+    """What is saved must load again without unpickling, which a numpy scalar, for example, would not."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            assert type(key) in (str, int), f"{where}: key {key!r}"
+            assert_plain(inner, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            assert_plain(inner, f"{where}[{number}]")
+    else:
+        plain = isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes, type(None))
+        assert plain, f"{where} is a {type(value).__name__}: neither a tensor nor a plain value"
+
+
+class _Sha256File:
+    """A file that hashes what is written to it and keeps the first error.
+
+    torch's archive writer turns a failed write into an obscure RuntimeError, at worst from a destructor. So `write`
+    always succeeds, and `_save_state` raises the true error afterwards.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self.error is None:
+            try:
+                done = 0
+                while done < len(view):  # an unbuffered write may be partial
+                    done += self.file.write(view[done:])
+                self.digest.update(view)
+                self.size += len(view)
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def flush(self) -> None:
+        pass

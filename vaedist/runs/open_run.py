@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from vaedist.config.job import Job, Spec
-from vaedist.config.settings import Strict, parse
+from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.evaluation.metrics.posterior_collapse import Collapse
-from vaedist.models.contract import Variant, build, model_config
+from vaedist.models.contract import Variant, build
 from vaedist.runs.checkpoint import load_checkpoint
 from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
 from vaedist.runs.resume_rules import compare_jobs
@@ -28,7 +28,6 @@ class Run(NamedTuple):
     model: Variant
     """In eval mode, with the chosen weights."""
     job: Job
-    config: Strict
     spec: Spec
     step: int
     weights: str
@@ -43,11 +42,6 @@ class Run(NamedTuple):
     """The alarm of the last validation before the checkpoint."""
 
     @property
-    def kind(self) -> str:
-        """`vae`, `vqvae`, `pixelcnn`, ..."""
-        return str(self.job.model["kind"])
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -55,7 +49,7 @@ class Run(NamedTuple):
     @property
     def title(self) -> str:
         """The run folder, kind, step and weights, for a line about it."""
-        return f"{self.folder} ({self.kind}, step {self.step}, {self.weights} weights)"
+        return f"{self.folder} ({self.job.kind}, step {self.step}, {self.weights} weights)"
 
 
 def open_run(path: str | Path, *, weights: str | None = None, device: torch.device | str = "cpu") -> Run:
@@ -81,22 +75,18 @@ def open_run(path: str | Path, *, weights: str | None = None, device: torch.devi
             f"checkpoint {loaded.path} lacks what vaedist-train writes: it is of another making"
         ) from None
     job = parse(Job, saved, where=str(loaded.path))
-    config = model_config(job.model, where=str(loaded.path))
     spec = Spec(channels, (height, width), len(classes))
-    model = build(config, spec, job.seed)
+    model = build(job.model, spec, job.seed)
     model.to(device, torch.float64 if job.train.precision == "fp64" else torch.float32)
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"the weights in {loaded.path} do not fit its model {job.model['kind']!r}: {reason}"
-        ) from None
+        raise UserError(f"the weights in {loaded.path} do not fit its model {job.kind!r}: {reason}") from None
     model.eval().requires_grad_(False)
     return Run(
         model=model,
         job=job,
-        config=config,
         spec=spec,
         step=loaded.step,
         weights=weights or job.train.chosen_weights,

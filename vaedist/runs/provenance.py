@@ -29,17 +29,7 @@ from vaedist.core.files import as_json, replace_file
 log = logging.getLogger("vaedist")
 
 FILE = "provenance.json"
-_LIBRARIES = (
-    "torch",
-    "numpy",
-    "ray",
-    "optuna",
-    "webdataset",
-    "pydantic",
-    "pillow",
-    "scikit-image",
-    "tensorboard",
-)
+_LIBRARIES = "torch numpy ray optuna webdataset pydantic pillow scikit-image tensorboard".split()
 
 
 class Absent:

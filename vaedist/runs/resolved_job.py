@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from vaedist.config.job import Job, Monitor
-from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.data.loading.order import default_lanes
 from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.sample_metrics import SAMPLE_METRICS, base_name, is_sample_metric
-from vaedist.models.contract import model_config
 
 
 def resolved(job: Job) -> Job:
-    """The job with every default filled in: the variant's settings, the lanes, the chosen weights. Idempotent."""
-    content = job.model_dump(mode="json")
-    content["model"] = model_config(job.model, f"job {job.name!r}").model_dump(mode="json")
-    content["data"]["lanes"] = job.data.lanes or default_lanes(job.train.batch_size)
-    content["train"]["weights"] = job.train.chosen_weights
-    content["train"]["monitor"]["metric"] = _monitor(job.train.monitor)
-    return parse(Job, content, where="the resolved job")
-
-
-def _monitor(monitor: Monitor) -> str:
-    """The monitored metric; a measure of sample quality with the extractor's hash, without which it means nothing.
+    """The job with the lanes, the chosen weights and the metric's extractor filled in. Idempotent.
 
     Raises:
-        UserError: `mode` says the wrong way of such a measure.
+        UserError: `monitor.mode` says the wrong way of a measure of sample quality.
     """
+    data = {"lanes": job.data.lanes or default_lanes(job.train.batch_size)}
+    monitor = job.train.monitor.model_copy(update={"metric": _metric(job.train.monitor)})
+    train = {"weights": job.train.chosen_weights, "monitor": monitor}
+    return job.model_copy(
+        update={"data": job.data.model_copy(update=data), "train": job.train.model_copy(update=train)}
+    )
+
+
+def _metric(monitor: Monitor) -> str:
+    """The monitored metric; a measure of sample quality with the extractor's hash, without which it means nothing."""
     metric = monitor.metric
     if not is_sample_metric(metric):
         return metric

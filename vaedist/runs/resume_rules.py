@@ -15,7 +15,6 @@ from vaedist.config.job import Job
 from vaedist.config.settings import ResumePolicy, parse, resume_policy
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
-from vaedist.models.contract import variant
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
 from vaedist.runs.provenance import ABSENT, Change
 from vaedist.runs.resolved_job import resolved
@@ -46,9 +45,8 @@ def compare_jobs(
     old, new = (resolved(job).model_dump(mode="json") for job in (saved, asked))
     patterns = dict(resume_policy(Job))
     del patterns["model"]
-    if old["model"]["kind"] == new["model"]["kind"]:
-        patterns |= dict(resume_policy(variant(new["model"]["kind"]).Config, "model."))
-    else:  # the rest of two variants' settings has nothing in common
+    patterns |= dict(resume_policy(type(asked.model), "model."))
+    if saved.kind != asked.kind:  # the rest of two variants' settings has nothing in common
         old["model"], new["model"] = ({"kind": side["model"]["kind"]} for side in (old, new))
     by_policy: dict[ResumePolicy, list[Change]] = {"free": [], "override": [], "fixed": []}
     for change in _changes("", old, new):

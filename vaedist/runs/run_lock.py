@@ -4,9 +4,8 @@ The lock is the file `lock` in the run folder. It is made by `link()` of a compl
 one operation that is atomic on local disks and on every NFS, and that never shows half a file. It names its
 holder: a random token, host, kernel boot, namespaces, pid with start time, Slurm job and restart count.
 
-The holder is the process that launched the run, for its whole life; workers get the token and `check()` that the
-file still carries it before each commit. So even a holder that was stopped, lost its lock and woke again finds
-out before it can write.
+The holder is the process that launched the run, for its whole life; workers get the token and `check()` before each
+commit that the file still carries it. So a holder that was suspended, and lost its lock meanwhile, cannot write.
 
 A lock is taken over only with proof that its holder has gone:
 
@@ -17,11 +16,11 @@ A lock is taken over only with proof that its holder has gone:
 | same Slurm cluster and job, lower restart count | Slurm requeued the job: we are its successor |
 | Slurm answers for that cluster and user | the job is unknown to it, or is not on any node |
 
-Everything else, a pid that merely looks free from inside another container for one, is no proof: the run is
-refused, with its holder and the file to remove by hand. A pid seen alive in our own namespace is final.
+Everything else is no proof, for example a pid that only looks free from inside another container: the run is refused,
+and the message names the holder and the file to remove by hand. A pid seen alive in our own namespace is final.
 
-The takeover itself is a race that one must win: whoever links `lock.<token of the stale lock>` first may rename
-that stale lock away, and only after reading once more that it is still the one it has proof about.
+When several processes take over the same stale lock, one wins: the first to link `lock.<token of the stale lock>` may
+rename the stale lock away, after reading again that it still has that token.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from vaedist.core.errors import UserError
@@ -110,7 +108,7 @@ class RunLock:
         """
         me = Owner.this_process()
         try:
-            _take(Path(run_folder) / NAME, me)
+            _acquire(Path(run_folder) / NAME, me)
         except OSError as error:
             raise UserError(f"cannot make the lock of the run {run_folder}: {error.strerror}") from None
         return cls(Path(run_folder) / NAME, me.token)
@@ -136,8 +134,8 @@ class RunLock:
     def release(self) -> None:
         """Give the lock back; nothing happens if it is no longer ours.
 
-        Where the folder has become read-only the file stays: it names a process that will have ended, which is proof
-        for the next one, and the sentence that is on its way to the user must not be lost.
+        In a folder that has become read-only the file stays. The next process can prove that its holder has ended, and
+        the error that the user is about to see must not be hidden by another one.
         """
         with contextlib.suppress(OSError):
             _remove(self.path, self.token)
@@ -145,17 +143,15 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
-def gone(owner: Owner, me: Owner) -> str | None:
+def proof_of_exit(owner: Owner, me: Owner) -> str | None:
     """The proof that `owner` no longer runs, in words; None if there is none."""
     if owner.boot and owner.boot == me.boot and owner.namespaces and owner.namespaces == me.namespaces:
-        # Final either way: what Slurm says cannot count against a process seen alive.
-        return _ended(owner)
+        # Final either way: a process seen alive counts more than what Slurm says.
+        return _proof_of_process_exit(owner)
     same_host = owner.machine and (owner.host, owner.machine) == (me.host, me.machine)
     if same_host and owner.boot and me.boot and owner.boot != me.boot:
         return f"{owner.host} was restarted"
@@ -171,17 +167,17 @@ def gone(owner: Owner, me: Owner) -> str | None:
 # The file ---------------------------------------------------------------------------------------------------
 
 
-def _take(path: Path, me: Owner) -> None:
-    """Make `me` the owner of the lock file `path`, over a proven stale one if need be."""
+def _acquire(path: Path, me: Owner) -> None:
+    """Make `me` the owner of the lock file `path`; a lock whose holder is proven gone is replaced."""
     while not _link(path, me):
         owner = _read(path)
         if owner is None:
             continue  # released this very moment
-        proof = gone(owner, me)
+        proof = proof_of_exit(owner, me)
         if proof is None:
             raise _refusal(path, owner)
         claim = path.with_name(f"{path.name}.{owner.token}")
-        _take(claim, me)
+        _acquire(claim, me)
         try:
             _remove(path, owner.token)
         finally:
@@ -224,7 +220,7 @@ def _remove(path: Path, token: str) -> None:
         os.rename(path, aside)
         moved = _read(aside)
         if moved is not None and moved.token != token:
-            # Somebody removed the lock by hand and another took it, between our look and our rename.
+            # Between our read and our rename the lock was removed by hand, and another process took it.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()
@@ -259,17 +255,17 @@ def _refusal(path: Path, owner: Owner) -> RunLocked:
 # The machine ------------------------------------------------------------------------------------------------
 
 
-def _ended(owner: Owner) -> str | None:
-    begun = process_start_ticks(owner.pid)
-    if begun is not None:
-        return None if begun == owner.started else f"process {owner.pid} is another one now"
+def _proof_of_process_exit(owner: Owner) -> str | None:
+    start = process_start_ticks(owner.pid)
+    if start is not None:
+        return None if start == owner.started else f"process {owner.pid} is another one now"
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
         return f"process {owner.pid} has ended"
     except PermissionError:
         return None  # /proc hides other users' processes here
-    # Between the two looks it appeared, or it is our own zombie: dead, only not yet waited for.
+    # It appeared between the two checks, or it is our own zombie, dead but not yet waited for.
     return f"process {owner.pid} has ended" if process_start_ticks(owner.pid) is None else None
 
 

@@ -1,11 +1,12 @@
-"""What is to be run: links that wait for each other, each with one task or an array of them.
+"""What is to be run: stages that wait for each other, each with one task or an array of them.
 
-A link is one call of sbatch. `train` has a task for every job file, every point of the grid and every seed; `prior`,
-`evaluate` and `sample` follow with a task for each of these; `shard` comes before all of them. Task N of one link
+A stage is one call of sbatch. `train` has a task for every job file, every point of the grid and every seed; `prior`,
+`evaluate` and `sample` follow with a task for each of these; `shard` comes before all of them. Task N of one stage
 needs task N of the one before (`aftercorr`), so a run that fails takes only its own successors with it.
 
-Everything a person can get wrong is found here, before anything is in the queue: settings and grids are checked as
-`vaedist-train` checks them, and shards must be there or be made by the chain.
+Every mistake that can be found is found here, before anything is in the queue: settings and grids are checked as
+`vaedist-train` checks them, options of other commands by their own parsers, and shards must exist or be made by the
+chain.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vaedist.cli.command_parsers import parse_options
+from vaedist.cli.launch_options import MAX_TASKS
+from vaedist.cli.parser import CommandLineError
 from vaedist.config.job import Data, Job, load_job
 from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
 
-LINKS = ("shard", "train", "prior", "evaluate", "sample")
-MOST_TASKS = 1000
-"""The longest job array that Slurm takes unless a site allows more (MaxArraySize is 1001)."""
+STAGES = ("shard", "train", "prior", "evaluate", "sample")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One command.
+    """One command of vaedist.
 
     Attributes:
-        label: What tells it from the others of its link.
-        arguments: The verb and what it is given.
+        label: What tells it from the others of its stage.
+        arguments: The command without `vaedist-`, and its arguments.
         run: The run folder that it writes or reads; None: none.
     """
 
@@ -43,13 +45,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Tasks that are handed in together.
+class Stage:
+    """Tasks that are submitted together.
 
     Attributes:
-        name: One of `LINKS`, or `tune`.
+        name: One of `STAGES`, or `tune`.
         tasks: At least one.
-        after: The link that it waits for, or None.
+        after: The stage that it waits for, or None.
     """
 
     name: str
@@ -61,31 +63,34 @@ class Link:
         """Whether it may take several nodes."""
         return self.name in ("train", "prior", "tune")
 
-    def reading(self, copies: Mapping[str, Path]) -> Link:
-        """The same link, reading copies of its job files."""
-        tasks = []
-        for task in self.tasks:
-            verb, first, *rest = task.arguments
-            if verb == "train" and first in copies:
-                first = str(copies[first])
-            tasks.append(replace(task, arguments=(verb, first, *rest)))
+    @property
+    def is_array(self) -> bool:
+        return len(self.tasks) > 1
+
+    def with_job_copies(self, copies: Mapping[str, Path]) -> Stage:
+        """The same stage, reading copies of its job files."""
+        if self.name not in ("train", "prior"):
+            return self
+        arguments = [task.arguments for task in self.tasks]
+        copied = [(command, str(copies[job]), *rest) for command, job, *rest in arguments]
+        tasks = [replace(task, arguments=words) for task, words in zip(self.tasks, copied, strict=True)]
         return replace(self, tasks=tuple(tasks))
 
 
 @dataclass(frozen=True)
-class Order:
+class LaunchRequest:
     """What the command line asks for.
 
     Attributes:
         jobs: Job files.
         settings: `key=value` for all of them.
-        seeds, grid: What is varied; a grid entry is a key and its values.
-        chain: Which links, in the order of `LINKS`.
         runs: Where run folders are made.
-        further: More arguments of vaedist-train (of vaedist-tune, where `space` is given).
-        shard, evaluate, sample: Arguments of these links, as one text each.
+        seeds, grid: What is varied; a grid entry is a key and its values.
+        chain: Which stages, in the order of `STAGES`.
+        extra_arguments: For vaedist-train (for vaedist-tune, where `space` is given).
+        shard, evaluate, sample: Arguments of these stages, as one text each.
         prior: Job file of the prior and its settings, as one text.
-        space: A search space: the one link is `tune`.
+        space: A search space: the one stage is `tune`.
     """
 
     jobs: tuple[str, ...]
@@ -94,7 +99,7 @@ class Order:
     seeds: tuple[int, ...] = ()
     grid: tuple[tuple[str, tuple[str, ...]], ...] = ()
     chain: tuple[str, ...] = ("train",)
-    further: tuple[str, ...] = ()
+    extra_arguments: tuple[str, ...] = ()
     shard: str | None = None
     prior: str | None = None
     evaluate: str | None = None
@@ -102,177 +107,190 @@ class Order:
     space: str | None = None
 
 
-def links(order: Order) -> list[Link]:
-    """The links of an order, first ones first.
+def plan_stages(request: LaunchRequest) -> list[Stage]:
+    """The stages of a request, first ones first.
 
     Raises:
-        UserError: a setting, a combination or a path is wrong.
+        UserError: a setting, an option, a combination or a path is wrong.
     """
-    if order.space is not None:
-        return [_tune(order)]
-    _check(order)
-    points = [_Point(job, settings, label) for job, settings, label in _points(order)]
-    if len(points) > MOST_TASKS:
-        raise UserError(f"this makes {len(points)} runs, and a job array holds {MOST_TASKS}: give fewer")
-    _check_models([point.job for point in points])
-    found: list[Link] = []
-    out: str | None = None
-    if "shard" in order.chain:
-        link, out = _shard(order, points)
-        found.append(link)
-    trained = tuple(_train(order, point, out, made="shard" in order.chain) for point in points)
-    _different([task.run for task in trained])
-    if "train" in order.chain:
-        found.append(Link("train", trained, "shard" if "shard" in order.chain else None))
-    last = trained
-    if "prior" in order.chain:
-        last = tuple(_prior(order, task, out, made="shard" in order.chain) for task in trained)
-        _different([task.run for task in last])
-        found.append(Link("prior", last, found[-1].name if found else None))
-    model = found[-1].name if found and found[-1].trains else None
-    for name, given in (("evaluate", order.evaluate), ("sample", order.sample)):
-        if name in order.chain:
-            tasks = tuple(_after(name, task, given or "") for task in last)
-            found.append(Link(name, tasks, model))
-    return found
+    _check_options(request)
+    if request.space is not None:
+        return [_tune(request, request.space)]
+    _check_request(request)
+    points = list(_grid_points(request))
+    if len(points) > MAX_TASKS:
+        raise UserError(f"this makes {len(points)} runs, and a job array holds {MAX_TASKS}: give fewer")
+    stages: list[Stage] = []
+    shards: str | None = None
+    if "shard" in request.chain:
+        stage, shards = _shard(request, points)
+        stages.append(stage)
+    tasks = tuple(_train(request, point, shards) for point in points)
+    _check_run_folders(tasks)
+    if "train" in request.chain:
+        stages.append(Stage("train", tasks, stages[-1].name if stages else None))
+    if "prior" in request.chain:
+        tasks = tuple(_prior(request, task, shards) for task in tasks)
+        _check_run_folders(tasks)
+        stages.append(Stage("prior", tasks, stages[-1].name if stages else None))
+    models = stages[-1].name if stages and stages[-1].trains else None
+    for name, given in (("evaluate", request.evaluate), ("sample", request.sample)):
+        if name in request.chain:
+            stages.append(Stage(name, tuple(_on_run(name, task, given or "") for task in tasks), models))
+    return stages
 
 
-# The links --------------------------------------------------------------------------------------------------
+# The stages -------------------------------------------------------------------------------------------------
 
 
-class _Point:
+@dataclass(frozen=True)
+class _GridPoint:
     """One run of the grid: its job, checked, and how it is written."""
 
-    def __init__(self, path: str, settings: tuple[str, ...], label: str) -> None:
-        self.path, self.settings = path, settings
-        self.job: Job = load_job(path, settings)
-        self.label = "-".join(part for part in (self.job.name, label) if part)
+    path: str
+    settings: tuple[str, ...]
+    job: Job
+    label: str
 
 
-def _points(order: Order) -> Iterable[tuple[str, tuple[str, ...], str]]:
-    axes = [[f"{key}={value}" for value in values] for key, values in order.grid]
-    if order.seeds:
-        axes.append([f"seed={seed}" for seed in order.seeds])
-    for job in order.jobs:
-        for point in itertools.product(*axes):
-            yield job, (*order.settings, *point), "-".join(_short(setting) for setting in point)
+def _grid_points(request: LaunchRequest) -> Iterator[_GridPoint]:
+    axes = [[f"{key}={value}" for value in values] for key, values in request.grid]
+    if request.seeds:
+        axes.append([f"seed={seed}" for seed in request.seeds])
+    for path in request.jobs:
+        for varied in itertools.product(*axes):
+            settings = (*request.settings, *varied)
+            job = load_job(path, settings)
+            yield _GridPoint(path, settings, job, "-".join([job.name, *map(_folder_part, varied)]))
 
 
-def _short(setting: str) -> str:
+def _folder_part(setting: str) -> str:
     """`model.beta=0.5` as a part of a folder's name: `beta-0.5`."""
     key, _, value = setting.partition("=")
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", f"{key.rpartition('.')[2]}-{value}").strip("_")
 
 
-def _shard(order: Order, points: Sequence[_Point]) -> tuple[Link, str]:
-    arguments = _words(order.shard or "", "--shard")
+def _shard(request: LaunchRequest, points: Sequence[_GridPoint]) -> tuple[Stage, str]:
+    """The stage that packs, and the folder of its shards."""
+    arguments = _split(request.shard or "", "--shard")
     if not arguments:
         raise UserError("--chain with shard needs --shard 'INPUT ...', the arguments of vaedist-shard")
-    given = [argument for argument in arguments if argument == "--out" or argument.startswith("--out=")]
-    if given == ["--out"] and arguments.index("--out") + 1 < len(arguments):
-        out = arguments[arguments.index("--out") + 1]
-    elif given:
-        out = given[-1].partition("=")[2]
-    else:
+    out = parse_options("shard", arguments).out
+    if out is None:
         paths = {str(expand(point.job.data.path, "data.path")) for point in points}
         if len(paths) != 1:
             raise UserError("--shard: the jobs read different data: give --out, for example --out shards/all")
-        out = paths.pop()
+        (out,) = paths
         arguments += ["--out", out]
-    return Link("shard", (Task("shard", ("shard", *arguments)),)), out
+    return Stage("shard", (Task("shard", ("shard", *arguments)),)), str(out)
 
 
-def _train(order: Order, point: _Point, out: str | None, *, made: bool) -> Task:
-    run = order.runs / point.label
-    data = out if out is not None else _data(point.job, made=made or "train" not in order.chain)
-    arguments = ("train", point.path, *point.settings, f"data.path={_yaml(data)}", "--run-dir", str(run))
-    return Task(point.label, (*arguments, *order.further), run)
+def _train(request: LaunchRequest, point: _GridPoint, shards: str | None) -> Task:
+    run = request.runs / point.label
+    if shards is None:
+        shards = _data_folder(point.job, must_exist="train" in request.chain)
+    arguments = ("train", point.path, *point.settings, f"data.path={_yaml(shards)}", "--run-dir", str(run))
+    return Task(point.label, (*arguments, *request.extra_arguments), run)
 
 
-def _prior(order: Order, tokens: Task, out: str | None, *, made: bool) -> Task:
-    words = _words(order.prior or "", "--prior")
+def _prior(request: LaunchRequest, tokenizer: Task, shards: str | None) -> Task:
+    words = _split(request.prior or "", "--prior")
     if not words:
         raise UserError("--chain with prior needs --prior 'JOB.yaml ...', the job file of the prior")
-    path, settings = words[0], words[1:]
-    settings = [*settings, f"model.tokenizer={_yaml(str(tokens.run))}"]
+    path, settings = words[0], [*words[1:], f"model.tokenizer={_yaml(str(tokenizer.run))}"]
     job = load_job(path, settings)
-    _check_models([job])
-    label = f"{job.name}-of-{tokens.label}"
+    label = f"{job.name}-of-{tokenizer.label}"
     # A prior's job need not say where the images are: they are those whose codes it learns.
-    data = next(word for word in reversed(tokens.arguments) if word.startswith("data.path="))
-    if out is None and (job.data.path != Data().path or os.environ.get("VAEDIST_DATA")):
-        data = f"data.path={_yaml(_data(job, made=made))}"
-    run = order.runs / label
+    data = next(word for word in reversed(tokenizer.arguments) if word.startswith("data.path="))
+    if shards is None and (job.data.path != Data().path or os.environ.get("VAEDIST_DATA")):
+        data = f"data.path={_yaml(_data_folder(job, must_exist=True))}"
+    run = request.runs / label
     return Task(label, ("train", path, *settings, data, "--run-dir", str(run)), run)
 
 
-def _after(verb: str, model: Task, given: str) -> Task:
+def _on_run(command: str, model: Task, given: str) -> Task:
+    """`evaluate` or `sample` of a trained model."""
     assert model.run is not None, "what trains has a run folder"
-    arguments = [verb, str(model.run), *_words(given, f"--{verb}")]
-    if verb == "sample" and not any(word.split("=")[0] in ("--output-path", "--out") for word in arguments):
-        arguments += ["--out", str(model.run / "samples.png")]
-    return Task(model.label, tuple(arguments), model.run)
+    options = _split(given, f"--{command}")
+    if command == "sample" and parse_options(command, options).out is None:
+        options += ["--out", str(model.run / "samples.png")]
+    return Task(model.label, (command, str(model.run), *options), model.run)
 
 
-def _tune(order: Order) -> Link:
-    assert order.space is not None
-    foreign = {"a job file": order.jobs, "--seeds": order.seeds, "--grid": order.grid}
-    for name, value in foreign.items():
+def _tune(request: LaunchRequest, space: str) -> Stage:
+    needless = {"a job file": request.jobs, "--seeds": request.seeds, "--grid": request.grid}
+    for name, value in needless.items():
         if value:
             raise UserError(
                 f"--space names what a search varies, and {name} has no place beside it: leave it out"
             )
-    if order.chain != ("train",):
+    if request.chain != ("train",):
         raise UserError("--space makes one job, the search: leave --chain out")
-    run = order.runs / f"tune_{Path(order.space).stem}"
-    given = [word.split("=")[0] for word in order.further]
-    place = () if "--run-dir" in given else ("--run-dir", str(run))
-    arguments = ("tune", "--space", order.space, *order.settings, *place, *order.further)
-    return Link("tune", (Task(Path(order.space).stem, arguments, None if "--run-dir" in given else run),))
+    name = Path(space).stem
+    arguments = ("tune", "--space", space, *request.settings)
+    run = request.runs / f"tune_{name}"
+    if parse_options("tune", request.extra_arguments).run_dir is not None:
+        return Stage("tune", (Task(name, (*arguments, *request.extra_arguments)),))
+    task = Task(name, (*arguments, "--run-dir", str(run), *request.extra_arguments), run)
+    return Stage("tune", (task,))
 
 
 # Checks -----------------------------------------------------------------------------------------------------
 
 
-def _check(order: Order) -> None:
-    if not order.jobs:
+def _check_options(request: LaunchRequest) -> None:
+    """A misspelt option or search space costs nothing here, and hours in a queue."""
+    texts = {
+        f"--{command}": (command, getattr(request, command)) for command in ("shard", "evaluate", "sample")
+    }
+    if request.extra_arguments:
+        command = "tune" if request.space else "train"
+        texts["--"] = (command, shlex.join(request.extra_arguments))
+    for option, (command, text) in texts.items():
+        if text is None:
+            continue
+        try:
+            parse_options(command, _split(text, option))
+        except CommandLineError as error:
+            raise UserError(f"{option} {text!r}: vaedist-{command} says: {error}") from None
+    if request.space is not None:
+        from vaedist.tuning.space import load_space
+
+        load_space(request.space, request.settings)
+
+
+def _check_request(request: LaunchRequest) -> None:
+    if not request.jobs:
         raise UserError(
             "nothing to launch: give a job file, for example jobs/vqvae_oasis.yaml, or --space NAME"
         )
-    for name in order.chain:
-        if name not in LINKS:
-            raise UserError(f"--chain has no link {name!r}{did_you_mean(name, LINKS)}")
-    if list(order.chain) != [name for name in LINKS if name in order.chain]:
-        raise UserError(f"--chain goes in this order, each once: {','.join(LINKS)}")
+    for name in request.chain:
+        if name not in STAGES:
+            raise UserError(f"--chain has no stage {name!r}{did_you_mean(name, STAGES)}")
+    if list(request.chain) != [name for name in STAGES if name in request.chain]:
+        raise UserError(f"--chain goes in this order, each once: {','.join(STAGES)}")
     for name in ("shard", "prior", "evaluate", "sample"):
-        if getattr(order, name) is not None and name not in order.chain:
+        if getattr(request, name) is not None and name not in request.chain:
             raise UserError(f"--{name} has no effect without --chain {name},...: add it there")
-    for word in order.further:
+    for word in request.extra_arguments:
         if word.split("=")[0] in ("--run-dir", "--new-run"):
             raise UserError(f"{word} after -- would put all runs in one folder: use --runs DIR")
-    if order.further and "train" not in order.chain:
+    if request.extra_arguments and "train" not in request.chain:
         raise UserError(
             "arguments after -- are those of vaedist-train, and the chain has no train: leave them out"
         )
 
 
-def _check_models(jobs: Iterable[Job]) -> None:
-    """A misspelt key of a model costs seconds here, and hours in a queue."""
-    from vaedist.models.contract import model_config  # it loads torch
-
-    for job in jobs:
-        model_config(job.model, f"job {job.name!r}")
-
-
-def _different(runs: Sequence[Path | None]) -> None:
+def _check_run_folders(tasks: Sequence[Task]) -> None:
+    runs = [task.run for task in tasks]
     for number, run in enumerate(runs):
         if run in runs[:number]:
             raise UserError(f"two of these would train in one folder, {run}: give each job a name of its own")
 
 
-def _data(job: Job, *, made: bool) -> str:
+def _data_folder(job: Job, *, must_exist: bool) -> str:
     folder = expand(job.data.path, "data.path")
-    if not made and not (folder / "index.json").is_file():
+    if must_exist and not (folder / "index.json").is_file():
         raise UserError(
             f"there are no shards in {folder} (data.path of {job.name}): pack them with vaedist-shard, or let the "
             "chain do it: --chain shard,train --shard 'INPUT'"
@@ -280,11 +298,12 @@ def _data(job: Job, *, made: bool) -> str:
     return str(folder)
 
 
-def _words(text: str, what: str) -> list[str]:
+def _split(text: str, option: str) -> list[str]:
+    """The words of an option's text, as a shell reads them."""
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UserError(f"{what} {text!r}: {error}; write it as you would in a shell") from None
+        raise UserError(f"{option} {text!r}: {error}; write it as you would in a shell") from None
 
 
 def _yaml(text: str) -> str:
@@ -293,50 +312,3 @@ def _yaml(text: str) -> str:
         "null true false yes no on off ~".split()
     )
     return text if plain and text == text.strip() else "'" + text.replace("'", "''") + "'"
-
-
-def is_setting(word: str) -> bool:
-    """Whether a word of the command line is `key.sub=value`, and no path."""
-    return re.match(r"[A-Za-z_][\w.]*=", word) is not None
-
-
-# What is varied ---------------------------------------------------------------------------------------------
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """`0-4` or `0,2,7-9`, each once.
-
-    Raises:
-        UserError: it is neither.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first or last - first >= MOST_TASKS:
-            raise UserError(f"--seeds {text!r}: write numbers and ranges, such as 0-4 or 0,2,7")
-        found += range(first, last + 1)
-    return tuple(dict.fromkeys(found))
-
-
-def axis(text: str) -> tuple[str, tuple[str, ...]]:
-    """`model.beta=0.5,1,4`: a key and the values it takes; commas inside brackets belong to the value.
-
-    Raises:
-        UserError: it is no such text.
-    """
-    key, equals, rest = text.partition("=")
-    values, depth, current = [], 0, ""
-    for character in rest:
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            values.append(current)
-            current = ""
-        else:
-            current += character
-    values.append(current)
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key) or not all(value.strip() for value in values):
-        raise UserError(f"--grid {text!r}: write key=value,value, such as model.beta=0.5,1,4")
-    if key == "seed":
-        raise UserError(f"--grid {text!r}: seeds are given with --seeds 0-4")
-    return key, tuple(dict.fromkeys(value.strip() for value in values))

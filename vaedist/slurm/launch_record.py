@@ -1,13 +1,13 @@
-"""The launch folder: what was handed in, kept by ourselves, so that nothing depends on Slurm's accounting.
+"""The launch folder: a record of what was submitted, so that nothing depends on Slurm's accounting.
 
     launches/NAME/                   0700: what runs in jobs must not be changed by others
-      jobs.jsonl                     one line per task: link, job number, run folder, log, what it waits for
+      jobs.jsonl                     one line per task: stage, job number, run folder, log, what it waits for
       site.yaml                      the site file as it was then; jobs read this copy
       jobs/NAME.yaml                 the job files as they were then
-      LINK.sbatch                    the very bytes that sbatch got (submitit keeps them as NUMBER_submission.sh too)
-      LINK-NUMBER.log                what the jobs print, appended to at every restart
+      STAGE.sbatch                   the very bytes that sbatch got (submitit keeps them as NUMBER_submission.sh too)
+      STAGE-NUMBER.log               what the jobs print, appended to at every restart
 
-A folder that others may write is refused: who can change a batch script before it runs, runs as its owner.
+A folder that others may write is refused: whoever can change a batch script before it runs can run code as its owner.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ RECORD = "jobs.jsonl"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One task of one link.
+class LaunchedTask:
+    """One task of one stage; a line of the record.
 
     Attributes:
-        link, label: What it is, and which of them.
+        link, label: Name of the stage, and which of its tasks.
         job: Number in the queue (`12`, of an array `12_3`), or of the process with the local executor.
         executor: `slurm` or `local`.
-        arguments: The verb and what it was given.
+        arguments: The command and what it was given.
         run: Its run folder, or None.
         log: The file that it prints to.
         after: Number of the job that it waits for, or None.
-        mark: The comment by which its successors are found.
-        sent: When, in seconds since 1970.
+        mark: The comment of the job, by which its successors are found.
+        sent: When it was submitted, in seconds since 1970.
     """
 
     link: str
@@ -56,19 +56,19 @@ class Entry:
 
     @property
     def array(self) -> str:
-        """Number of the whole array."""
+        """Number of the job without that of the task in an array."""
         return self.job.partition("_")[0]
 
 
-def new_name(root: Path, name: str) -> Path:
+def unused_folder(root: Path, name: str) -> Path:
     """The first of NAME, NAME-2, ... that is not there yet. Nothing is made."""
     number = 1
-    while (place := root / (name if number == 1 else f"{name}-{number}")).exists():
+    while (folder := root / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
-    return place.absolute()
+    return folder.absolute()
 
 
-def make(folder: Path, group: str | None = None) -> None:
+def create_folder(folder: Path, group: str | None = None) -> None:
     """Make a launch folder, readable by its owner alone, or by `group` too.
 
     Raises:
@@ -80,7 +80,7 @@ def make(folder: Path, group: str | None = None) -> None:
         _refuse_writable(folder.parent)
         folder.mkdir(mode=0o700)
         if group is not None:
-            share(folder, group)
+            _share(folder, group)
     except FileExistsError:
         raise UserError(
             f"{folder} has just been made by another launch: run the same command again"
@@ -91,33 +91,33 @@ def make(folder: Path, group: str | None = None) -> None:
         ) from None
 
 
-def copies(folder: Path, jobs: Sequence[str], prior: str | None) -> dict[str, Path]:
+def job_copies(folder: Path, jobs: Sequence[str], prior: str | None) -> dict[str, Path]:
     """Where each job file is kept in a launch folder, so that editing it later changes nothing in the queue."""
-    found: dict[str, Path] = {}
+    copies: dict[str, Path] = {}
     words = shlex.split(prior) if prior else []
     for number, path in enumerate(dict.fromkeys([*jobs, *words[:1]])):
-        place = folder / "jobs" / Path(path).name
-        found[path] = place if place not in found.values() else place.with_stem(f"{place.stem}-{number}")
-    return found
+        copy = folder / "jobs" / Path(path).name
+        copies[path] = copy if copy not in copies.values() else copy.with_stem(f"{copy.stem}-{number}")
+    return copies
 
 
-def keep(folder: Path, site_file: Path, jobs: Mapping[str, Path]) -> None:
+def copy_inputs(folder: Path, site_file: Path, copies: Mapping[str, Path]) -> None:
     """Copy the site file and the job files into a launch folder."""
     (folder / "jobs").mkdir(mode=0o700, exist_ok=True)
     shutil.copyfile(site_file, folder / "site.yaml")
-    for path, place in jobs.items():
-        shutil.copyfile(path, place)
+    for path, copy in copies.items():
+        shutil.copyfile(path, copy)
 
 
-def discard(folder: Path) -> None:
-    """Take a launch folder away again of which nothing has come into the queue."""
+def discard_folder(folder: Path) -> None:
+    """Remove a launch folder of which nothing has come into the queue."""
     if not (folder / RECORD).exists():
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # other launches are in it
             folder.parent.rmdir()
 
 
-def share(folder: Path, group: str) -> None:
+def _share(folder: Path, group: str) -> None:
     """Let a Unix group read what is made in `folder`.
 
     Raises:
@@ -130,19 +130,6 @@ def share(folder: Path, group: str) -> None:
         raise UserError(
             f"group: {group} of the site file is no group of yours: see `id -Gn`, or leave group out"
         ) from None
-
-
-def check(folder: Path) -> None:
-    """Refuse a launch folder that is not ours alone.
-
-    Raises:
-        UserError: naming what is wrong with it.
-    """
-    if not (folder / RECORD).is_file():
-        raise UserError(
-            f"{folder} is no launch folder (it has no {RECORD}): give the one that vaedist-launch named"
-        )
-    _refuse_writable(folder)
 
 
 def _refuse_writable(folder: Path) -> None:
@@ -158,9 +145,9 @@ def _refuse_writable(folder: Path) -> None:
         )
 
 
-def append(folder: Path, entries: Iterable[Entry]) -> None:
+def append(folder: Path, tasks: Iterable[LaunchedTask]) -> None:
     """Add lines to the record."""
-    text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+    text = "".join(json.dumps(asdict(task)) + "\n" for task in tasks)
     descriptor = os.open(folder / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
@@ -168,30 +155,34 @@ def append(folder: Path, entries: Iterable[Entry]) -> None:
         os.fsync(file.fileno())
 
 
-def read(folder: Path) -> list[Entry]:
-    """All entries of a launch.
+def read(folder: Path) -> list[LaunchedTask]:
+    """All tasks of a launch.
 
     Raises:
         UserError: this is no launch folder, not ours alone, or its record is damaged.
     """
-    check(folder)
-    found = []
+    if not (folder / RECORD).is_file():
+        raise UserError(
+            f"{folder} is no launch folder (it has no {RECORD}): give the one that vaedist-launch named"
+        )
+    _refuse_writable(folder)
+    tasks = []
     for number, line in enumerate((folder / RECORD).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             content = json.loads(line)
-            found.append(Entry(**content | {"arguments": tuple(content["arguments"])}))
+            tasks.append(LaunchedTask(**content | {"arguments": tuple(content["arguments"])}))
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{folder / RECORD}, line {number}, is not what vaedist-launch wrote") from None
-    return found
+    return tasks
 
 
-def newest(root: Path) -> Path:
+def newest_folder(root: Path) -> Path:
     """The launch folder under `root` that was written to last.
 
     Raises:
         UserError: there is none.
     """
-    found = sorted(root.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    records = sorted(root.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    if not records:
         raise UserError(f"nothing has been launched in {root.absolute()}: give the launch folder")
-    return found[-1].parent
+    return records[-1].parent

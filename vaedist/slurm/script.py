@@ -6,8 +6,8 @@ its `#SBATCH` lines (those of the site and of the job replace or follow the temp
 `# <<<` (what the supervisor is to run; for a job array one line per task).
 
 Every value is quoted for the shell. sbatch reads the quotes of a `#SBATCH` line much as a shell does (quotes and
-backslashes, `#` begins a comment), so the same quoting serves both; a line break could not be quoted there and is
-refused wherever a value comes in (`vaedist.config.site.check_text`).
+backslashes; `#` begins a comment), so the same quoting serves both. A line break cannot be quoted there and is refused
+wherever a value comes in (`vaedist.config.site.check_text`).
 
 In a container the supervisor cannot reach `scontrol`, so there the script itself waits for it and requeues the job.
 """
@@ -27,40 +27,40 @@ from vaedist.core.errors import EXIT_STOPPED, UserError
 
 TEMPLATES = ("train", "array", "chain", "tune")
 SUPERVISOR = "vaedist.slurm.supervisor"
-LAST = f'exec python -m {SUPERVISOR} "$@"'
+LAST_LINE = f'exec python -m {SUPERVISOR} "$@"'
 """The last line of every template."""
 
 _REGION = r"^# >>> {name}.*?^# <<<\n"
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSpec:
     """One call of sbatch: what it runs, and what it asks for beyond the site's own options.
 
     Attributes:
         name: Of the job in the queue.
-        tasks: For each task of the job array the verb and its arguments; one: no array.
+        tasks: For each task of the job array the command and its arguments; one: no array.
         log: File for what the tasks print; of an array one each, `%a` in it.
-        mark: Told to Slurm as the job's comment, so that successors are found again; "": none.
+        comment: The job's comment in Slurm, by which its successors are found; "": none.
         nodes: How many.
         ranks_per_node: Processes that train together on each node; None: the allocation decides.
-        gpus: GPUs per node where the site has any; None: all that the site names.
+        gpus_per_node: Where the site has any; None: all that the site names.
         engine: What starts the ranks; None: what the site says.
         time: Wall time, HH:MM:SS; None: the site's, else the template's.
-        parallel: Most tasks of the array at a time; None: no limit.
+        max_parallel: Most tasks of the array at a time; None: no limit.
         module: What runs in the job, with `tasks` as its arguments.
     """
 
     name: str
     tasks: tuple[tuple[str, ...], ...]
     log: str
-    mark: str = ""
+    comment: str = ""
     nodes: int = 1
     ranks_per_node: int | None = None
-    gpus: int | None = None
+    gpus_per_node: int | None = None
     engine: str | None = None
     time: str | None = None
-    parallel: int | None = None
+    max_parallel: int | None = None
     module: str = SUPERVISOR
 
 
@@ -70,71 +70,64 @@ def cluster_folder() -> Path:
     return inside if inside.is_dir() else Path(vaedist.__file__).parents[1] / "cluster"
 
 
-def template(name: str) -> str:
-    """The text of one of `TEMPLATES`."""
-    return (cluster_folder() / f"{name}.sbatch").read_text(encoding="utf-8")
-
-
-def fill(text: str, batch: Batch, site: Site, site_file: Path, python_folder: Path | None) -> str:
+def batch_script(
+    template: str, spec: BatchSpec, site: Site, site_file: Path, python_folder: Path | None
+) -> str:
     """The script that sbatch gets.
 
     Args:
-        text: A template.
+        template: One of `TEMPLATES`.
         site_file: What the supervisor reads the site from, as `$VAEDIST_SITE`.
-        python_folder: Put first in PATH: where the site says nothing about Python, this process's own.
+        python_folder: Put first in PATH where the site says nothing about Python; None: left alone.
 
     Raises:
         UserError: a value cannot stand in a batch script, or the site does not take the job.
     """
+    values = [("an argument", argument) for task in spec.tasks for argument in task]
+    values += [("the name", spec.name), ("the log", spec.log), ("the site file", str(site_file))]
     try:
-        for task in batch.tasks:
-            for argument in task:
-                check_text(argument, "an argument")
-        for what, value in (
-            ("the name", batch.name),
-            ("the log", batch.log),
-            ("the site file", str(site_file)),
-        ):
+        for what, value in values:
             check_text(value, what)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if site.container is not None and batch.nodes > 1:
+    if site.container is not None and spec.nodes > 1:
         raise UserError(
-            f"site {site.name} runs Python in a container, where srun is out of reach, so --nodes {batch.nodes} cannot "
+            f"site {site.name} runs Python in a container, where srun is out of reach, so --nodes {spec.nodes} cannot "
             "work: use one node, or a site file without container"
         )
-    filled = _with_options(text, options(batch, site))
+    text = (cluster_folder() / f"{template}.sbatch").read_text(encoding="utf-8")
+    filled = _with_options(text, sbatch_options(spec, site))
     filled = _with_region(filled, "environment", environment_lines(site, site_file, python_folder))
-    filled = _with_region(filled, "arguments", argument_lines(batch))
-    assert filled.endswith(f"{LAST}\n"), "every template ends in the supervisor"
+    filled = _with_region(filled, "arguments", argument_lines(spec))
+    assert filled.endswith(f"{LAST_LINE}\n"), "every template ends in the supervisor"
     if site.container is None:
-        last = [LAST.replace(SUPERVISOR, batch.module)]
+        last = [LAST_LINE.replace(SUPERVISOR, spec.module)]
     else:
         # Home, /tmp and the current folder are in the container by themselves.
         scratch = [expand(site.scratch, "scratch of the site file")] if site.scratch else []
-        last = contained(site, [site_file.parent, *scratch], batch.module)
-    return filled.removesuffix(f"{LAST}\n") + "\n".join(last) + "\n"
+        last = container_lines(site, [site_file.parent, *scratch], spec.module)
+    return filled.removesuffix(f"{LAST_LINE}\n") + "\n".join(last) + "\n"
 
 
-def options(batch: Batch, site: Site) -> list[tuple[str, str]]:
+def sbatch_options(spec: BatchSpec, site: Site) -> list[tuple[str, str]]:
     """Names and values for `#SBATCH`, in the order in which they are written."""
-    found = [("job-name", batch.name), ("nodes", str(batch.nodes))]
-    gpus = site.gpus_per_node if batch.gpus is None else batch.gpus
-    per_node = batch.ranks_per_node or (gpus if site.gpu_syntax != "none" else None)
+    wanted = [("job-name", spec.name), ("nodes", str(spec.nodes))]
+    gpus = site.gpus_per_node if spec.gpus_per_node is None else spec.gpus_per_node
+    per_node = spec.ranks_per_node or (gpus if site.gpu_syntax != "none" else None)
     if per_node is not None:
-        found.append(("ntasks-per-node", str(per_node)))
+        wanted.append(("ntasks-per-node", str(per_node)))
     if site.gpus_per_node is not None and gpus is not None and gpus != site.gpus_per_node:
         site = site.model_copy(update={"gpus_per_node": gpus})
-    found += site.options(time=batch.time)
-    if len(batch.tasks) > 1:
-        limit = "" if batch.parallel is None else f"%{batch.parallel}"
-        found.append(("array", f"0-{len(batch.tasks) - 1}{limit}"))
-    found.append(("output", batch.log))
-    if batch.mark:
-        found.append(("comment", batch.mark))
+    wanted += site.options(time=spec.time)
+    if len(spec.tasks) > 1:
+        limit = "" if spec.max_parallel is None else f"%{spec.max_parallel}"
+        wanted.append(("array", f"0-{len(spec.tasks) - 1}{limit}"))
+    wanted.append(("output", spec.log))
+    if spec.comment:
+        wanted.append(("comment", spec.comment))
     # Where Slurm itself puts a preempted job back into the queue, a successor would be one too many.
-    found.append(("requeue", "") if site.continue_by == "requeue" else ("no-requeue", ""))
-    return found
+    wanted.append(("requeue", "") if site.continue_by == "requeue" else ("no-requeue", ""))
+    return wanted
 
 
 def environment_lines(site: Site, site_file: Path, python_folder: Path | None) -> list[str]:
@@ -167,7 +160,7 @@ _AS_NAMED = frozenset(
     qos reservation spread-job threads-per-core wckey
     """.split()
 )
-_LONGEST = "04:00:00"
+_LONGEST_TIME = "04:00:00"
 """What the longest of the scripts in `jobs/` and `cluster/` asks for."""
 
 
@@ -180,7 +173,7 @@ def environment_exports(site: Site, site_file: Path) -> tuple[list[str], str]:
     lines = [f"export VAEDIST_SITE={shlex.quote(str(site_file))}"]
     setup = "\n".join(setup_lines(site))
     lines.append(f"export VAEDIST_SETUP={shlex.quote(setup)}")
-    left = []
+    without_variable = []
     for name, value in site.options():
         if name == "time":
             continue
@@ -188,22 +181,22 @@ def environment_exports(site: Site, site_file: Path) -> tuple[list[str], str]:
             variable = _VARIABLES.get(name, name.upper().replace("-", "_"))
             lines.append(f"export SBATCH_{variable}={shlex.quote(value or '1')}")
         else:
-            left.append(f"--{name}" + (f"={shlex.quote(value)}" if value else ""))
-    if site.time_max is not None and seconds(site.time_max) < seconds(_LONGEST):
+            without_variable.append(f"--{name}" + (f"={shlex.quote(value)}" if value else ""))
+    if site.time_max is not None and seconds(site.time_max) < seconds(_LONGEST_TIME):
         lines.append(f"export SBATCH_TIMELIMIT={site.time_max}")
     if site.continue_by != "requeue":
         lines.append("export SBATCH_NO_REQUEUE=1")
-    return lines, " ".join(left)
+    return lines, " ".join(without_variable)
 
 
-def argument_lines(batch: Batch) -> list[str]:
+def argument_lines(spec: BatchSpec) -> list[str]:
     """Shell lines that set `$@` to what the supervisor is to run."""
     before: list[str] = []
-    if batch.engine is not None:
-        before += ["--engine", batch.engine]
-    if batch.ranks_per_node is not None:
-        before += ["--ranks-per-node", str(batch.ranks_per_node)]
-    lines = [f"set -- {shlex.join([*before, *task])}" for task in batch.tasks]
+    if spec.engine is not None:
+        before += ["--engine", spec.engine]
+    if spec.ranks_per_node is not None:
+        before += ["--ranks-per-node", str(spec.ranks_per_node)]
+    lines = [f"set -- {shlex.join([*before, *task])}" for task in spec.tasks]
     if len(lines) == 1:
         return lines
     return [
@@ -214,7 +207,7 @@ def argument_lines(batch: Batch) -> list[str]:
     ]
 
 
-def contained(site: Site, folders: Sequence[Path], module: str) -> list[str]:
+def container_lines(site: Site, folders: Sequence[Path], module: str) -> list[str]:
     """The end of a script whose Python runs in an Apptainer image: run, pass the signal on, requeue from here.
 
     Raises:

@@ -1,9 +1,9 @@
-"""What has become of a launch: from Slurm's queue where it still knows a job, else from what the job left behind.
+"""What has become of a launch: from Slurm's queue while Slurm knows a job, else from what the job left behind.
 
-`sacct` needs an accounting database, which many clusters do not have and which this never asks. `squeue` knows jobs
-until they end and `scontrol` for a while after (MinJobAge, 5 minutes by default); a job that both have forgotten is
-told by its run folder (`finished.json`, the last line of `metrics.jsonl`) and by the end of its log. Slurm not
-answering is told too, and is no reason to show nothing.
+`sacct` needs an accounting database, which many clusters do not have, so it is never asked. `squeue` knows jobs until
+they end and `scontrol` for a while after (MinJobAge, 5 minutes by default). The state of a job that both have forgotten
+comes from its run folder (`finished.json`, the last line of `metrics.jsonl`) and from the end of its log. Where Slurm
+does not answer, the view says so and shows the same.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import json
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from vaedist.slurm.batch_job import slurm_output
-from vaedist.slurm.launch_record import Entry
+from vaedist.slurm.launch_record import LaunchedTask
+from vaedist.slurm.logs import last_line, last_lines
 from vaedist.slurm.requeue import SUCCESSOR_COMMENT
 
 ENDED = frozenset(
@@ -31,19 +31,17 @@ ENDED = frozenset(
 )
 """States from which nothing more comes: Slurm's, and our own where Slurm knows nothing."""
 
-_ASK_SECONDS = 15.0
-_FOLLOW_SECONDS = 1.0
-_LOOK_SECONDS = 15.0
-_TAIL_BYTES = 65536
-_COLUMNS = ("LINK", "RUN", "JOB", "STATE", "STEP", "RESTARTS", "NOTE")
+_SUCCEEDED = ("COMPLETED", "FINISHED")
+_ANSWER_SECONDS = 15.0
+_COLUMNS = ("STAGE", "RUN", "JOB", "STATE", "STEP", "RESTARTS", "NOTE")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What Slurm says of one job or task.
+class JobState:
+    """What is known of one job, or of one task of an array.
 
     Attributes:
-        job: Its number; a successor's is another than the one that was handed in.
+        job: Its number; a successor's differs from that of the job that was submitted.
         state, reason: In Slurm's words.
         code: Exit code, or None.
         restarts: How often it has been put back into the queue.
@@ -61,98 +59,105 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the view."""
+class TaskStatus:
+    """One row of the view.
 
-    entry: Entry
-    seen: Seen
+    Attributes:
+        step: How far training is, such as `1200/5000`; of a task that trains nothing, `-`.
+        note: What it waits for, where it runs, or why it ended.
+    """
+
+    task: LaunchedTask
+    job: JobState
     step: str
-    note: str
+    note: str = ""
 
     @property
     def ended(self) -> bool:
         """Whether it will do nothing more."""
-        return self.seen.state in ENDED
+        return self.job.state in ENDED
+
+    @property
+    def index(self) -> str:
+        """Its place in a job array; empty outside one."""
+        return self.task.job.partition("_")[2]
 
 
-class Queue:
-    """Slurm's answers about the jobs of one launch; asked once."""
+class SlurmQueue:
+    """Slurm's answers about the jobs of one launch, asked for once.
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    Attributes:
+        silent: Whether Slurm did not answer.
+    """
+
+    def __init__(self, tasks: Sequence[LaunchedTask]) -> None:
         self.silent = False
-        self._known: dict[str, Seen] = {}
-        self._successors: dict[tuple[str, str], list[Seen]] = {}
-        slurm = [entry for entry in entries if entry.executor == "slurm"]
-        if not slurm:
+        self._known: dict[str, JobState] = {}
+        self._successors: dict[tuple[str, str], list[JobState]] = {}
+        submitted = [task for task in tasks if task.executor == "slurm"]
+        if not submitted:
             return
-        marks = {entry.mark for entry in slurm}
-        ours = {entry.array for entry in slurm}
-        listed = slurm_output(
-            "squeue",
-            "--noheader",
-            "--array",
-            f"--user={os.geteuid()}",
-            "--format=%i|%T|%S|%N|%j|%r|%k",
-            seconds=_ASK_SECONDS,
-        )
+        comments = {task.mark for task in submitted}
+        arrays = {task.array for task in submitted}
+        columns = "--format=%i|%T|%S|%N|%j|%r|%k"
+        user = f"--user={os.geteuid()}"
+        listed = slurm_output("squeue", "--noheader", "--array", user, columns, seconds=_ANSWER_SECONDS)
         self.silent = listed is None
         for line in (listed or "").splitlines():
-            parts = line.split("|")
+            parts = line.split("|", 6)
             if len(parts) < 7:
                 continue
-            job, state, begins, node, name, reason, mark = *parts[:6], "|".join(parts[6:])
-            seen = Seen(job, state, reason, node=node, begins=begins)
-            if job.partition("_")[0] in ours:
-                self._known[job] = seen
-            elif mark.partition(SUCCESSOR_COMMENT)[0] in marks:
-                self._successors.setdefault((name, job.partition("_")[2]), []).append(seen)
-        # A client of Slurm that finds no controller tries for a minute or more: it is not asked again and again.
-        for number in () if self.silent else sorted(ours):
-            for seen in _shown(
-                slurm_output("scontrol", "show", "job", "--oneliner", number, seconds=_ASK_SECONDS) or ""
-            ):
-                self._known[seen.job] = seen
+            number, state, begins, node, name, reason, comment = parts
+            job = JobState(number, state, reason, node=node, begins=begins)
+            if number.partition("_")[0] in arrays:
+                self._known[number] = job
+            elif comment.partition(SUCCESSOR_COMMENT)[0] in comments:
+                self._successors.setdefault((name, number.partition("_")[2]), []).append(job)
+        # A client of Slurm that finds no controller tries for a minute or more, so it is not asked again.
+        for array in () if self.silent else sorted(arrays):
+            command = ("scontrol", "show", "job", "--oneliner", array)
+            for job in parse_scontrol(slurm_output(*command, seconds=_ANSWER_SECONDS) or ""):
+                self._known[job.job] = job
 
     @property
     def successors(self) -> list[str]:
-        """Jobs that were handed in to go on where one of these stops."""
-        return [seen.job for several in self._successors.values() for seen in several]
+        """Jobs that were submitted to go on where one of these stops."""
+        return [job.job for jobs in self._successors.values() for job in jobs]
 
-    def of(self, entry: Entry) -> Seen | None:
-        """What Slurm says of the job that does an entry's work now: itself, or its successor."""
-        own = self._known.get(entry.job)
+    def current_job(self, task: LaunchedTask) -> JobState | None:
+        """The job that does a task's work now, itself or its successor; None: Slurm knows neither."""
+        own = self._known.get(task.job)
         if own is not None and own.state not in ENDED:
             return own
-        name = f"{Path(entry.log).parent.name}.{entry.link}"
-        several = self._successors.get((name, entry.job.partition("_")[2]), [])
-        # One that runs has handed in its own successor already.
-        return min(several, key=lambda seen: seen.state == "PENDING", default=own)
+        name = f"{Path(task.log).parent.name}.{task.link}"
+        successors = self._successors.get((name, task.job.partition("_")[2]), [])
+        # One that runs has submitted its own successor already.
+        return min(successors, key=lambda job: job.state == "PENDING", default=own)
 
 
-def _shown(text: str) -> Iterator[Seen]:
+def parse_scontrol(text: str) -> Iterator[JobState]:
     """Jobs in what `scontrol show job --oneliner` prints; of an array that waits, one line is several tasks."""
     for line in text.splitlines():
-        found = dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", line))
-        if "JobState" not in found:
+        fields = dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", line))
+        if "JobState" not in fields:
             continue
-        if "ArrayTaskId" in found:
-            numbers = [f"{found['ArrayJobId']}_{task}" for task in _tasks(found["ArrayTaskId"])]
-        else:
-            numbers = [found.get("JobId", "")]
-        code = found.get("ExitCode", "").partition(":")[0]
+        numbers = [fields.get("JobId", "")]
+        if "ArrayTaskId" in fields:
+            numbers = [f"{fields['ArrayJobId']}_{index}" for index in _indices(fields["ArrayTaskId"])]
+        code = fields.get("ExitCode", "").partition(":")[0]
         for number in numbers:
-            yield Seen(
+            yield JobState(
                 number,
-                found["JobState"],
-                found.get("Reason", "None"),
+                fields["JobState"],
+                fields.get("Reason", "None"),
                 int(code) if code.isdecimal() else None,
-                int(found.get("Restarts", "0")),
-                found.get("NodeList", ""),
-                found.get("StartTime", ""),
+                int(fields.get("Restarts", "0")),
+                fields.get("NodeList", ""),
+                fields.get("StartTime", ""),
             )
 
 
-def _tasks(text: str) -> Iterator[int]:
+def _indices(text: str) -> Iterator[int]:
     """`0,3-5%2`: 0, 3, 4, 5."""
     for part in text.partition("%")[0].split(","):
         first, _, last = part.partition("-")
@@ -163,219 +168,131 @@ def _tasks(text: str) -> Iterator[int]:
 # The view ---------------------------------------------------------------------------------------------------
 
 
-def rows(entries: Sequence[Entry]) -> tuple[list[Row], bool]:
-    """A row for each entry, and whether Slurm did not answer."""
-    queue = Queue(entries)
-    return _rows(entries, queue), queue.silent
+def launch_status(tasks: Sequence[LaunchedTask], queue: SlurmQueue) -> list[TaskStatus]:
+    """The status of each task."""
+    rows = [
+        TaskStatus(task, queue.current_job(task) or _job_left_behind(task), _step(task)) for task in tasks
+    ]
+    by_job = {(row.task.array, row.index): row for row in rows}
+    return [replace(row, note=_note(row, by_job)) for row in rows]
 
 
-def _rows(entries: Sequence[Entry], queue: Queue) -> list[Row]:
-    found: list[Row] = []
-    for entry in entries:
-        seen = queue.of(entry) or _left_behind(entry)
-        found.append(Row(entry, seen, _step(entry), ""))
-    fates = {(row.entry.array, row.entry.job.partition("_")[2]): row for row in found}
-    return [Row(row.entry, row.seen, row.step, _note(row, fates)) for row in found]
+def has_ended(tasks: Sequence[LaunchedTask]) -> bool:
+    """Whether none of these will do anything more."""
+    return all(row.ended for row in launch_status(tasks, SlurmQueue(tasks)))
 
 
-def _left_behind(entry: Entry) -> Seen:
-    """What a job that Slurm has forgotten, or never knew, says of itself."""
-    if entry.executor == "local":
+def _job_left_behind(task: LaunchedTask) -> JobState:
+    """The state of a job that Slurm has forgotten, or never knew, from its files."""
+    if task.executor == "local":
         with contextlib.suppress(OSError, ValueError):
-            code = int(Path(f"{entry.log}.code").read_text())
-            return Seen(
-                entry.job,
-                {EXIT_FINISHED: "COMPLETED", EXIT_STOPPED: "STOPPED"}.get(code, "FAILED"),
-                code=code,
-            )
-        if _alive(entry):
-            return Seen(entry.job, "RUNNING")
-    finished = entry.run is not None and entry.link in ("train", "prior")
-    if finished and (Path(str(entry.run)) / "finished.json").is_file():
-        return Seen(entry.job, "FINISHED")
-    return Seen(entry.job, "ENDED")
+            code = int(Path(f"{task.log}.code").read_text())
+            state = {EXIT_FINISHED: "COMPLETED", EXIT_STOPPED: "STOPPED"}.get(code, "FAILED")
+            return JobState(task.job, state, code=code)
+        if _is_running(task):
+            return JobState(task.job, "RUNNING")
+    finished = _trains(task) and (Path(str(task.run)) / "finished.json").is_file()
+    return JobState(task.job, "FINISHED" if finished else "ENDED")
 
 
-def _alive(entry: Entry) -> bool:
-    """Whether submitit's process for it is there: its number alone could be another program's by now."""
+def _trains(task: LaunchedTask) -> bool:
+    return task.run is not None and task.link in ("train", "prior")
+
+
+def _is_running(task: LaunchedTask) -> bool:
+    """Whether submitit's process for it lives; its number alone could be another program's by now."""
     with contextlib.suppress(OSError):
-        command = Path(f"/proc/{entry.job}/cmdline").read_bytes().split(b"\0")
-        return str(Path(entry.log).parent / "submitit").encode() in command
+        command = Path(f"/proc/{task.job}/cmdline").read_bytes().split(b"\0")
+        return str(Path(task.log).parent / "submitit").encode() in command
     return False
 
 
-def _step(entry: Entry) -> str:
-    """How far training is, such as `1200/5000`; of a task that trains nothing, `-`."""
-    if entry.run is None or entry.link not in ("train", "prior"):
+def _step(task: LaunchedTask) -> str:
+    if not _trains(task):
         return "-"
+    run = Path(str(task.run))
     last = None
-    for line in reversed(_tail(Path(entry.run) / "metrics.jsonl")):
+    for line in reversed(last_lines(run / "metrics.jsonl")):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             last = int(json.loads(line)["step"])
             break
     total = None
     with contextlib.suppress(OSError):
-        match = re.search(
-            r"^  steps: (\d+)$", (Path(entry.run) / "job.yaml").read_text(encoding="utf-8"), re.MULTILINE
-        )
-        total = match and match[1]
-    return "-" if last is None else f"{last}/{total}" if total else str(last)
+        job = (run / "job.yaml").read_text(encoding="utf-8")
+        total = re.search(r"^  steps: (\d+)$", job, re.MULTILINE)
+    return "-" if last is None else f"{last}/{total[1]}" if total else str(last)
 
 
-def _note(row: Row, fates: Mapping[tuple[str, str], Row]) -> str:
-    seen, entry = row.seen, row.entry
-    needed = _needed(entry, fates)
-    if seen.state == "PENDING":
-        if seen.reason == "Dependency" and needed:
-            return f"waits for {needed.entry.link} ({entry.after})"
-        if seen.reason == "BeginTime":
-            return f"Slurm holds it for two minutes after a requeue: until {seen.begins.partition('T')[2]}"
-        return (
-            "waits in the queue"
-            if seen.reason in ("None", "Resources", "Priority")
-            else f"waits: {seen.reason}"
-        )
-    if seen.state == "CANCELLED" and (seen.reason.startswith("Dependency") or _never_ran(entry, needed)):
-        why = (
-            f"{needed.entry.link} ({needed.seen.job}) did not finish"
-            if needed
-            else "what it waited for failed"
-        )
-        return f"cancelled, because {why}"
-    if seen.state in ("RUNNING", "COMPLETING"):
-        return f"on {seen.node}" if seen.node not in ("", "(null)") else ""
-    if seen.state in ("COMPLETED", "FINISHED"):
+def _note(row: TaskStatus, by_job: Mapping[tuple[str, str], TaskStatus]) -> str:
+    job, task = row.job, row.task
+    needed = _needed(row, by_job)
+    failed = f"{needed.task.link} ({needed.job.job}) did not finish" if needed else ""
+    if job.state == "PENDING":
+        if job.reason == "Dependency" and needed:
+            return f"waits for {needed.task.link} ({task.after})"
+        if job.reason == "BeginTime":
+            return f"Slurm holds it for two minutes after a requeue: until {job.begins.partition('T')[2]}"
+        in_queue = job.reason in ("None", "Resources", "Priority")
+        return "waits in the queue" if in_queue else f"waits: {job.reason}"
+    did_fail = needed is not None and needed.ended and needed.job.state not in _SUCCEEDED
+    never_ran = did_fail and not Path(task.log).exists()
+    if job.state == "CANCELLED" and (job.reason.startswith("Dependency") or never_ran):
+        return f"cancelled, because {failed or 'what it waited for failed'}"
+    if job.state in ("RUNNING", "COMPLETING"):
+        return f"on {job.node}" if job.node not in ("", "(null)") else ""
+    if job.state in _SUCCEEDED:
         return ""
-    if seen.state == "ENDED" and _never_ran(entry, needed):
-        return f"never ran, because {needed.entry.link} ({needed.seen.job}) did not finish" if needed else ""
-    said = last_line(Path(entry.log))
-    code = f"exit code {seen.code}" if seen.code else ""
-    reason = seen.reason if seen.reason not in ("None", "NonZeroExitCode") else ""
-    return ": ".join(part for part in (reason or code, said) if part)
+    if job.state == "ENDED" and never_ran:
+        return f"never ran, because {failed}"
+    code = f"exit code {job.code}" if job.code else ""
+    reason = job.reason if job.reason not in ("None", "NonZeroExitCode") else ""
+    return ": ".join(part for part in (reason or code, last_line(Path(task.log))) if part)
 
 
-def _needed(entry: Entry, fates: Mapping[tuple[str, str], Row]) -> Row | None:
-    """The row that an entry waits or waited for: its own task's where both are arrays, else the first that failed."""
-    if entry.after is None:
+def _needed(row: TaskStatus, by_job: Mapping[tuple[str, str], TaskStatus]) -> TaskStatus | None:
+    """What a task waits or waited for: the task of its number where both are arrays, else the first that failed."""
+    after = row.task.after
+    if after is None:
         return None
-    same = fates.get((entry.after, entry.job.partition("_")[2]))
-    if same is not None:
-        return same
-    several = [row for (array, _), row in fates.items() if array == entry.after]
-    failed = [row for row in several if row.seen.state not in ("COMPLETED", "FINISHED")]
-    return next(iter(failed or several), None)
+    if (same_index := by_job.get((after, row.index))) is not None:
+        return same_index
+    before = [other for (array, _), other in by_job.items() if array == after]
+    failed = [other for other in before if other.job.state not in _SUCCEEDED]
+    return next(iter(failed or before), None)
 
 
-def _never_ran(entry: Entry, needed: Row | None) -> bool:
-    bad = needed is not None and needed.ended and needed.seen.state not in ("COMPLETED", "FINISHED")
-    return bad and not Path(entry.log).exists()
-
-
-def table(found: Sequence[Row]) -> str:
+def status_table(rows: Sequence[TaskStatus]) -> str:
     """The view as text."""
     lines = [
-        (
-            row.entry.link,
-            row.entry.label,
-            row.seen.job,
-            row.seen.state,
-            row.step,
-            str(row.seen.restarts),
-            row.note,
-        )
-        for row in found
+        (row.task.link, row.task.label, row.job.job, row.job.state, row.step, str(row.job.restarts), row.note)
+        for row in rows
     ]
-    widths = [max(len(line[column]) for line in (_COLUMNS, *lines)) for column in range(len(_COLUMNS) - 1)]
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *lines, strict=True)][:-1]
     return "\n".join(
-        "  ".join(
-            [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]
-        ).rstrip()
-        for line in (_COLUMNS, *lines)
+        "  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in (_COLUMNS, *lines)
     )
 
 
-def cancel(entries: Sequence[Entry], told: Callable[[str], None]) -> int:
-    """End every job of a launch that has not ended, successors too; the exit code.
+def cancel_launch(tasks: Sequence[LaunchedTask], echo: Callable[[str], None]) -> None:
+    """End every job of a launch that has not ended, successors too.
 
     Raises:
-        UserError: scancel refused, in its own words.
+        UserError: Slurm does not answer, or scancel refused.
     """
-    queue = Queue(entries)
-    found = _rows(entries, queue)
+    queue = SlurmQueue(tasks)
+    living = [row for row in launch_status(tasks, queue) if not row.ended]
     if queue.silent:
         raise UserError("Slurm does not answer (squeue failed): try again, or use scancel yourself")
-    living = [row for row in found if not row.ended]
+    local = [row.job.job for row in living if row.task.executor == "local"]
     # A successor first: it would begin with the end of the job that it waits for.
-    numbers = queue.successors + [row.seen.job for row in living if row.entry.executor == "slurm"]
+    numbers = queue.successors + [row.job.job for row in living if row.task.executor == "slurm"]
     numbers = list(dict.fromkeys(numbers))
     if numbers:
         done = subprocess.run(["scancel", *numbers], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UserError(f"scancel refused: {done.stderr.strip()}")
-    for row in living:
-        if row.entry.executor == "local":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(row.entry.job), 15)
-    numbers += [row.seen.job for row in living if row.entry.executor == "local"]
-    told(f"cancelled: {', '.join(numbers)}" if numbers else "nothing to cancel: all have ended")
-    return 0
-
-
-# Logs -------------------------------------------------------------------------------------------------------
-
-
-def _tail(path: Path) -> list[str]:
-    """The last lines of a file; none where there is no file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def last_line(log: Path) -> str:
-    """What a log says at its end: the last error of ours, else the last line that is not Slurm's own."""
-    lines = _tail(log)
-    errors = [line for line in lines[-50:] if re.match(r"vaedist-\w+: error: |\w*(Error|Exception)\b", line)]
-    plain = [line for line in lines if not re.match(r"slurmstepd|srun:|submitit ", line)]
-    said = (errors or plain or lines or [""])[-1].strip()
-    return said if len(said) <= 200 else said[:197] + "..."
-
-
-def logs(entries: Sequence[Entry], lines: int, *, follow: bool, write: Callable[[str], None]) -> int:
-    """Print the ends of the logs; with `follow`, go on until their jobs have ended."""
-    places = {Path(entry.log): 0 for entry in entries}
-    several = len(places) > 1
-    for path in places:
-        if several:
-            write(f"==> {path} <==\n")
-        try:
-            content = path.read_bytes()
-        except OSError:
-            write(f"(nothing yet in {path})\n")
-            continue
-        places[path] = len(content)
-        tail = content.splitlines(keepends=True)[-lines:] if lines else []
-        write(b"".join(tail).decode("utf-8", errors="replace"))
-    looked = time.monotonic()
-    while follow:
-        news = False
-        for path, begun in places.items():
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                file.seek(begun)
-                content = file.read()
-                if content:
-                    news = True
-                    if several:
-                        write(f"==> {path} <==\n")
-                    write(content.decode("utf-8", errors="replace"))
-                    places[path] = begun + len(content)
-        if not news and time.monotonic() - looked >= _LOOK_SECONDS:
-            looked = time.monotonic()
-            if all(row.ended for row in rows(entries)[0]):
-                return 0
-        time.sleep(_FOLLOW_SECONDS)
-    return 0
+    for number in local:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(number), 15)
+    ended = ", ".join(numbers + local)
+    echo(f"cancelled: {ended}" if ended else "nothing to cancel: all have ended")

@@ -27,10 +27,11 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from vaedist.config.job import InitFrom, Job
+from vaedist.config.model_section import model_config
 from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, model_config
+from vaedist.models.contract import Variant
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint
 from vaedist.runs.init_from import SourceRun, source_from_bytes, source_to_bytes
 from vaedist.training.step import Phase

@@ -12,7 +12,7 @@ from vaedist.config.settings import expand
 from vaedist.core.context import Batch, LaneContext
 from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import build, model_config
+from vaedist.models.contract import build
 from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 
@@ -26,7 +26,7 @@ def layer_table(job: Job) -> str:
     """
     index = Index.open(expand(job.data.path, "data.path"))
     spec, job = index.spec, resolve_tokenizer(job, index, Group(torch.device("cpu")))
-    model = build(model_config(job.model), spec, job.seed).eval()
+    model = build(job.model, spec, job.seed).eval()
     rows: dict[str, tuple[str, str, str]] = {}
 
     def watch(name: str) -> Any:
@@ -56,7 +56,7 @@ def layer_table(job: Job) -> str:
         for name, kind, shape, count in lines
     ]
     buffers = sum(buffer.numel() for buffer in model.buffers())
-    total = f"{job.model['kind']} on {'x'.join(map(str, spec.image_shape))}: {_count(model):,} parameters"
+    total = f"{job.kind} on {'x'.join(map(str, spec.image_shape))}: {_count(model):,} parameters"
     if frozen := sum(_count(model.get_submodule(name)) for name in model.pretrained):
         total += f", {frozen:,} of them frozen"
     return "\n".join([*table, total + (f", {buffers:,} numbers in buffers" if buffers else "")])

@@ -62,6 +62,10 @@ class Progress:
         self.waited += 1
         return False
 
+    def stops_early(self, job: Job) -> bool:
+        """Whether as many validations in a row as the job allows were no better than the best."""
+        return job.train.early_stop is not None and self.waited >= job.train.early_stop
+
     def row(self) -> dict[str, float]:
         """Mean of every term over the images of the window's steps that had it; the window then starts anew."""
         parts = self._add_up()

@@ -120,6 +120,11 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     return {name: value[start:stop] for name, value in batch.items()}  # type: ignore[return-value, index]
 
 
+def phase_suffix(model: Variant, phase: str) -> str:
+    """What the names of a phase's numbers end with: `/phase`, or nothing where there is only one."""
+    return "" if len(model.phases) == 1 else f"/{phase}"
+
+
 class TrainStep:
     """Takes optimizer steps of one model in one group."""
 
@@ -132,6 +137,7 @@ class TrainStep:
         bounds: tuple[int, int],
         inputs: Inputs | None = None,
     ) -> None:
+        self.rows = bounds[1] - bounds[0]
         self.job, self.group, self.model, self.lanes, self.bounds = job, group, model, lanes, bounds
         self.parallel = group.parallel(model, len(model.phases))
         self.phases = [
@@ -144,7 +150,7 @@ class TrainStep:
             for phase in self.phases
         }
         self.inputs = inputs or Inputs(job)
-        self._passes = micro_batches(job, model, bounds[1] - bounds[0])
+        self._passes = micro_batches(job, model, self.rows)
 
     def _zero_grad(self) -> None:
         """Let go of all gradients; `Module.zero_grad` would look for them in every submodule first."""
@@ -189,7 +195,7 @@ class TrainStep:
             phase.set_rate(step, total)
             if not phase.active(step):
                 continue
-            suffix = "" if len(self.phases) == 1 else f"/{phase.name}"
+            suffix = phase_suffix(self.model, phase.name)
 
             # Forward and backward, micro-batch by micro-batch; the loss of every row counts 1/B.
             ctx = self.context(step, phase.name, phase.turn(step))

@@ -34,7 +34,7 @@ from vaedist.data.packing.code_shards import CodeWriter, codes_folder, open_code
 from vaedist.data.packing.shard_writer import explain_write_errors
 from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
-from vaedist.models.bases.frozen_tokenizer import Tokenizer
+from vaedist.models.bases.code_prior_config import Tokenizer, TokenizerConfig
 from vaedist.models.contract import Variant
 from vaedist.runs.checkpoint_paths import resolve_checkpoint, run_folder_of
 from vaedist.runs.open_run import open_run
@@ -64,20 +64,19 @@ def resolve_tokenizer(job: Job, index: Index, group: Group) -> Job:
         UserError: the tokenizer's run is not there, has no codes, takes other images, or is not the one that the
             job describes.
     """
-    asked = job.model.get("tokenizer")
+    asked: TokenizerConfig | None = getattr(job.model, "tokenizer", None)
     if asked is None:
         return job
-    run = asked if isinstance(asked, str) else asked["run"]
+    run = asked if isinstance(asked, str) else asked.run
     found = json.loads(group.from_leader(lambda: json.dumps(_describe(run, index)).encode()))
-    if not isinstance(asked, str) and asked["sha256"] != found["sha256"]:
+    if not isinstance(asked, str) and asked.sha256 != found["sha256"]:
         raise UserError(
             f"the tokenizer {run} has changed: its weights have the sha256 {found['sha256'][:12]}, and this job was "
-            f"begun with {asked['sha256'][:12]}: give the checkpoint that has those with model.tokenizer.run=..., or "
+            f"begun with {asked.sha256[:12]}: give the checkpoint that has those with model.tokenizer.run=..., or "
             f"begin anew with model.tokenizer={run} --new-run"
         )
-    content = job.model_dump(mode="json")
-    content["model"]["tokenizer"] = found
-    return parse(Job, content, where="the job with its tokenizer")
+    tokenizer = parse(Tokenizer, found, where=f"the tokenizer {run}")
+    return job.model_copy(update={"model": job.model.model_copy(update={"tokenizer": tokenizer})})
 
 
 def _describe(path: str, index: Index) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def _describe(path: str, index: Index) -> dict[str, Any]:
     model, shape = run.model, run.spec.image_shape
     if model.latent != "codes" or model.reads != "images":
         raise UserError(
-            f"model.tokenizer: {path} is a run of {run.job.model['kind']!r}, whose latent is not a map of codes: give "
+            f"model.tokenizer: {path} is a run of {run.job.kind!r}, whose latent is not a map of codes: give "
             "a run of a variant that has one, such as vqvae"
         )
     if shape != index.shape:
@@ -104,7 +103,7 @@ def _describe(path: str, index: Index) -> dict[str, Any]:
     return {
         "run": path,
         "sha256": weights_digest(model.state_dict()),
-        "model": run.job.model,
+        "model": run.job.model.model_dump(mode="json"),
         "codes": model.num_codes,
         "grid": list(grid),
         "binarise": run.job.data.binarise,

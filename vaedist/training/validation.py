@@ -36,7 +36,7 @@ from vaedist.evaluation.metrics.sample_metrics import (
     sample_metrics,
 )
 from vaedist.models.contract import Posterior, Variant
-from vaedist.training.step import precision
+from vaedist.training.step import phase_suffix, precision
 
 SHOWN = 8
 """Images for a picture."""
@@ -117,7 +117,7 @@ def validate(
             ctx.phase = phase
             with precision(job, group.device):
                 terms = model(batch, ctx)
-            suffix = "" if len(model.phases) == 1 else f"/{phase}"
+            suffix = phase_suffix(model, phase)
             for name, value in terms.items():
                 total = torch.where(mask, value.double(), 0.0).sum().cpu()
                 sums[f"{name}{suffix}"] = sums.get(f"{name}{suffix}", 0.0) + total
@@ -227,7 +227,7 @@ def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) ->
         ctx.phase = phase
         with torch.no_grad(), precision(job, batch["mask"].device):
             terms = model(batch, ctx)
-        known |= {name if len(model.phases) == 1 else f"{name}/{phase}" for name in terms}
+        known |= {name + phase_suffix(model, phase) for name in terms}
     if metric not in known:
         raise UserError(f"train.monitor.metric: unknown metric {metric!r}{did_you_mean(metric, known)}")
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 
 from vaedist.config.job import Job
+from vaedist.config.model_section import kind_module
 from vaedist.core.errors import UserError
 from vaedist.data.format.index import Index
 from vaedist.data.loading.inputs import whole_split
 from vaedist.evaluation.metrics.per_image import evaluate_images
-from vaedist.models.contract import Variant, build, model_config, variant
-from vaedist.runs.resolved_job import resolved
+from vaedist.models.contract import Variant, build
 from vaedist.tuning import asha
 from vaedist.tuning.dimensions import Categorical, Setting
 from vaedist.tuning.objectives import METRICS, check_objectives
@@ -96,9 +96,8 @@ def check_settings(space: Space, settings: Mapping[str, Setting], index: Index) 
 
 def _meta_model(job: Job, index: Index) -> Variant:
     """The job's model without its numbers."""
-    config = model_config(resolved(job).model)
     with torch.device("meta"):
-        model: Variant = variant(config.kind).Model(config, index.spec)  # type: ignore[attr-defined]
+        model: Variant = kind_module(job.kind).Model(job.model, index.spec)
     return model
 
 
@@ -145,7 +144,7 @@ def _models_exist(space: Space, index: Index) -> None:
 
 def _objectives_exist(space: Space, base: Job, index: Index) -> None:
     """Ask the untrained base model for each objective's part, on two images."""
-    model = build(model_config(resolved(base).model), index.spec, base.seed)
+    model = build(base.model, index.spec, base.seed)
     model.eval().requires_grad_(False)
     parts = {METRICS[objective.metric].part for objective in space.objectives}
     known: set[str] = set()

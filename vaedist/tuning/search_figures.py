@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -41,9 +40,8 @@ def draw_figures(record: Record) -> dict[str, bytes]:
         if len(names) > 1 and not are_the_front:
             found["front.png"] = _pair(names[1], names[0], held, ahead, chosen, line=len(names) == 2)
         if _have(held, "rate", "distortion"):
-            found["rate_distortion.png"] = _pair(
-                "rate", "distortion", held, ahead, chosen, line=are_the_front
-            )
+            rate_distortion = _pair("rate", "distortion", held, ahead, chosen, line=are_the_front)
+            found["rate_distortion.png"] = rate_distortion
         if _have(held, "codes_used", "perplexity"):
             found["codes.png"] = _codes(held, chosen)
     if curves := _curves(record, chosen):
@@ -59,10 +57,14 @@ def _figure(width: float, height: float) -> Any:
     return imaging.figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _axes(width: float, x_label: str, y_label: str) -> Any:
+    """The one pair of axes of a new figure."""
+    axis = _figure(width, 3.8).subplots()
+    axis.set_xlabel(x_label, fontsize=9)
+    axis.set_ylabel(y_label, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    return axis
 
 
 def _mark(axis: Any, x: Any, y: float, trial: Trial, ahead: Sequence[Trial], chosen: Trial | None) -> None:
@@ -124,14 +126,13 @@ def _dimensions(space: Space, held: Sequence[Trial], ahead: Sequence[Trial], cho
     legend = "star: best" if len(objectives) == 1 else "star: picked, red: on the front"
     stopped = any(trial.status == "stopped early" for trial in held)
     figure.suptitle(legend + ", hollow: stopped early" * stopped, fontsize=8)
-    return _png(figure)
+    return imaging.figure_png(figure)
 
 
 def _pair(
     across: str, up: str, held: Sequence[Trial], ahead: Sequence[Trial], chosen: Trial | None, *, line: bool
 ) -> bytes:
-    figure = _figure(4.8, 3.8)
-    axis = figure.subplots()
+    axis = _axes(4.8, across, up)
     places = {
         trial.number: (value_of(trial.measures, across), value_of(trial.measures, up)) for trial in held
     }
@@ -144,16 +145,11 @@ def _pair(
     if line:
         on_front = sorted((places[trial.number] for trial in ahead), key=lambda place: place[0] or 0.0)
         axis.plot(*zip(*on_front, strict=True), color=_AHEAD, linewidth=1, zorder=1)
-    axis.set_xlabel(across, fontsize=9)
-    axis.set_ylabel(up, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
-    return _png(figure)
+    return imaging.figure_png(axis.figure)
 
 
 def _codes(held: Sequence[Trial], chosen: Trial | None) -> bytes:
-    figure = _figure(4.8, 3.8)
-    axis = figure.subplots()
+    axis = _axes(4.8, "codes in the book", "on held-out images")
     for name, marker in (("codes_used", "o"), ("perplexity", "x")):
         points = [
             (2 ** (bits / positions), value, trial is chosen)
@@ -170,12 +166,8 @@ def _codes(held: Sequence[Trial], chosen: Trial | None) -> bytes:
     axis.plot([low, high], [low, high], color=_AHEAD, linewidth=0.8, label="all of them")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
-    axis.set_xlabel("codes in the book", fontsize=9)
-    axis.set_ylabel("on held-out images", fontsize=9)
-    axis.tick_params(labelsize=8)
     axis.legend(fontsize=8)
-    axis.grid(alpha=0.25)
-    return _png(figure)
+    return imaging.figure_png(axis.figure)
 
 
 def _curves(record: Record, chosen: Trial | None) -> bytes | None:
@@ -194,8 +186,7 @@ def _curves(record: Record, chosen: Trial | None) -> bytes | None:
     shown = next((name for name in wanted if named and all(name in names for names in named)), None)
     if shown is None:
         return None
-    figure = _figure(5.6, 3.8)
-    axis = figure.subplots()
+    axis = _axes(5.6, "step", f"validation {shown}")
     for number, held in rows.items():
         points = [(row["step"], value_of(_numbers(row), shown)) for row in held]
         is_best = chosen is not None and number == chosen.number
@@ -210,13 +201,9 @@ def _curves(record: Record, chosen: Trial | None) -> bytes | None:
     values = [value for held in rows.values() for row in held if (value := value_of(_numbers(row), shown))]
     if values and min(values) > 0 and max(values) > 5 * min(values):
         axis.set_yscale("log")
-    axis.set_xlabel("step", fontsize=9)
-    axis.set_ylabel(f"validation {shown}", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
     if len(rows) <= 16:
         axis.legend(fontsize=6, ncols=2)
-    return _png(figure)
+    return imaging.figure_png(axis.figure)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def _kill(orders: dict[str, str]) -> None:
         _mkdir(path, *arguments, **options)
         if place == "half-write" and wanted in str(path):
             # By now the writer is loaded: let it write the half of one block and die with the rest in hand.
-            writer = sys.modules["vaedist.runs.checkpoint_state"]._Sha256File  # type: ignore[attr-defined]
+            writer = sys.modules["vaedist.runs.checkpoint_manifest"]._Sha256File  # type: ignore[attr-defined]
 
             def write(self: Any, data: Any) -> int:
                 if len(memoryview(data).cast("B")) < 1000:

@@ -20,10 +20,10 @@ import yaml
 
 from tests.run_commands import ROOT, Training, curve, held, last_step, small_job, train, write_job
 from vaedist.config.job import Job
+from vaedist.config.model_section import kind_module, kinds
 from vaedist.config.settings import parse
 from vaedist.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from vaedist.launchers.ray.cluster import free_cpus
-from vaedist.models.contract import kinds, variant
 from vaedist.train import main
 
 pytestmark = [
@@ -208,9 +208,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def job_of(kind: str, data: Path, **train: Any) -> Job:
+def job_of(kind: str, data: Path, tokenizer: str = "", **train: Any) -> Job:
     """Two steps of a variant."""
-    model = variant(kind).Model
+    model = kind_module(kind).Model
     settings: dict[str, Any] = {
         "steps": 2,
         "batch_size": 8,
@@ -221,7 +221,8 @@ def job_of(kind: str, data: Path, **train: Any) -> Job:
     settings["optim"] = {phase: {"learning_rate": 1e-3} for phase in model.phases}
     if model.adversarial_terms:  # they are judged by their samples
         settings["monitor"] = {"metric": "kid", "images": 16}
-    content = {"name": kind, "data": {"path": str(data)}, "model": {"kind": kind, **KINDS[kind]}}
+    section = {"kind": kind, **KINDS[kind]} | ({"tokenizer": tokenizer} if model.reads == "codes" else {})
+    content = {"name": kind, "data": {"path": str(data)}, "model": section}
     return parse(Job, {**content, "train": settings | train}, where="the test's job")
 
 
@@ -254,9 +255,7 @@ def test_every_variant_trains_with_two_workers(
     kind: str, phantom: Path, tmp_path: Path, tokenizer: str
 ) -> None:
     """Its numbers are those of two local processes."""
-    job = job_of(kind, phantom)
-    if variant(kind).Model.reads == "codes":
-        job.model["tokenizer"] = tokenizer
+    job = job_of(kind, phantom, tokenizer)
     path = write_job(tmp_path / "job.yaml", job)
     assert ray_train(path, tmp_path / "run", "--workers", "2", "-q") == 0
     code, _, err = train(path, tmp_path / "local", "--workers", "2", "-q")
@@ -353,7 +352,7 @@ def test_a_private_cluster_starts_stops_and_leaves_nothing(phantom: Path, tmp_pa
 
 
 def test_workers_find_this_package_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vaedist.launchers.local import python_path
+    from vaedist.launchers.environment import python_path
 
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     import vaedist

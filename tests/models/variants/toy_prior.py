@@ -15,7 +15,8 @@ from torch.nn import functional
 from vaedist.config.job import Spec
 from vaedist.config.settings import Strict
 from vaedist.core.context import Batch, Context, generator
-from vaedist.models.bases.frozen_tokenizer import Tokenizer, TokenizerConfig, frozen_tokenizer
+from vaedist.models.bases.code_prior_config import Tokenizer, TokenizerConfig
+from vaedist.models.bases.frozen_tokenizer import frozen_tokenizer
 from vaedist.models.contract import Variant
 
 

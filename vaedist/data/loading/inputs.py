@@ -62,9 +62,10 @@ class Inputs:
         self.seed, self.binarization, self.augment = job.seed, job.data.binarise, job.augment
         augmented = self.augment.flip or self.augment.shift or self.augment.noisy
         self._changes_images = self.binarization != "none" or bool(augmented)
-        if isinstance(tokenizer := job.model.get("tokenizer"), dict):
+        tokenizer = getattr(job.model, "tokenizer", None)
+        if tokenizer is not None and not isinstance(tokenizer, str):
             # A prior's own images, of an evaluation, are binarized as those that its tokenizer was trained on.
-            self.seed, self.binarization = tokenizer["seed"], tokenizer["binarise"]
+            self.seed, self.binarization = tokenizer.seed, tokenizer.binarise
         self._counts: Tensor | None = None
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:

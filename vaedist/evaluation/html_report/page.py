@@ -11,7 +11,7 @@ from pathlib import Path
 import vaedist
 from vaedist.core.errors import UserError
 from vaedist.evaluation.comparison import SEEDS, Comparison, RunEvaluation
-from vaedist.evaluation.html_report.sections import HtmlTable, RunReport
+from vaedist.evaluation.html_report.content import HtmlTable, RunReport
 from vaedist.runs.open_run import Run
 from vaedist.runs.provenance import read_starts
 

@@ -29,9 +29,8 @@ in nats per image, and divided by P ln 2 in bits/dim, defined where the decoder'
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 
 from vaedist.core.context import Batch, SampleContext
-from vaedist.core.errors import NotDefined, UserError
+from vaedist.core.errors import NotDefined
 from vaedist.core.imaging import as_numpy
 from vaedist.evaluation.metrics.image_quality import summaries, summary
 from vaedist.evaluation.metrics.likelihood import (
@@ -49,7 +48,7 @@ from vaedist.evaluation.metrics.likelihood import (
     likelihood_name,
     log_likelihood,
 )
-from vaedist.evaluation.metrics.per_image import with_codes, without_padding
+from vaedist.evaluation.metrics.per_image import check_finite, images_of, with_codes, without_padding
 from vaedist.models.contract import Variant
 
 NAMES = ("uniform", "unigram", "per-position unigram", "neighbour bigram")
@@ -95,8 +94,8 @@ def _look_up(keys: Codes, values: NDArray[Any], wanted: Codes) -> _Floats:
     """The value of each wanted key, 0 where there is none."""
     if len(keys) == 0:
         return np.zeros(wanted.shape)
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[places] == wanted, values[places], 0).astype(np.float64)
+    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[rows] == wanted, values[rows], 0).astype(np.float64)
 
 
 class TokenBaselines:
@@ -164,7 +163,7 @@ class TokenBaselines:
 # A prior over a split ----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class PriorLikelihood:
     """What a prior says of a split's codes, and of its images."""
 
@@ -174,7 +173,7 @@ class PriorLikelihood:
     pixels: int
     evidence: str
     """What the tokenizer's likelihood is called: see `vaedist.evaluation.metrics.likelihood`."""
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, float]]
     """Of each image, in nats: `prior`, the baselines by name, and `decoder` = -log p(x | c)."""
 
     def document(self) -> dict[str, Any]:
@@ -235,11 +234,9 @@ def measure_prior(
     """
     if model.reads != "codes":
         raise model.not_defined("nats per token")
-    found: PriorLikelihood | None = None
+    rows: list[dict[str, float]] = []
     bilevel = True
-    for batch in map(without_padding, batches):
-        if not batch["sample"]:
-            continue
+    for batch in images_of(batches, progress):
         image = batch["image"]
         ctx = SampleContext(seed=seed, samples=batch["sample"], step=step, device=image.device)
         coded = with_codes(model, batch)
@@ -250,22 +247,10 @@ def measure_prior(
         decoded = model.decode_codes(codes)
         nats = -log_likelihood(decoded, image, functools.partial(ctx.uniform, "dequantise", image.shape))
         columns["decoder"] = nats.double().tolist()
-        for key, prior, decoder in zip(batch["key"], columns["prior"], columns["decoder"], strict=True):
-            if not math.isfinite(prior + decoder):
-                raise UserError(
-                    f"the likelihood of {key} is not finite: the weights are damaged or training diverged; "
-                    "evaluate an earlier checkpoint"
-                )
+        check_finite("likelihood", batch, np.isfinite(np.add(columns["prior"], columns["decoder"])))
         bilevel = bilevel and black_and_white(image)
-        name = likelihood_name(decoded, bilevel)
-        if found is None:
-            found = PriorLikelihood(codes[0].numel(), model.num_codes, model.spec.pixels, name)
-        found.evidence = name
-        found.rows += [
-            dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-        ]
-        if progress is not None:
-            progress(len(found.rows))
-    if found is None:
+        rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if not rows:
         raise NotDefined("nats per token are not defined, because there is no image")
-    return found
+    name = likelihood_name(decoded, bilevel)
+    return PriorLikelihood(codes[0].numel(), model.num_codes, model.spec.pixels, name, rows)

@@ -1,11 +1,11 @@
 """One pass of a model over a split: every number per image, then means, spread and groups.
 
 A reconstruction is rounded to uint8 before it is measured: what is scored is what the picture file would hold.
-Values are kept per image in float64 and summed exactly, so neither the batch size nor the order of the images
-enters, but for the last bits of a value. (A statistic of a whole batch, which a variant may report, does depend on it
-and is listed apart.)
+Values are kept per image in float64 and summed exactly, so they depend on the batch size and the order of the images
+in their last bits only. (A statistic of a whole batch, which a variant may report, does depend on the batch size and
+is listed apart.)
 
-What a variant cannot do is asked of its declared capabilities, never of its name, and is told with the reason.
+What a variant cannot do follows from its declared capabilities, never from its name; the reason is kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ImageMetrics:
 
 @dataclass
 class SplitMetrics:
-    """What one pass found."""
+    """The numbers of one pass."""
 
     rows: list[ImageMetrics] = field(default_factory=list)
     units: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class SplitMetrics:
     """Statistics of whole batches, averaged over batches by their rows; they depend on the batch size."""
     codes: dict[str, float | int] | None = None
     code_counts: NDArray[np.int64] | None = None
-    """(K,) how often each code came, over the split."""
+    """(K,) how often each code occurs in the split."""
     not_defined: dict[str, str] = field(default_factory=dict)
     """Operation or metric to a sentence with the reason."""
 
@@ -62,7 +62,7 @@ class SplitMetrics:
         return {name: summaries(row.baselines[name] for row in self.rows) for name in names}
 
     def by(self, group_of: Callable[[ImageMetrics], str | None]) -> dict[str, dict[str, Any]]:
-        """`summarize_images` of each group, in sorted order; rows for which `group_of` says None are in none."""
+        """`summarize_images` of each group, in sorted order; rows for which `group_of` gives None are in no group."""
         members: dict[str, list[ImageMetrics]] = {}
         for row in self.rows:
             name = group_of(row)
@@ -136,10 +136,8 @@ def evaluate_images(
     if not model.reconstructs:
         found.not_defined["reconstruct"] = str(model.not_defined("reconstruct"))
     batch_terms: dict[str, list[tuple[float, int]]] = {}
-    for batch in map(without_padding, batches):
+    for batch in images_of(batches, progress):
         count = len(batch["sample"])
-        if count == 0:
-            continue
         if not found.rows and model.reconstructs:
             found.not_defined.update(too_small(*batch["image"].shape[-2:]))
         batch = with_codes(model, batch)
@@ -158,23 +156,17 @@ def evaluate_images(
                     row[name] = values
         if counter is not None:
             counter.add(batch["codes"])
-        per_row, per_batch = _terms(model, batch, seed, step)
+        terms, per_batch = _terms(model, batch, seed, step)
         for name, value in per_batch.items():
             batch_terms.setdefault(name, []).append((value, count))
-        labels = batch["label"].tolist()
-        found.rows += [
-            ImageMetrics(batch["sample"][i], batch["key"][i], labels[i], metrics[i], per_row[i], others[i])
-            for i in range(count)
-        ]
-        if progress is not None:
-            progress(len(found.rows))
+        columns = (batch["sample"], batch["key"], batch["label"].tolist(), metrics, terms, others)
+        found.rows += [ImageMetrics(*row) for row in zip(*columns, strict=True)]
     if not found.rows:
         raise UserError("there is no image to evaluate: the split is empty")
     if counter is not None:
         found.codes, found.code_counts = counter.result(), counter.counts
-    total = len(found.rows)
     found.batch_terms = {
-        name: math.fsum(value * count for value, count in values) / total
+        name: math.fsum(value * count for value, count in values) / len(found.rows)
         for name, values in batch_terms.items()
     }
     return found
@@ -188,14 +180,26 @@ def reconstruct(model: Variant, batch: Batch) -> Pixels:
         UserError: a reconstruction holds NaN or infinity; the first such key is named.
     """
     pictures = as_numpy(model.reconstruct(batch["image"], batch.get("label") if model.conditional else None))
-    sound = np.isfinite(pictures).reshape(len(pictures), -1).all(axis=1)
-    if not sound.all():
-        key = batch["key"][int(np.argmin(sound))]
-        raise UserError(
-            f"the reconstruction of {key} is not finite: the weights are damaged or training diverged; "
-            "evaluate an earlier checkpoint"
-        )
+    check_finite("reconstruction", batch, np.isfinite(pictures).reshape(len(pictures), -1).all(axis=1))
     return to_uint8(pictures)
+
+
+def check_finite(what: str, batch: Batch, finite: Any) -> None:
+    """Refuse numbers that are not finite.
+
+    Args:
+        what: Is measured.
+        batch: Of which images.
+        finite: (B,) bool.
+
+    Raises:
+        UserError: naming the first such image.
+    """
+    if not finite.all():
+        raise UserError(
+            f"the {what} of {batch['key'][int(as_numpy(finite).argmin())]} is not finite: the weights are damaged or "
+            "training diverged; evaluate an earlier checkpoint"
+        )
 
 
 def _terms(
@@ -236,15 +240,25 @@ def with_codes(model: Variant, batch: Batch) -> Batch:
     return {**batch, "codes": model.codes(batch["image"])}
 
 
+def images_of(batches: Iterable[Batch], progress: Callable[[int], None] | None = None) -> Iterator[Batch]:
+    """Each batch without the rows that only pad it, where any remain; `progress` gets the number of images done."""
+    done = 0
+    for batch in map(without_padding, batches):
+        if batch["sample"]:
+            yield batch
+            done += len(batch["sample"])
+            if progress is not None:
+                progress(done)
+
+
 def without_padding(batch: Batch) -> Batch:
     """The rows of a batch that are samples, in their order."""
     mask = batch.get("mask")
     if mask is None or bool(mask.all()):
         return batch
     kept = mask.nonzero().flatten()
-    places = kept.tolist()
     rows = {
-        name: value[kept] if isinstance(value, Tensor) else [value[i] for i in places]  # type: ignore[index]
+        name: value[kept] if isinstance(value, Tensor) else [value[i] for i in kept.tolist()]  # type: ignore[index]
         for name, value in batch.items()
         if name != "mask"
     }
@@ -264,8 +278,7 @@ def pick_evenly(rows: Sequence[ImageMetrics], count: int) -> list[ImageMetrics]:
     ranked = sorted(rows, key=quality)
     if len(ranked) <= count:
         return ranked
-    places = np.linspace(0, len(ranked) - 1, count).round().astype(int)
-    return [ranked[place] for place in places]
+    return [ranked[rank] for rank in np.linspace(0, len(ranked) - 1, count).round().astype(int)]
 
 
 @torch.no_grad()

@@ -67,6 +67,15 @@ def terms_table(terms: Summaries, units: Mapping[str, str], images: int) -> str:
     return columns(lines)
 
 
+def sample_rows(sets: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """A head, and a row for each sample metric of `this run`; a column for each set of images."""
+    rows = (
+        [name, *(f"{values[name]:.4g}" if name in values else "-" for values in sets.values())]
+        for name in sets["this run"]
+    )
+    return [["", *sets], *rows]
+
+
 def columns(lines: Sequence[Sequence[Any]]) -> str:
     """Lines of cells as text: the first column flush left, the others flush right."""
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]

@@ -97,9 +97,9 @@ def _write_for_others(run: Run, folder: Path, *, onnx: bool) -> dict[str, str]:
     from safetensors.torch import save_file
 
     state = {name: tensor.contiguous().clone() for name, tensor in run.model.state_dict().items()}
-    save_file(state, folder / "weights.safetensors", {"kind": run.kind})
+    save_file(state, folder / "weights.safetensors", {"kind": run.job.kind})
     about = {
-        "model": _without_paths(run.config.model_dump(mode="json")),
+        "model": _without_paths(run.job.model.model_dump(mode="json")),
         "shape": list(run.spec.image_shape),
         "classes": list(run.classes),
         "step": run.step,

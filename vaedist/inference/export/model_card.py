@@ -33,7 +33,7 @@ def model_card(
     shape = " x ".join(str(axis) for axis in run.spec.image_shape)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     about = (
-        f"A `{run.kind}` of {shape} images (channels, height, width), {parameters:,} parameters, trained "
+        f"A `{run.job.kind}` of {shape} images (channels, height, width), {parameters:,} parameters, trained "
         f"with vaedist for {run.step:,} steps; `{run.weights}` weights."
     )
     parts = [

@@ -37,9 +37,9 @@ from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, cli_comm
 from vaedist.core.files import exists_uncached, replace_private, wait_for_file
 from vaedist.core.temporary_folder import temporary_folder
 from vaedist.launchers.allocation import allocation
-from vaedist.launchers.local import python_path
+from vaedist.launchers.environment import python_path, temporary_environment
 from vaedist.launchers.network import gloo_interface, node_address
-from vaedist.launchers.ray.cluster import PRIVATE_RAY_ENV, RAY_ENV, environment
+from vaedist.launchers.ray.cluster import PRIVATE_RAY_ENV, RAY_ENV
 from vaedist.slurm.batch_job import is_first_node, node_name
 from vaedist.slurm.cleanup import clean_this_node
 from vaedist.slurm.process_layout import RAY_END_FILE
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     os.environ.pop("RAY_AUTH_TOKEN", None)
     for left in reversed(range(_TRIES)):
-        with temporary_folder() as place, environment(variables):
+        with temporary_folder() as place, temporary_environment(variables):
             started, code = _run(_command(place / "r", address, gcs), place, folder, head, lambda: ended)
             if code is not None:
                 return code
@@ -161,7 +161,7 @@ def _command(place: Path, address: str, gcs: str | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def joined(folder: Path) -> Iterator[int]:
+def join_cluster(folder: Path) -> Iterator[int]:
     """Connect to the cluster of this job, when all its nodes are there; how many they are.
 
     Args:
@@ -176,7 +176,7 @@ def joined(folder: Path) -> Iterator[int]:
     gcs = _wait_for(folder / "head", "the head of this job's Ray cluster")
     names = (folder / "nodes").read_text().split("\n")
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    with environment(RAY_ENV | variables | {"PYTHONPATH": python_path()}):
+    with temporary_environment(RAY_ENV | variables | {"PYTHONPATH": python_path()}):
         import ray  # now: it reads whether to use a token when it is loaded
 
         try:

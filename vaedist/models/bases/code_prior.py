@@ -17,15 +17,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import OVERRIDE, Strict
 from vaedist.core.context import Batch, Context, generator
 from vaedist.core.errors import UserError
-from vaedist.models.bases.frozen_tokenizer import TokenizerConfig, frozen_tokenizer
+from vaedist.models.bases.code_prior_config import PriorConfig
+from vaedist.models.bases.frozen_tokenizer import frozen_tokenizer
 from vaedist.models.contract import Variant
 from vaedist.nets.autoregressive import AutoregressiveNetwork, LogitSampler, generate
 from vaedist.nets.conditioning import DROPPED, drop_labels
@@ -33,21 +32,6 @@ from vaedist.nets.dropout import sample_seeds
 
 _TOGETHER = 32
 """Maps sampled at once: beyond that a CPU gains nothing, and caches grow with it."""
-
-
-class PriorConfig(Strict):
-    """Settings that all priors have."""
-
-    kind: str
-    tokenizer: TokenizerConfig = Field(description="The run whose codes are modelled.")
-    conditional: bool = Field(False, description="Whether the network is told the class.")
-    label_dropout: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="Part of the labels hidden in training, for samples without a class and for guidance.",
-        json_schema_extra=OVERRIDE,
-    )
 
 
 class CodePrior(Variant):
@@ -185,8 +169,8 @@ class CodePrior(Variant):
         Raises:
             UserError: an option that means nothing, a class that is not there, or guidance without hidden labels.
         """
-        choice = LogitSampler(temperature, top_k, top_p)
-        choice.check()
+        sampler = LogitSampler(temperature, top_k, top_p)
+        sampler.check()
         guidance = self._guidance(guidance)
         draws = [generator("sample", seed, number) for number in range(first, first + n)]
         # In fp32: numbers of 24 bits are below 1 by more than fp64 rounds.
@@ -206,8 +190,8 @@ class CodePrior(Variant):
             if guidance is not None:
                 assert told is not None
                 told = torch.cat([told, torch.full_like(told, self.spec.classes)])
-            steps = network.start_sampling(rows if guidance is None else 2 * rows, told)
-            maps.append(generate(steps, uniform[part].to(self._device), choice, guidance))
+            state = network.start_sampling(rows if guidance is None else 2 * rows, told)
+            maps.append(generate(state, uniform[part].to(self._device), sampler, guidance))
         return torch.cat(maps).unflatten(1, self.latent_shape)
 
     def _guidance(self, guidance: float | None) -> float | None:

@@ -23,40 +23,10 @@ images.
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from pydantic import Field, field_validator
-
 from vaedist.config.job import Spec
-from vaedist.config.settings import FREE, Strict
 from vaedist.core.errors import UserError
-from vaedist.models.contract import Variant, build, model_config
-
-
-class Tokenizer(Strict):
-    """What a tokenizer's run is: everything but its weights. vaedist-train writes it."""
-
-    run: str = Field(
-        description="Run or checkpoint; may move as long as its weights are the same.", json_schema_extra=FREE
-    )
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of its chosen weights.")
-    model: dict[str, Any] = Field(description="Its `model` section.")
-    codes: int = Field(ge=1, description="How many different codes there are, K.")
-    grid: tuple[int, int] = Field(description="Codes per image, (h, w).")
-    binarise: Literal["none", "static", "dynamic", "threshold"] = Field(
-        "none", description="Its `data.binarise`."
-    )
-    seed: int = Field(0, ge=0, description="Its job's, for images binarised statically.")
-
-    @field_validator("model")
-    @classmethod
-    def _every_default_filled_in(cls, section: dict[str, Any]) -> dict[str, Any]:
-        """So that the same tokenizer compares equal, whatever was left to the defaults."""
-        return model_config(section, "the tokenizer's settings").model_dump(mode="json")
-
-
-TokenizerConfig = str | Tokenizer
-"""A run, as a person writes it; or what `vaedist-train` makes of it."""
+from vaedist.models.bases.code_prior_config import TokenizerConfig
+from vaedist.models.contract import Variant, build
 
 
 def frozen_tokenizer(config: TokenizerConfig, spec: Spec) -> Variant:
@@ -74,4 +44,4 @@ def frozen_tokenizer(config: TokenizerConfig, spec: Spec) -> Variant:
             f"model.tokenizer names the run {config}, and what that run is has not been read: train with "
             "vaedist-train, which does"
         )
-    return build(model_config(config.model), spec, seed=0).requires_grad_(False).eval()
+    return build(config.model, spec, seed=0).requires_grad_(False).eval()

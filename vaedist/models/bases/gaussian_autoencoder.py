@@ -7,49 +7,20 @@ The latent is a vector (D,) or, with `latent: {kind: map, channels: n}`, a map (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, Tag
 from torch import Tensor
 
 from vaedist.config.job import Spec
-from vaedist.config.settings import NUMBER, OVERRIDE, Strict, number_or
 from vaedist.core.context import Batch, Context, generator
+from vaedist.models.bases.gaussian_autoencoder_config import GaussianAutoencoderConfig, MapLatent
 from vaedist.models.contract import Variant
-from vaedist.nets.bodies import Body, Conv, decoder, encoder, matching_grid
-from vaedist.nets.conditioning import ClassPrior, Condition, LabelEmbedding, conditioned, drop_labels
+from vaedist.nets.bodies import decoder, encoder, matching_grid
+from vaedist.nets.conditioning import ClassPrior, LabelEmbedding, conditioned, drop_labels
 from vaedist.nets.decoder_distribution import DecoderDistribution
 from vaedist.nets.divergences import DiagonalGaussian, PointMass
-from vaedist.nets.likelihoods import BernoulliLikelihood, LikelihoodConfig, ObservationModel, check_dssim
-
-
-class MapLatent(Strict):
-    """A latent at each place of the encoder's grid."""
-
-    kind: Literal["map"] = "map"
-    channels: int = Field(ge=1)
-
-
-class GaussianAutoencoderConfig(Strict):
-    """What the variants share; each adds its `kind` and the weights of its loss."""
-
-    encoder: Body = Conv()
-    decoder: Body | None = Field(None, description="Default: as the encoder, mirrored.")
-    latent: Annotated[
-        Annotated[Annotated[int, Field(ge=1)], Tag(NUMBER)] | Annotated[MapLatent, Tag("map")],
-        number_or("map"),
-    ] = Field(32, description="Dimensions of z, or `{kind: map, channels: n}`.")
-    likelihood: LikelihoodConfig = BernoulliLikelihood()
-    condition: Condition | None = Field(None, description="How class labels enter; none: they do not.")
-    start_sigma: float = Field(
-        1.0,
-        gt=0,
-        description="What the standard deviation of q(z | x) starts around; the encoder learns the rest.",
-    )
-    dssim: float = Field(
-        0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.", json_schema_extra=OVERRIDE
-    )
+from vaedist.nets.likelihoods import ObservationModel, check_dssim
 
 
 class GaussianAutoencoder(Variant):
