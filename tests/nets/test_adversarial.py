@@ -82,9 +82,9 @@ def test_wasserstein_clips_every_weight_after_a_step() -> None:
 
 
 def test_accuracies() -> None:
-    told = discriminator().score_statistics(REAL, FAKE)
-    assert told["real_accuracy"].tolist() == [0, 0, 1, 1]
-    assert FAKE.tolist() == [1.0, 0.2, -0.25, -1.5] and told["fake_accuracy"].tolist() == [0, 0, 1, 1]
+    statistics = discriminator().score_statistics(REAL, FAKE)
+    assert statistics["real_accuracy"].tolist() == [0, 0, 1, 1]
+    assert FAKE.tolist() == [1.0, 0.2, -0.25, -1.5] and statistics["fake_accuracy"].tolist() == [0, 0, 1, 1]
     pairs = discriminator(gan_loss="relativistic").score_statistics(REAL, FAKE)
     assert pairs["pair_accuracy"].tolist() == [0, 0, 1, 1] and "real_accuracy" not in pairs
 
@@ -130,17 +130,17 @@ def test_r1_of_a_linear_discriminator_and_its_gradient() -> None:
     torch.testing.assert_close(trained.grad, 4 * 3.0 * weight[None])
 
 
-def test_steepness_agrees_with_finite_differences_and_so_does_its_gradient() -> None:
+def test_squared_gradient_and_its_own_gradient_agree_with_finite_differences() -> None:
     play, x = discriminator(spectral_norm=True), images(2)
-    _, steepness = play.scores_and_squared_gradient(x)
+    _, squared_gradient = play.scores_and_squared_gradient(x)
     h, direction = 1e-6, torch.randn(x.shape, generator=generator("direction"), dtype=torch.float64)
     y = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(play(y).sum(), y)
     measured = (play(x + h * direction) - play(x - h * direction)) / (2 * h)
     torch.testing.assert_close(measured, (slope * direction).flatten(1).sum(1), rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(steepness, slope.square().flatten(1).sum(1))
+    torch.testing.assert_close(squared_gradient, slope.square().flatten(1).sum(1))
 
-    steepness.sum().backward()
+    squared_gradient.sum().backward()
     weight = next(play.parameters())
     assert weight.grad is not None
     place = (0,) * weight.ndim
@@ -212,7 +212,7 @@ def test_weights_have_norm_one_and_the_vectors_catch_up_with_them() -> None:
     assert furthest() < 1e-3
 
 
-def test_the_normalised_weight_has_the_gradient_of_the_quotient() -> None:
+def test_the_normalized_weight_has_the_gradient_of_the_quotient() -> None:
     weight = torch.randn((3, 4), generator=generator("weight"), dtype=torch.float64).requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -103,7 +103,7 @@ def test_a_code_depends_on_all_codes_before_it_and_on_no_other(make: Make) -> No
     assert torch.equal(reach(build(make)), BEFORE)
 
 
-def test_a_small_pixelcnn_sees_less_but_never_what_is_to_come() -> None:
+def test_a_small_pixelcnn_sees_less_but_never_later_codes() -> None:
     seen = reach(build(NETWORKS["pixelcnn, two layers"]))
     assert not (seen & ~BEFORE).any()
     neighbours = [s for t, s in ((14, 13), (14, 8), (14, 7), (14, 9)) if not seen[t, s]]
@@ -139,7 +139,7 @@ def test_codes_change_later_logits_alone(make: Make) -> None:
 
 
 @network
-def test_the_label_is_heard(make: Make) -> None:
+def test_logits_depend_on_the_label(make: Make) -> None:
     net, one = build(make), codes(1).expand(LABELS, -1, -1)
     with torch.no_grad():
         logits = net(one, torch.arange(LABELS))
@@ -156,26 +156,26 @@ def test_the_label_is_heard(make: Make) -> None:
 def test_cached_logits_are_those_of_the_full_forward(
     make: Make, grid: tuple[int, int], dtype: torch.dtype, within: float
 ) -> None:
-    net, told, label = build(make, grid, dtype=dtype), codes(3, grid), labels(3)
-    steps, found = net.start_sampling(3, label), []
+    net, sequence, label = build(make, grid, dtype=dtype), codes(3, grid), labels(3)
+    state, found = net.start_sampling(3, label), []
     for t in range(math.prod(grid)):
-        found.append(steps.logits())
-        steps.append(told.flatten(1)[:, t])
+        found.append(state.logits())
+        state.append(sequence.flatten(1)[:, t])
     with torch.no_grad():
-        full = net(told, label).flatten(2)
+        full = net(sequence, label).flatten(2)
     torch.testing.assert_close(torch.stack(found, 2), full, rtol=0, atol=within)
 
 
 @network
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_cached_samples_are_those_of_one_full_forward_per_code(make: Make, guidance: float | None) -> None:
-    net, rows, choice = build(make), 5, LogitSampler(3.0, 6, 0.98)
+    net, rows, sampler = build(make), 5, LogitSampler(3.0, 6, 0.98)
     uniform = torch.rand(rows, math.prod(GRID), generator=generator("uniform"))
     label = labels(rows)
     if guidance is not None:
         label = torch.cat([label, torch.full_like(label, LABELS - 1)])
-    full = generate(UncachedSamplingState(net, len(label), label, "cpu"), uniform, choice, guidance)
-    cached = generate(net.start_sampling(len(label), label), uniform, choice, guidance)
+    full = generate(UncachedSamplingState(net, len(label), label, "cpu"), uniform, sampler, guidance)
+    cached = generate(net.start_sampling(len(label), label), uniform, sampler, guidance)
     assert torch.equal(cached, full)
     assert len(full.unique()) >= 5 and len(full.unique(dim=0)) == rows, "samples worth comparing"
 
@@ -204,7 +204,7 @@ P = [0.5, 0.05, 0.3, 0.15]
 
 
 @pytest.mark.parametrize(
-    ("choice", "expected"),
+    ("sampler", "expected"),
     [
         (LogitSampler(), P),
         (LogitSampler(temperature=0.5), [0.25, 0.0025, 0.09, 0.0225]),
@@ -219,10 +219,10 @@ P = [0.5, 0.05, 0.3, 0.15]
         (LogitSampler(top_k=3, top_p=0.9), [0.5, 0, 0.3, 0.15]),
     ],
 )
-def test_probabilities(choice: LogitSampler, expected: list[float]) -> None:
+def test_probabilities(sampler: LogitSampler, expected: list[float]) -> None:
     logits = torch.tensor([P, P[::-1]], dtype=torch.float64).log() + 3
     wanted = torch.tensor([expected, expected[::-1]], dtype=torch.float64)
-    torch.testing.assert_close(choice.probabilities(logits), wanted / wanted.sum(1, keepdim=True))
+    torch.testing.assert_close(sampler.probabilities(logits), wanted / wanted.sum(1, keepdim=True))
 
 
 def test_a_draw_follows_the_probabilities_and_never_takes_an_impossible_code() -> None:
@@ -237,7 +237,7 @@ def test_a_draw_follows_the_probabilities_and_never_takes_an_impossible_code() -
 
 
 @pytest.mark.parametrize(
-    ("choice", "told"),
+    ("sampler", "message"),
     [
         (LogitSampler(temperature=-1), "temperature is -1; give a number of at least 0"),
         (LogitSampler(temperature=math.nan), "temperature is nan"),
@@ -246,25 +246,25 @@ def test_a_draw_follows_the_probabilities_and_never_takes_an_impossible_code() -
         (LogitSampler(top_p=1.5), r"top_p is 1\.5"),
     ],
 )
-def test_choices_that_mean_nothing_are_refused(choice: LogitSampler, told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        choice.check()
+def test_sampling_settings_out_of_range_are_refused(sampler: LogitSampler, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sampler.check()
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"first": 4}, "must be odd"),
         ({"layers": 1}, "greater than or equal to 2"),
         ({"dilations": []}, "at least 1 item"),
     ],
 )
-def test_sizes_of_a_pixelcnn_that_cannot_be(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_impossible_sizes_of_a_pixelcnn_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         PixelCnn.model_validate(settings)
 
 
-def test_sizes_of_a_transformer_that_cannot_be() -> None:
+def test_impossible_sizes_of_a_transformer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"width \(20\) must be a multiple of 4 \* heads .* = 16"):
         Transformer(width=20, heads=4)
     assert Transformer(width=20, heads=4, positions="learned").width == 20
@@ -291,7 +291,7 @@ def test_dropout_keeps_the_right_share_and_the_mean() -> None:
     assert dropout(x, 0.0, seeds(), 0) is x
 
 
-def test_masks_are_independent_over_samples_layers_steps_and_places() -> None:
+def test_masks_are_independent_over_samples_layers_steps_and_positions() -> None:
     x = torch.ones(8, 20000, dtype=torch.float64)
     masks = torch.cat([dropout(x, 0.5, seeds(step=step), layer) for step in range(2) for layer in range(4)])
     masks = torch.cat([masks, masks[:1].roll(1, 1), masks[:1].roll(10000, 1)]) - 1
@@ -311,10 +311,10 @@ def test_a_mask_belongs_to_its_sample() -> None:
 
 @network
 def test_networks_drop_in_training_alone(make: Make) -> None:
-    net, told = build(make, dropout=0.3), codes(8)
-    still = net(told, labels(8))
-    assert torch.equal(net(told, labels(8)), still)
-    moved = net(told, labels(8), seeds())
+    net, sequence = build(make, dropout=0.3), codes(8)
+    still = net(sequence, labels(8))
+    assert torch.equal(net(sequence, labels(8)), still)
+    moved = net(sequence, labels(8), seeds())
     assert not torch.allclose(moved, still)
-    assert torch.equal(net(told, labels(8), seeds()), moved)
-    assert not torch.allclose(net(told, labels(8), seeds(step=1)), moved)
+    assert torch.equal(net(sequence, labels(8), seeds()), moved)
+    assert not torch.allclose(net(sequence, labels(8), seeds(step=1)), moved)

@@ -171,10 +171,10 @@ def test_what_a_label_may_be() -> None:
 def test_mistakes_in_a_condition_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.condition needs classes, and these data carry no labels"):
         LabelEmbedding(Condition(), Spec(1, (8, 8)))
-    for section, told in [
+    for section, message in [
         ({"label": "one_hot", "size": 4}, "a one-hot code is as long as there are classes"),
         ({"dropout": 1.0}, "dropout: input should be less than 1"),
         ({"how": "add"}, "'film' or 'concat'"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             parse(Condition, section, "job.yaml", "model.condition")

@@ -60,7 +60,7 @@ def test_the_256_levels_sum_to_one_also_at_extreme_means_and_scales(
 ) -> None:
     cases = torch.tensor(list(itertools.product(MEANS, LOG_SCALES)), dtype=dtype)
     x = levels(len(cases)).to(dtype) / 255
-    log_p = one(cases[:, 0], cases[:, 1]).values(x)
+    log_p = one(cases[:, 0], cases[:, 1]).log_prob_values(x)
     assert log_p.shape == (256, 1, 1, len(cases))
     assert not log_p.isnan().any() and float(log_p.max()) <= 1e-6
     total = log_p.double().logsumexp(0).exp().flatten()
@@ -70,7 +70,7 @@ def test_the_256_levels_sum_to_one_also_at_extreme_means_and_scales(
 
 def test_it_is_the_difference_of_sigmoids() -> None:
     mean, log_scale = 0.7 * normal(50, name="m"), -2 + normal(50, name="s")
-    log_p = one(mean, log_scale).values(levels(50).double() / 255)[:, 0, 0]
+    log_p = one(mean, log_scale).log_prob_values(levels(50).double() / 255)[:, 0, 0]
     k = torch.arange(256, dtype=torch.float64)[:, None]
     upper = torch.sigmoid(((2 * k + 1) / 255 - 1 - mean) / log_scale.exp())
     lower = torch.sigmoid(((2 * k - 1) / 255 - 1 - mean) / log_scale.exp())
@@ -82,7 +82,7 @@ def test_far_tails_keep_finite_values_and_gradients() -> None:
     """Where the difference of sigmoids is 0 in fp32, the logarithm is still right and still pulls."""
     mean = torch.tensor([5.0, -5.0], requires_grad=True)
     log_scale = torch.tensor([-7.0, -7.0], requires_grad=True)
-    log_p = one(mean, log_scale).values(levels(2).float() / 255)[:, 0, 0]
+    log_p = one(mean, log_scale).log_prob_values(levels(2).float() / 255)[:, 0, 0]
     assert log_p.isfinite().all()
     assert float(log_p[10, 0].detach()) == pytest.approx(-(5 - 21 / 255 + 1) * math.e**7, rel=1e-3)
     to_mean, to_scale = torch.autograd.grad(log_p.sum(), [mean, log_scale])
@@ -90,7 +90,7 @@ def test_far_tails_keep_finite_values_and_gradients() -> None:
     assert to_mean[0] < 0 < to_mean[1]
 
 
-def test_a_mixture_over_two_channels_that_lean_sums_to_one() -> None:
+def test_a_mixture_over_two_coupled_channels_sums_to_one() -> None:
     """65,536 pairs of levels at one pixel."""
     pairs = torch.tensor(list(itertools.product(range(256), repeat=2)))
     x = pairs.double().view(-1, 2, 1, 1) / 255
@@ -104,10 +104,10 @@ def test_a_mixture_over_two_channels_that_lean_sums_to_one() -> None:
         same([-5.0, -2.0, -1.0, -6.0, -3.0, 2.0], 3, 2, 1, 1),
         same([0.7, -1.3, 3.0], 3, 1, 1, 1),
     )
-    assert float(decoded.values(x).logsumexp(0).exp()) == pytest.approx(1, abs=1e-9)
+    assert float(decoded.log_prob_values(x).logsumexp(0).exp()) == pytest.approx(1, abs=1e-9)
 
 
-def test_channels_lean_on_those_before_as_written() -> None:
+def test_the_mean_of_a_channel_depends_on_earlier_channels_as_written() -> None:
     decoded = mixture(2, 3, 3)
     x = torch.randint(0, 256, (2, 3, 2, 2), generator=generator("rgb"), dtype=torch.uint8)
     v = 2 * x.double() / 255 - 1
@@ -130,7 +130,7 @@ def test_channels_lean_on_those_before_as_written() -> None:
             decoded.log_scales[:, i].reshape(6, 1, 1, 2, 2),
             torch.zeros(6, 1, 0, 2, 2).double(),
         )
-        each = flat.values(x.double().view(6, 1, 2, 2) / 255).view(2, 3, 2, 2)
+        each = flat.log_prob_values(x.double().view(6, 1, 2, 2) / 255).view(2, 3, 2, 2)
         parts.append(weights[:, i] + each.sum(1))
     expected = torch.logsumexp(torch.stack(parts), 0).sum((1, 2))
     torch.testing.assert_close(decoded.log_prob(x), expected, rtol=1e-12, atol=1e-12)
@@ -150,7 +150,7 @@ def test_samples_follow_the_probabilities(channels: int) -> None:
     grey = (255 * draws).round()
     torch.testing.assert_close(grey, 255 * draws, rtol=0, atol=1e-6)
     if channels == 1:
-        p = drawn_from.values(levels(1).double() / 255).exp().flatten()
+        p = drawn_from.log_prob_values(levels(1).double() / 255).exp().flatten()
         seen = torch.bincount(grey.flatten().long(), minlength=256) / n
         # Every cumulative share within five standard errors.
         below = p.cumsum(0).clamp(0, 1)
@@ -179,7 +179,7 @@ def test_the_mean_is_that_of_the_levels_within_half_a_level(log_scale: float) ->
     mean = torch.linspace(-1.5, 1.5, 41, dtype=torch.float64)
     decoded = one(mean, torch.full_like(mean, log_scale))
     x = levels(41).double() / 255
-    exact = (x * decoded.values(x).exp()).sum(0).flatten()
+    exact = (x * decoded.log_prob_values(x).exp()).sum(0).flatten()
     got = decoded.mean[0].flatten()
     torch.testing.assert_close(got, exact, rtol=0, atol=0.5 / 255 + 1e-9)
     assert float(got.min()) >= 0 and float(got.max()) <= 1

@@ -50,7 +50,7 @@ def test_kl_is_the_mean_log_ratio_of_its_samples() -> None:
     torch.testing.assert_close(ratio.mean(), q.kl().sum(), rtol=0.02, atol=0)
 
 
-def test_samples_are_reparameterised() -> None:
+def test_samples_are_reparameterized() -> None:
     mean = torch.tensor([[0.3, -2.0]], dtype=torch.float64, requires_grad=True)
     log_variance = torch.tensor([[0.5, -1.0]], dtype=torch.float64, requires_grad=True)
     noise = torch.tensor([[1.5, -0.5]], dtype=torch.float64)

@@ -168,7 +168,7 @@ def test_evidence_of_each_likelihood() -> None:
 
 
 @pytest.mark.parametrize("kind", [Gaussian, Laplace])
-def test_dequantised_densities_bound_the_mass_of_each_level(kind: type) -> None:
+def test_dequantized_densities_bound_the_mass_of_each_level(kind: type) -> None:
     """Mean over the noise <= log of the mass around the level, and near it where the density is smooth."""
     for scale in (0.003, 0.05):
         image = torch.tensor([0, 120, 127, 128, 255], dtype=torch.uint8).view(5, 1, 1, 1)

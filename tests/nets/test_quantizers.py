@@ -99,18 +99,18 @@ def test_kmeans_with_fewer_distinct_vectors_than_codes(distinct: int) -> None:
     assert float(nearest_vectors(vectors, means)[1].max()) < 1e-13
 
 
-def test_starting_vectors_are_positions_of_every_sample() -> None:
+def test_initial_vectors_are_positions_of_every_sample() -> None:
     maps = [normal(4, 3, 5, 5, name=i) for i in range(2)]
-    vectors, seed, per_step = sample_initial_vectors(maps, context(), wanted=40)
+    vectors, seed, per_step = sample_initial_vectors(maps, context(), count=40)
     assert per_step == 4 * 25
     assert vectors.shape == (40, 3)
     everything = torch.cat([z.permute(0, 2, 3, 1).reshape(-1, 3) for z in maps])
     index, distance = nearest_vectors(vectors, everything)
     assert float(distance.max()) < 1e-13 and len(index.unique()) == 40
     assert (index // 25).bincount().tolist() == [5] * 8
-    again, same, _ = sample_initial_vectors(maps, context(), wanted=40)
+    again, same, _ = sample_initial_vectors(maps, context(), count=40)
     assert torch.equal(vectors, again) and seed == same
-    assert len(sample_initial_vectors(maps, context(), wanted=10**9)[0]) == 200
+    assert len(sample_initial_vectors(maps, context(), count=10**9)[0]) == 200
 
 
 # Running means ------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_toy_of_clusters_keeps_its_codes_alive() -> None:
 
     maps = [batch(-1 - i) for i in range(4)]
     module.initialize_codebook(
-        *sample_initial_vectors(maps, LaneContext(seed=0, step=0, batch_size=16, lanes=16), wanted=8192)
+        *sample_initial_vectors(maps, LaneContext(seed=0, step=0, batch_size=16, lanes=16), count=8192)
     )
     for step in range(150):
         ctx = LaneContext(seed=0, step=step, batch_size=16, lanes=16)

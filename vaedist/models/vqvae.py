@@ -72,7 +72,7 @@ class Model(Variant):
         if self.quantizer.initialized_from_data:
             maps = [self.encoder(self.to_network(batch["image"])) for batch in first_batches]
             self.quantizer.initialize_codebook(
-                *sample_initial_vectors(maps, ctx, wanted=min(64 * self.num_codes, 1 << 16))
+                *sample_initial_vectors(maps, ctx, count=min(64 * self.num_codes, 1 << 16))
             )
 
     def averaged(self, name: str) -> bool:

@@ -1,15 +1,15 @@
-"""Class labels in a network: how a label becomes numbers, and how the numbers enter a body.
+"""Class-conditional networks: how a label becomes a vector, and how that vector enters a body.
 
 A label y in 0 .. K - 1 becomes a code c(y), (size,): a learned vector (`embedding`) or the K-vector that is 1 at y
-(`one_hot`), times `factor`. A dropped label, `DROPPED`, is the zero vector, so that one model serves with and without
+(`one_hot`), times `factor`. The code of a dropped label, `DROPPED`, is 0, so that one model works with and without
 labels: training drops each label with probability `dropout` (as in Ho and Salimans, "Classifier-free diffusion
 guidance", section 3.2).
 
 | how | what a body does with c |
 |---|---|
-| `concat` | c stands beside the input: as further channels, constant over the picture, or as further values |
-| `film` | channel j becomes (1 + a_j(c)) x_j + b_j(c), a and b linear, 0 at the start: after each block, and where a |
-| | vector enters, of that vector too, because later channels have one number for the whole picture |
+| `concat` | c is appended to the input: as further channels, constant over the image, or as further values |
+| `film` | channel j becomes (1 + a_j(c)) x_j + b_j(c), a, b linear, initially 0: after each block but the last, and |
+| | at a vector input too, because a channel of a map has one factor for the whole image |
 
 Sohn et al., "Learning structured output representation using deep conditional generative models" (the CVAE); Perez et
 al., "FiLM: visual reasoning with a general conditioning layer", equation 1.
@@ -29,7 +29,7 @@ from vaedist.nets.conditioning_config import Condition
 from vaedist.nets.divergences import DiagonalGaussian
 
 DROPPED = -1
-"""The label of a sample whose class is not told."""
+"""The label of a sample whose class is not given."""
 
 
 class LabelEmbedding(nn.Module):
@@ -58,41 +58,40 @@ class LabelEmbedding(nn.Module):
             self.register_buffer("embedding", None)
 
     def forward(self, label: Tensor) -> Tensor:
-        known = (label != DROPPED)[:, None]
-        held = label.clamp_min(0)
+        index = label.clamp_min(0)
         if self.embedding is not None:
-            code: Tensor = self.embedding(held)
+            code: Tensor = self.embedding(index)
         else:
-            code = nn.functional.one_hot(held, self.classes).to(torch.get_default_dtype())
-        return self.factor * code * known
+            code = nn.functional.one_hot(index, self.classes).to(torch.get_default_dtype())
+        return self.factor * code * (label != DROPPED)[:, None]
 
     def resolve(self, label: Tensor | None, rows: int, device: torch.device) -> Tensor:
-        """`label`, or for None as many dropped ones.
+        """`label`, or for None (rows,) dropped labels.
 
         Raises:
-            UserError: None, but the model never learned to do without.
+            UserError: None, but the model was not trained with dropped labels.
         """
         if label is not None:
             return label
-        self._dropping_is_learned()
+        self._require_label_dropout()
         return torch.full((rows,), DROPPED, device=device)
 
     def check(self, label: Tensor) -> Tensor:
-        """`label`, after a look at its values (which waits for the device).
+        """`label`, checked, which synchronizes with the device.
 
         Raises:
-            UserError: not a class of the data, or dropped and the model never learned to do without.
+            UserError: not a class of the data, or dropped and the model was not trained with dropped labels.
         """
         if torch.compiler.is_compiling():
-            return label  # values are not there yet: of an exported program whoever calls it answers for them
+            return label  # a traced label has no values: the caller of an exported program has to check them
         wrong = label[(label < DROPPED) | (label >= self.classes)]
         if len(wrong):
             raise UserError(f"there is no class {int(wrong[0])}: the model knows 0 to {self.classes - 1}")
         if (label == DROPPED).any():
-            self._dropping_is_learned()
+            self._require_label_dropout()
         return label
 
-    def _dropping_is_learned(self) -> None:
+    def _require_label_dropout(self) -> None:
         if not self.may_drop:
             raise UserError(
                 "this model saw the label of every training image: name a class, or train with "
@@ -101,7 +100,7 @@ class LabelEmbedding(nn.Module):
 
 
 class Concat(nn.Sequential):
-    """A body whose input has the code beside it."""
+    """A body with the code appended to its input."""
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:  # type: ignore[override]
         code = code.to(x.dtype)
@@ -117,10 +116,8 @@ class Concat(nn.Sequential):
 class Film(nn.Sequential):
     """A body whose vector input and whose blocks, all but the last, are scaled and shifted by the code.
 
-    Its blocks keep their names.
-
     Args:
-        blocks: The body.
+        blocks: The body; its blocks keep their names.
         size: Numbers in a code.
         shape: Of one input, without the batch axis.
     """
@@ -159,7 +156,7 @@ class Film(nn.Sequential):
 
 
 def _modulation(size: int, channels: int) -> nn.Linear:
-    """From codes to a and b, which start at 0."""
+    """From codes to a and b, which are 0 at first."""
     layer = nn.Linear(size, 2 * channels)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -169,7 +166,7 @@ def _modulation(size: int, channels: int) -> nn.Linear:
 def conditioned(
     body: nn.Sequential, condition: Condition | None, size: int, shape: tuple[int, ...]
 ) -> nn.Sequential:
-    """The body as `body(x, code)`; without a condition the body itself.
+    """The body as a network `body(x, code)`; without a condition the body itself.
 
     Args:
         body: For `concat` built with `extra` = `size`.
@@ -188,7 +185,7 @@ def conditioned(
 
 
 class ClassPrior(nn.Module):
-    """p(z | y) = N(m_y, diag s_y^2), learned for each class; N(0, 1) for a dropped label.
+    """p(z | y) = N(m_y, diag s_y^2) with learned m and s of each class; N(0, 1) for a dropped label.
 
     Args:
         classes: K.
@@ -201,10 +198,10 @@ class ClassPrior(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(classes, *shape))
 
     def forward(self, label: Tensor) -> DiagonalGaussian:
-        """Of (B,) labels, a row each."""
-        held, known = label.clamp_min(0), (label != DROPPED).to(self.mean.dtype)
+        """Priors of (B,) labels, a row each."""
+        index, known = label.clamp_min(0), (label != DROPPED).to(self.mean.dtype)
         known = known.view(-1, *[1] * (self.mean.dim() - 1))
-        return DiagonalGaussian(self.mean[held] * known, self.log_variance[held] * known)
+        return DiagonalGaussian(self.mean[index] * known, self.log_variance[index] * known)
 
 
 def drop_labels(label: Tensor, uniform: Tensor, share: float) -> Tensor:

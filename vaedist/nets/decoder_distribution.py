@@ -1,4 +1,4 @@
-"""What every likelihood object offers: a batch of decoded images with their mean, errors and log-probability."""
+"""The base of the likelihoods: p(x | z) of a batch of decoded images, with mean, errors and log-probability."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def to_unit_range(image: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def clamp_to_open_interval(noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uniform noise moved off 0 and 1, where inverse distribution functions are infinite."""
-    edge = torch.finfo(dtype).eps
-    return noise.to(dtype).clamp(edge, 1 - edge)
+    """Uniform noise without 0 and 1, where inverse distribution functions are infinite."""
+    eps = torch.finfo(dtype).eps
+    return noise.to(dtype).clamp(eps, 1 - eps)
 
 
 class DecoderDistribution:
-    """A batch of decoded images: `output` (B, C, H, W) of the network, in at least fp32."""
+    """p(x | z) of a batch, from the `output` (B, C, H, W) of the decoder, in at least fp32."""
 
     evidence: ClassVar[Evidence]
     """What `log_prob` is: see `vaedist.nets.likelihoods`."""
@@ -36,7 +36,7 @@ class DecoderDistribution:
 
     @property
     def location(self) -> Tensor:
-        """(B, C, H, W): the mean before it is cut to [0, 1]."""
+        """(B, C, H, W): the mean before it is clamped to [0, 1]."""
         return (self.output + 1) / 2
 
     @property
@@ -45,10 +45,11 @@ class DecoderDistribution:
         return self.location.clamp(0, 1)
 
     def target(self, image: Tensor) -> Tensor:
+        """uint8 images on the [0, 1] scale."""
         assert image.dtype == torch.uint8 and image.shape == self.output.shape
         return to_unit_range(image, self.output.dtype)
 
-    def values(self, x: Tensor) -> Tensor:
+    def log_prob_values(self, x: Tensor) -> Tensor:
         """log p of each value of x in [0, 1], or of each pixel where its channels depend on each other."""
         raise NotImplementedError
 
@@ -59,10 +60,10 @@ class DecoderDistribution:
     def log_prob(self, image: Tensor) -> Tensor:
         """(B,) nats for uint8 images (B, C, H, W), summed over pixels."""
         with torch.autocast(image.device.type, enabled=False):
-            return self.values(self.target(image)).flatten(1).sum(1)
+            return self.log_prob_values(self.target(image)).flatten(1).sum(1)
 
     def squared_error(self, image: Tensor) -> Tensor:
-        """(B,) sum of squared distances from `location`, on the [0, 1] scale: values beyond it are not cut."""
+        """(B,) sum of squared distances from `location`, on the [0, 1] scale; values beyond it are not clamped."""
         return (self.location - self.target(image)).square().flatten(1).sum(1)
 
     def mse(self, image: Tensor) -> Tensor:
@@ -70,10 +71,10 @@ class DecoderDistribution:
         return (self.mean - self.target(image)).square().flatten(1).mean(1)
 
     def dssim(self, image: Tensor) -> Tensor:
-        """(B,) structural dissimilarity P * (1 - SSIM) / 2: a number per image that grows as nats do.
+        """(B,) structural dissimilarity P * (1 - SSIM) / 2, which scales with the number of values as nats do.
 
-        Of `mean`, which is what gets looked at: values beyond black or white count as black or white. Their
-        gradient is left to `log_prob`.
+        Of `mean`, which people look at: values beyond black or white count as black or white and have no gradient
+        here, only in `log_prob`.
         """
         similarity = ssim(self.mean, self.target(image))
         return self.output.shape[1:].numel() * (1 - similarity) / 2

@@ -1,8 +1,7 @@
-"""Likelihoods p(x | z): what the decoder's output says about an image.
+"""Likelihoods p(x | z): the distribution of an image, given the decoder's output.
 
-A likelihood owns the target's scale. The network emits values that [-1, 1] reads as black to white; the image
-is uint8; `mean` and `sample` are in [0, 1]. All of it runs in fp32 (fp64 for fp64 models) outside autocast and is
-summed over the P = C*H*W values of an image, in nats.
+The decoder's output has -1 for black and 1 for white; the image is uint8; `mean` and `sample` are in [0, 1]. All of it
+runs in fp32 (fp64 for fp64 models) outside autocast and is summed over the P = C*H*W values of an image, in nats.
 
 | kind | log p(x), x in [0, 1], a = network output | evidence |
 |---|---|---|
@@ -11,9 +10,9 @@ summed over the P = C*H*W values of an image, in nats.
 | `laplace` | sum of log Laplace(x; (a + 1) / 2, scale) | `density` |
 | `logistic` | log-probabilities of the 256 levels: see `vaedist.nets.discretized_logistic` | `discrete` |
 
-`evidence` says what a number is worth. `discrete` is the log-probability of the stored bytes. `binary` takes grey
-values as probabilities, the expected log-likelihood of their coin flips: a true one only for black-and-white images,
-else a surrogate. `density` is that of a grey value, so it may be positive; with noise that fills the gaps between
+`evidence` says what `log_prob` is. `discrete` is the log-probability of the stored bytes. `binary` takes grey values as
+probabilities, the expected log-likelihood of their coin flips: a log-probability only for black-and-white images, else
+a surrogate. `density` is that of a grey value, so it may be positive; with noise that fills the gaps between
 levels (`dequantized_log_prob`) it bounds a log-probability from below (Theis et al., "A note on the evaluation of
 generative models", section 3.1).
 
@@ -30,10 +29,10 @@ generative models", section 3.1).
 `data` is measured once before step 1 and kept with the weights; it is the "normalised" squared error of the VQ-VAE
 paper (van den Oord et al., "Neural discrete representation learning"). `optimal` needs no weight between errors and
 rate (Rybkin et al., "Simple and effective VAE training with calibrated decoders"); outside training it is the
-running mean of the training steps' sigma^2, kept with the weights: it may not be tuned on the images that it judges.
+running mean of the training steps' sigma^2, kept with the weights, and never fitted to the images under evaluation.
 
-r = 1 / (255 sqrt(12)) is the std of rounding to bytes. It is in the optimal sigma because the images were rounded, and
-learned and predicted ones stay above it: below, a density would be paid for the rounding alone.
+r = 1 / (255 sqrt(12)) is the std of rounding to bytes. It is part of the optimal sigma because the images were rounded,
+and learned and predicted ones stay above it: below it, a density would grow by fitting the rounding alone.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ ROUNDING = 1 / (255 * math.sqrt(12))
 """Standard deviation of rounding to bytes, on the [0, 1] scale."""
 
 _START = 0.1  # sigma of an untrained decoder
-_KEEP = 0.99  # decay of the stored optimal variance
+_DECAY = 0.99  # decay of the stored optimal variance
 
 
 class Bernoulli(DecoderDistribution):
@@ -75,7 +74,7 @@ class Bernoulli(DecoderDistribution):
     def location(self) -> Tensor:
         return torch.sigmoid(self.output)
 
-    def values(self, x: Tensor) -> Tensor:
+    def log_prob_values(self, x: Tensor) -> Tensor:
         return -functional.binary_cross_entropy_with_logits(self.output, x, reduction="none")
 
     def sample(self, noise: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class _Density(DecoderDistribution):
         assert image.dtype == torch.uint8 and image.shape == noise.shape
         with torch.autocast(image.device.type, enabled=False):
             x = (image.to(self.output.dtype) + noise.to(self.output.dtype) - 0.5) / 255
-            return (self.values(x) - math.log(255)).flatten(1).sum(1)
+            return (self.log_prob_values(x) - math.log(255)).flatten(1).sum(1)
 
 
 class Gaussian(_Density):
@@ -109,12 +108,12 @@ class Gaussian(_Density):
         super().__init__(output)
         self.sigma = sigma.to(self.output.dtype)
 
-    def values(self, x: Tensor) -> Tensor:
+    def log_prob_values(self, x: Tensor) -> Tensor:
         error = (x - self.location) / self.sigma
         return -0.5 * error.square() - self.sigma.log() - 0.5 * math.log(2 * math.pi)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1], values beyond cut, from uniform noise on [0, 1)."""
+        """(B, C, H, W) clamped to [0, 1], from uniform noise on [0, 1)."""
         standard = math.sqrt(2) * torch.erfinv(2 * clamp_to_open_interval(noise, self.output.dtype) - 1)
         return (self.location + self.sigma * standard).clamp(0, 1)
 
@@ -128,18 +127,18 @@ class Laplace(_Density):
         super().__init__(output)
         self.scale = scale.to(self.output.dtype)
 
-    def values(self, x: Tensor) -> Tensor:
+    def log_prob_values(self, x: Tensor) -> Tensor:
         return -(x - self.location).abs() / self.scale - (2 * self.scale).log()
 
     def sample(self, noise: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1], values beyond cut, from uniform noise on [0, 1)."""
+        """(B, C, H, W) clamped to [0, 1], from uniform noise on [0, 1)."""
         centred = clamp_to_open_interval(noise, self.output.dtype) - 0.5
         standard = -centred.sign() * torch.log1p(-2 * centred.abs())
         return (self.location + self.scale * standard).clamp(0, 1)
 
 
 class ObservationModel(nn.Module):
-    """Network output to likelihood object; holds what is measured on the data or trained besides the decoder.
+    """From the decoder's output to p(x | z); holds the sigmas and scales that are measured on the data or trained.
 
     Args:
         config: The job's `likelihood` section.
@@ -158,22 +157,19 @@ class ObservationModel(nn.Module):
         self.config, self.channels = config, spec.channels
         sigma = config.sigma if isinstance(config, GaussianLikelihood) else None
         self.measured = sigma in ("data", "optimal")
-        """Whether `prepare` wants to see batches."""
+        """Whether `prepare` needs batches."""
         self.batch_statistics = sigma == "optimal"
-        """Whether the loss has a statistic of the global batch in it."""
+        """Whether the loss contains a statistic of the global batch."""
         self.outputs = spec.channels
         """Channels that the decoder emits."""
         if sigma == "predicted":
             self.outputs = 2 * spec.channels
         elif isinstance(config, LogisticLikelihood):
             self.outputs = config.outputs(spec.channels)
-        start = 1.0
-        if sigma is not None and not isinstance(sigma, str):
-            start = sigma
-        if isinstance(config, LaplaceLikelihood):
-            start = config.scale
-        # A number from the job file is not state: an overridden one must win over a checkpoint's.
-        self.register_buffer("scale", torch.tensor(start), persistent=self.measured)
+        scale = config.scale if isinstance(config, LaplaceLikelihood) else sigma
+        # A number from the job file is not state: an override of it must win over a checkpoint's.
+        number = scale if isinstance(scale, float) else 1.0
+        self.register_buffer("scale", torch.tensor(number), persistent=self.measured)
         if sigma == "learned":
             self.raw_sigma = nn.Parameter(torch.zeros(()))
         if isinstance(config, LogisticLikelihood) and config.scale == "learned":
@@ -182,17 +178,16 @@ class ObservationModel(nn.Module):
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def prepare(self, first_batches: Sequence[Batch], ctx: Context) -> None:
-        """Measure sigma = std of all values, where the job says `sigma: data`; `optimal` starts there too."""
+        """Measure sigma = std of all values, for `sigma: data` and as the initial value of `optimal`."""
         if not self.measured:
             return
-        first = torch.zeros((), dtype=torch.float64)
-        second = torch.zeros((), dtype=torch.float64)
+        first = second = 0.0
         for batch in first_batches:
             x = to_unit_range(batch.get("target", batch["image"]), torch.float64).flatten(1)
-            first += ctx.mean(x.mean(1)).cpu() / len(first_batches)
-            second += ctx.mean(x.square().mean(1)).cpu() / len(first_batches)
+            first += float(ctx.mean(x.mean(1))) / len(first_batches)
+            second += float(ctx.mean(x.square().mean(1))) / len(first_batches)
         # One grey level at least: constant images have no variance.
-        self.scale.fill_(math.sqrt(max(float(second - first**2), 255.0**-2)))
+        self.scale.fill_(math.sqrt(max(second - first * first, 255.0**-2)))
 
     def forward(
         self, output: Tensor, image: Tensor | None = None, ctx: Context | None = None
@@ -201,8 +196,8 @@ class ObservationModel(nn.Module):
 
         Args:
             output: (B, `outputs`, H, W) of the decoder.
-            image: (B, C, H, W) uint8, row by row what `output` is to predict; wanted, with `ctx`, from a model's
-                `forward`, where `batch_statistics` measures on it.
+            image: (B, C, H, W) uint8 targets of `output`; with `ctx` needed in a model's `forward`, where
+                `batch_statistics` are measured on them.
             ctx: Of the step.
         """
         output = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -223,16 +218,16 @@ class ObservationModel(nn.Module):
         return Gaussian(output, self.scale)
 
     def _optimal(self, output: Tensor, image: Tensor, ctx: Context) -> Tensor:
-        """sigma of the global batch, with gradient; a row counts the same on every process."""
+        """sigma of the global batch, with gradient; every row has the same weight."""
         error = Gaussian(output, self.scale).squared_error(image)
         values = torch.full_like(error, output[0].numel())
-        measured = torch.stack([error, values], 1).double().sum(0)
-        ctx.accumulate("squared error", measured)
-        total, count = ctx.sum(measured).unbind()
+        statistics = torch.stack([error, values], 1).double().sum(0)
+        ctx.accumulate("squared error", statistics)
+        total, count = ctx.sum(statistics).unbind()
         return (total / count + ROUNDING**2).sqrt()
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
-        """Keep the optimal sigma; the one number that was trained or measured is shown."""
+        """Update the running mean of the optimal sigma; returns a learned or optimal sigma."""
         if not isinstance(self.config, GaussianLikelihood):
             return {}
         if self.config.sigma == "learned":
@@ -241,8 +236,8 @@ class ObservationModel(nn.Module):
             return {}
         total, count = ctx.total("squared error").unbind()
         steps = int(self.steps)
-        keep = min(_KEEP, (1 + steps) / (10 + steps))  # a young mean forgets the first steps faster
-        variance = keep * self.scale.double() ** 2 + (1 - keep) * (total / count + ROUNDING**2)
+        decay = min(_DECAY, (1 + steps) / (10 + steps))  # smaller at first, to forget the first steps faster
+        variance = decay * self.scale.double() ** 2 + (1 - decay) * (total / count + ROUNDING**2)
         self.scale.copy_(variance.sqrt())
         self.steps += 1
         return {"sigma": self.scale}

@@ -1,24 +1,22 @@
 """Gated PixelCNN over a map of codes.
 
 van den Oord et al., "Conditional image generation with PixelCNN decoders": two stacks of convolutions. The
-vertical one sees the rows above, the horizontal one the codes to the left in the same row and, through a 1x1
-convolution, the vertical one at its place; together they see all that comes before and have no blind spot. Each
-layer is (their equation 3)
+vertical one sees the rows above; the horizontal one sees the codes to the left in the same row and, through a 1x1
+convolution, the vertical one at its position. Together they see all earlier codes, without a blind spot. Each layer is
+(their equation 3)
 
     y = tanh(W_a * x + V_a^T h) . sigmoid(W_b * x + V_b^T h),     h: the label,
 
 with a residual connection around it (here in both stacks). Masks of type A hide a position from itself in the
-first layer, those of type B let later layers look at their own position. As the hidden taps of a mask are always
-the same ones, no kernel here has them: type A is r rows above, or r columns to the left; type B has the own row or
-column besides.
+first layer, those of type B let later layers see their own position. Kernels here leave out the masked taps: type A
+has r rows above, or r columns to the left; type B has its own row or column too.
 
-Two additions that small sets of aligned images want: layers after the first are dilated in turn, so that a dozen
-of them see all of a 32x32 map, and a trained vector for every position joins both stacks after the first layer
-(where a head ends is known before its codes are).
+Two additions for small sets of aligned images: the dilations of the layers after the first alternate, so that a dozen
+of them see all of a 32x32 map, and a trained vector for every position is added to both stacks after the first layer.
 
-`Steps` is the cache. The vertical stack needs whole rows above and nothing of the own one, so a row of it is
-computed at once when a row begins, from the one earlier row that each kernel reaches. Within a row a code moves
-the horizontal stack alone: one position of it, by two matrix products per layer.
+`PixelCnnSamplingState` is the cache. The vertical stack reads only the rows above, so a whole row of it is computed
+when a row begins, from the earlier rows that each kernel reaches. Within a row a new code changes only the horizontal
+stack, at one position: two matrix products per layer.
 """
 
 from __future__ import annotations
@@ -34,9 +32,9 @@ from vaedist.nets.dropout import dropout
 from vaedist.nets.pixelcnn_config import PixelCnn
 
 
-def gate(x: Tensor) -> Tensor:
-    """(B, 2C, ...) to (B, C, ...)."""
-    a, b = x.chunk(2, 1)
+def gated(x: Tensor, label: Tensor | None = None) -> Tensor:
+    """(B, 2C, ...), plus what the label adds, to (B, C, ...)."""
+    a, b = (x if label is None else x + label).chunk(2, 1)
     return torch.tanh(a) * torch.sigmoid(b)
 
 
@@ -47,9 +45,9 @@ class GatedLayer(nn.Module):
         width: C, channels of both stacks.
         reach: r, taps above and to the left.
         dilation: Distance between taps.
-        masked: Type A: the own position is hidden, and nothing goes around the layer.
+        masked: Type A: a position does not see itself, and there is no residual connection.
         last: The vertical stack ends here.
-        labels: Rows of the label's table; 0: none.
+        labels: Rows of the label table; 0: none.
     """
 
     def __init__(
@@ -63,12 +61,12 @@ class GatedLayer(nn.Module):
         self.horizontal = nn.Conv2d(width, 2 * width, (1, taps), dilation=dilation)
         self.across = nn.Conv2d(2 * width, 2 * width, 1, bias=False)
         self.out = nn.Conv2d(width, width, 1, bias=False)
-        # For the horizontal stack, then for the vertical one, whose gate after the last layer nobody reads.
+        # For the horizontal stack, then for the vertical one, which has no gate in the last layer.
         self.label = nn.Embedding(labels, (2 if last else 4) * width) if labels else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
 
-    def shifts(self, label: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def label_terms(self, label: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the label adds before the gates: (B, 2C, 1, 1) for the horizontal and for the vertical stack."""
         if self.label is None or label is None:
             return None, None
@@ -77,15 +75,12 @@ class GatedLayer(nn.Module):
         return table[:, :size], None if self.last else table[:, size:]
 
     def forward(self, v: Tensor, h: Tensor, label: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """What to add to (B, C, h, w) of the vertical and of the horizontal stack."""
-        m, hidden = self.margin, -1 if self.masked else 0
-        for_h, for_v = self.shifts(label)
-        v = self.vertical(functional.pad(v, (m, m, m, hidden)))
-        h = self.horizontal(functional.pad(h, (m, hidden, 0, 0))) + self.across(v)
-        h = gate(h if for_h is None else h + for_h)
-        if self.last:
-            return None, h
-        return gate(v if for_v is None else v + for_v), h
+        """The residuals (B, C, h, w) of the vertical and of the horizontal stack."""
+        m, end = self.margin, -1 if self.masked else 0
+        label_h, label_v = self.label_terms(label)
+        v = self.vertical(functional.pad(v, (m, m, m, end)))
+        h = self.horizontal(functional.pad(h, (m, end, 0, 0))) + self.across(v)
+        return None if self.last else gated(v, label_v), gated(h, label_h)
 
 
 class GatedPixelCnn(nn.Module):
@@ -123,25 +118,22 @@ class GatedPixelCnn(nn.Module):
     def forward(self, codes: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
         """(B, K, h, w) logits of (B, h, w) codes, (B,) labels; `seeds` (B,) of dropout, None outside training."""
         v = h = self.embedding(codes).permute(0, 3, 1, 2)
+        place_v, place_h = self.place.chunk(2, 1)
         for number, layer in enumerate(cast(list[GatedLayer], self.layers)):
-            more_v, more_h = layer(v, h, label)
-            more_h = layer.out(dropout(more_h, self.rate, seeds, 2 * number))
-            if more_v is not None:
-                more_v = dropout(more_v, self.rate, seeds, 2 * number + 1)
-            if number == 0:
-                place_v, place_h = self.place.chunk(2, 1)
-                v, h = more_v + place_v, more_h + place_h
-            else:
-                v, h = v if more_v is None else v + more_v, h + more_h
+            residual_v, residual_h = layer(v, h, label)
+            residual_h = layer.out(dropout(residual_h, self.rate, seeds, 2 * number))
+            h = residual_h + (place_h if layer.masked else h)
+            if residual_v is not None:
+                v = dropout(residual_v, self.rate, seeds, 2 * number + 1) + (place_v if layer.masked else v)
         return self.head(h)
 
     def start_sampling(self, rows: int, label: Tensor | None = None) -> PixelCnnSamplingState:
-        """`rows` maps begun, of (B,) labels."""
+        """The state of `rows` maps without any code yet, of (rows,) labels."""
         return PixelCnnSamplingState(self, rows, label)
 
 
 class PixelCnnSamplingState:
-    """Cached sampling: see the module. Holds weights as the products want them; make it anew for other weights."""
+    """Sampling with a cache: see the module. It holds reshaped copies of the weights, so other weights need another."""
 
     @torch.no_grad()
     def __init__(self, network: GatedPixelCnn, rows: int, label: Tensor | None) -> None:
@@ -160,34 +152,33 @@ class PixelCnnSamplingState:
         self.outs = [layer.out.weight[:, :, 0, 0].T.contiguous() for layer in self.layers]
         first, last = network.head[1], network.head[3]
         assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-        self.head = [(cast(Tensor, one.bias), one.weight[:, :, 0, 0].T.contiguous()) for one in (first, last)]
-        self.shifts = [layer.shifts(label) for layer in self.layers]
+        self.head = [(cast(Tensor, m.bias), m.weight[:, :, 0, 0].T.contiguous()) for m in (first, last)]
+        self.label_terms = [layer.label_terms(label) for layer in self.layers]
         blank = network.place.new_zeros(rows, self.place_v.shape[1], self.width)
         # Inputs of each layer's vertical convolution: the rows above that it reaches, oldest first.
         self.above = [deque([blank] * layer.margin, layer.margin) for layer in self.layers]
         # Inputs of each layer's horizontal convolution: this row's positions, after a margin.
-        self.before = [deque([blank[:, :, 0]] * layer.margin, layer.margin) for layer in self.layers]
+        self.left = [deque([blank[:, :, 0]] * layer.margin, layer.margin) for layer in self.layers]
         self.blank = blank[:, :, 0]
         self.row: list[Tensor] = []  # embeddings (B, C) of this row's codes
-        self.from_above: list[tuple[Tensor, ...]] = []
+        # Of each layer: what the vertical stack gives to each column (B, 2C) of the horizontal one.
+        self.vertical_terms: list[tuple[Tensor, ...]] = []
 
     def logits(self) -> Tensor:
         """(B, K)."""
         with torch.no_grad():
             column = self.known % self.width
             if column == 0:
-                self._begin_row(self.known // self.width)
-            size = self.blank.shape[1]
+                self._compute_vertical_stack(self.known // self.width)
             h = self.blank
             for number, layer in enumerate(self.layers):
-                seen, base = self.before[number], self.from_above[number][column]
+                left = self.left[number]
                 if layer.masked:
-                    x = torch.cat(list(seen), 1)
+                    x = torch.cat(list(left), 1)
                 else:
-                    x = torch.cat([seen[0], h], 1)
-                    seen.append(h)
-                x = torch.addmm(base, x, self.taps[number])
-                x = torch.tanh(x[:, :size]) * torch.sigmoid(x[:, size:])
+                    x = torch.cat([left[0], h], 1)
+                    left.append(h)
+                x = gated(torch.addmm(self.vertical_terms[number][column], x, self.taps[number]))
                 h = torch.addmm(self.place_h[self.known] if layer.masked else h, x, self.outs[number])
             for bias, weight in self.head:
                 h = torch.addmm(bias, functional.silu(h), weight)
@@ -195,37 +186,36 @@ class PixelCnnSamplingState:
 
     def append(self, codes: Tensor) -> None:
         with torch.no_grad():
-            known = self.network.embedding(codes)
-        self.row.append(known)
-        self.before[0].append(known)
+            vectors = self.network.embedding(codes)
+        self.row.append(vectors)
+        self.left[0].append(vectors)
         self.known += 1
         if len(self.row) == self.width:
             self.above[0].append(torch.stack(self.row, 2))
             self.row.clear()
 
-    def _begin_row(self, row: int) -> None:
+    def _compute_vertical_stack(self, row: int) -> None:
         """The vertical stack in this row, and what it gives to each layer of the horizontal one."""
-        self.from_above.clear()
+        self.vertical_terms.clear()
         v = self.blank
         for number, layer in enumerate(self.layers):
             m, above = layer.margin, self.above[number]
-            self.before[number].extend([self.blank] * m)
-            reached = list(above) if layer.masked else [above[0], v]
+            self.left[number].extend([self.blank] * m)
             taps = [
-                functional.pad(one, (m, m))[:, :, at : at + self.width]
-                for one in reached
-                for at in range(0, 2 * m + 1, layer.dilation)
+                functional.pad(input_row, (m, m))[:, :, start : start + self.width]
+                for input_row in (list(above) if layer.masked else [above[0], v])
+                for start in range(0, 2 * m + 1, layer.dilation)
             ]
-            # One product: for one row of few maps torch's convolutions take a slow way, more so with dilation.
+            # One matrix product: torch's convolutions are slow for one row of few maps, more so with dilation.
             x = torch.matmul(self.kernels[number], torch.cat(taps, 1)) + layer.vertical.bias[:, None]  # type: ignore[index]
-            for_h, for_v = self.shifts[number]
+            label_h, label_v = self.label_terms[number]
             across = torch.matmul(layer.across.weight[:, :, 0, 0], x)
             across = across + layer.horizontal.bias[:, None]  # type: ignore[index]
-            across = across if for_h is None else across + for_h[:, :, 0]
-            self.from_above.append(across.permute(2, 0, 1).contiguous().unbind(0))
+            across = across if label_h is None else across + label_h[:, :, 0]
+            self.vertical_terms.append(across.permute(2, 0, 1).contiguous().unbind(0))
             if not layer.masked:
                 above.append(v)
             if layer.last:
                 break
-            x = gate(x if for_v is None else x + for_v[:, :, 0])
+            x = gated(x, None if label_v is None else label_v[:, :, 0])
             v = x + self.place_v[:, :, row] if layer.masked else v + x

@@ -1,17 +1,17 @@
 """A small causal transformer over a map of codes.
 
-Codes in raster order are a sequence; what enters at place t is the code before it (at place 0 a trained start), so
+Codes in raster order are a sequence; the input at position t is the code before it (at position 0 a trained start), so
 that the output at t is a distribution of code t. Blocks are pre-normalised (Xiong et al., "On layer normalization
 in the transformer architecture"): x + attention(norm(x)), then x + mlp(norm(x)), with softmax attention over the
-places up to t (Vaswani et al., "Attention is all you need"). A label is a vector added at every place.
+positions up to t (Vaswani et al., "Attention is all you need"). A label is a vector added at every position.
 
-Where a place is: `learned`, a vector per place added at the start, which aligned images want; `rotary`, queries
-and keys turned by angles that grow with the place, so that their product knows the distance (Su et al.,
-"RoFormer"), here along two axes: half of a head's pairs turn with the row, half with the column; or `both`. It is
-always the place whose code is to come.
+Positional encodings: `learned`, a vector per position added to the input, good for aligned images; `rotary`, queries
+and keys rotated by angles that grow with the position, so that their product depends on the distance (Su et al.,
+"RoFormer"), here along two axes: half of a head's pairs rotate with the row, half with the column; or `both`. The
+position is always that of the code to predict.
 
-`TransformerSamplingState` keeps every layer's keys and values, so that a code costs one place's products and one row of
-attention.
+`TransformerSamplingState` caches every layer's keys and values, so that a code costs the products of one position and
+one row of attention.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vaedist.nets.dropout import dropout
 from vaedist.nets.transformer_config import Transformer
 
 
-def rotary_table(grid: tuple[int, int], size: int) -> Tensor:
+def rotary_terms(grid: tuple[int, int], size: int) -> Tensor:
     """(2, T, size) fp64: cosines and sines of the rotary angles of a head of `size` features, a multiple of 4.
 
-    Pair i is features i and i + size/2; the first half of the pairs turns with the row, the other with the column,
-    each at frequencies 100^(-2k/(size/2)): over a grid of some dozens of rows the slowest turns by a part of a circle.
+    Pair i is features i and i + size/2; the first half of the pairs rotates with the row, the other with the column,
+    each at frequencies 100^(-2k/(size/2)): over a grid of some dozens of rows the slowest makes less than one turn.
     """
     count = size // 4
     frequencies = 100.0 ** (-torch.arange(count, dtype=torch.float64) / count)
@@ -42,7 +42,7 @@ def rotary_table(grid: tuple[int, int], size: int) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """(..., T, size) features, every pair turned by its angle."""
+    """(..., T, size) features, every pair rotated by its angle."""
     a, b = x.chunk(2, -1)
     return x * cosines + torch.cat([-b, a], -1) * sines
 
@@ -60,17 +60,17 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
-        # The stream's variance grows with depth: start what is added small (Radford et al., GPT-2).
+        # The stream's variance grows with depth, so what blocks add to it is initially small (Radford et al., GPT-2).
         for layer in (self.out, self.down):
             nn.init.normal_(layer.weight, std=(2 * config.layers * layer.in_features) ** -0.5)
 
-    def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, T, size) of the stream."""
         b, t, width = x.shape
         parts = self.project(self.attention_norm(x)).view(b, t, 3, self.heads, width // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
-        if turn is not None:
-            q, k = apply_rotary(q, *turn), apply_rotary(k, *turn)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return q, k, v
 
     def attention_output(self, heads: Tensor) -> Tensor:
@@ -100,18 +100,17 @@ class CausalTransformer(nn.Module):
         super().__init__()
         width = config.width
         self.grid, self.rate = grid, config.dropout
-        places = grid[0] * grid[1]
         self.embedding = nn.Embedding(codes, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        # The start is what enters at place 0; every other place has a vector only where places are learned.
+        # The input at position 0; the other positions have a vector of their own only where they are learned.
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.place: nn.Parameter | None = None
         if config.positions != "rotary":
-            self.place = nn.Parameter(0.02 * torch.randn(places, width))
+            self.place = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
         self.rotary = config.positions != "learned"
         if self.rotary:
-            table = rotary_table(grid, width // config.heads)
-            self.register_buffer("rotary_terms", table.to(torch.get_default_dtype()), persistent=False)
+            terms = rotary_terms(grid, width // config.heads)
+            self.register_buffer("rotary_terms", terms.to(torch.get_default_dtype()), persistent=False)
         self.label: nn.Embedding | None = None
         if labels:
             self.label = nn.Embedding(labels, width)
@@ -120,46 +119,46 @@ class CausalTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codes)
 
-    def turn(self, places: slice) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines at these places."""
-        return (self.rotary_terms[0, places], self.rotary_terms[1, places]) if self.rotary else None
+    def rotary_at(self, positions: slice) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the rotary angles at these positions."""
+        return (self.rotary_terms[0, positions], self.rotary_terms[1, positions]) if self.rotary else None
 
-    def shift(self, label: Tensor | None) -> Tensor | None:
+    def label_vectors(self, label: Tensor | None) -> Tensor | None:
         """(B, 1, D) of (B,) labels."""
         return None if self.label is None or label is None else self.label(label)[:, None]
 
-    def enter(self, known: Tensor, places: slice, shift: Tensor | None) -> Tensor:
-        """(B, t, D) stream at these places, from the vectors of the codes before them."""
-        x = known if self.place is None else known + self.place[places]
-        return x if shift is None else x + shift
+    def embed_inputs(self, previous: Tensor, positions: slice, label: Tensor | None) -> Tensor:
+        """(B, t, D) stream at these positions, from the vectors of the previous codes and of the labels."""
+        x = previous if self.place is None else previous + self.place[positions]
+        return x if label is None else x + label
 
     def forward(self, codes: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
         """(B, K, h, w) logits of (B, h, w) codes, (B,) labels; `seeds` (B,) of dropout, None outside training."""
-        known = self.embedding(codes.flatten(1)[:, :-1])
-        known = torch.cat([self.start.expand(len(codes), 1, -1), known], 1)
+        previous = self.embedding(codes.flatten(1)[:, :-1])
+        previous = torch.cat([self.start.expand(len(codes), 1, -1), previous], 1)
         everywhere = slice(None)
-        x = self.enter(known, everywhere, self.shift(label))
+        x = self.embed_inputs(previous, everywhere, self.label_vectors(label))
         for number, block in enumerate(cast(list[TransformerBlock], self.blocks)):
-            q, k, v = block.qkv(x, self.turn(everywhere))
-            seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + dropout(block.attention_output(seen), self.rate, seeds, 2 * number)
+            q, k, v = block.qkv(x, self.rotary_at(everywhere))
+            heads = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + dropout(block.attention_output(heads), self.rate, seeds, 2 * number)
             x = x + dropout(block.mlp_output(x), self.rate, seeds, 2 * number + 1)
         return self.head(self.norm(x)).transpose(1, 2).unflatten(2, self.grid)
 
     def start_sampling(self, rows: int, label: Tensor | None = None) -> TransformerSamplingState:
-        """`rows` maps begun, of (B,) labels."""
+        """The state of `rows` maps without any code yet, of (rows,) labels."""
         return TransformerSamplingState(self, rows, label)
 
 
 class TransformerSamplingState:
-    """Cached sampling: see the module."""
+    """Sampling with a cache: see the module."""
 
     @torch.no_grad()
     def __init__(self, network: CausalTransformer, rows: int, label: Tensor | None) -> None:
         self.network = network
         self.blocks = cast(list[TransformerBlock], network.blocks)
         self.known = 0
-        self.shift = network.shift(label)
+        self.label = network.label_vectors(label)
         self.newest = network.start.expand(rows, 1, -1)
         height, width = network.grid
         size = network.start.shape[0] // self.blocks[0].heads
@@ -170,10 +169,10 @@ class TransformerSamplingState:
         """(B, K)."""
         here = slice(self.known, self.known + 1)
         with torch.no_grad():
-            x = self.network.enter(self.newest, here, self.shift)
-            turn = self.network.turn(here)
+            x = self.network.embed_inputs(self.newest, here, self.label)
+            rotary = self.network.rotary_at(here)
             for block, cache in zip(self.blocks, self.cache, strict=True):
-                q, cache[0, :, :, here], cache[1, :, :, here] = block.qkv(x, turn)
+                q, cache[0, :, :, here], cache[1, :, :, here] = block.qkv(x, rotary)
                 k, v = cache[:, :, :, : self.known + 1]
                 x = x + block.attention_output(functional.scaled_dot_product_attention(q, k, v))
                 x = x + block.mlp_output(x)

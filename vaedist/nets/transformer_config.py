@@ -25,6 +25,6 @@ class Transformer(Strict):
     def _divides(self) -> Transformer:
         parts = self.heads * (1 if self.positions == "learned" else 4)
         if self.width % parts:
-            told = "heads" if self.positions == "learned" else "4 * heads (rotary pairs along two axes)"
-            raise ValueError(f"width ({self.width}) must be a multiple of {told} = {parts}")
+            factors = "heads" if self.positions == "learned" else "4 * heads (rotary pairs along two axes)"
+            raise ValueError(f"width ({self.width}) must be a multiple of {factors} = {parts}")
         return self

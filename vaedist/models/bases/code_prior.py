@@ -169,8 +169,8 @@ class CodePrior(Variant):
         Raises:
             UserError: an option that means nothing, a class that is not there, or guidance without hidden labels.
         """
-        choice = LogitSampler(temperature, top_k, top_p)
-        choice.check()
+        sampler = LogitSampler(temperature, top_k, top_p)
+        sampler.check()
         guidance = self._guidance(guidance)
         draws = [generator("sample", seed, number) for number in range(first, first + n)]
         # In fp32: numbers of 24 bits are below 1 by more than fp64 rounds.
@@ -190,8 +190,8 @@ class CodePrior(Variant):
             if guidance is not None:
                 assert told is not None
                 told = torch.cat([told, torch.full_like(told, self.spec.classes)])
-            steps = network.start_sampling(rows if guidance is None else 2 * rows, told)
-            maps.append(generate(steps, uniform[part].to(self._device), choice, guidance))
+            state = network.start_sampling(rows if guidance is None else 2 * rows, told)
+            maps.append(generate(state, uniform[part].to(self._device), sampler, guidance))
         return torch.cat(maps).unflatten(1, self.latent_shape)
 
     def _guidance(self, guidance: float | None) -> float | None:
