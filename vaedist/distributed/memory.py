@@ -4,9 +4,9 @@ A training step on the CPU frees as much memory as it allocates, and the next st
 glibc returns it to the system, which hands it out again page by page, each filled with zeros: up to a third of the CPU
 time of a small model. `keep_freed_memory` lets the process keep it.
 
-A lack of memory is reported by Python, by torch on the CPU or on a GPU, or by a thread that cannot start; `enough_memory`
-turns all of these into `OutOfMemory`. That works where memory is refused (`ulimit -v`, limits of batch systems on the
-address space, a GPU). Where the kernel kills a process instead, its launcher reports the death.
+A lack of memory is reported by Python, by torch on the CPU or on a GPU, or by a thread that cannot start:
+`enough_memory` turns all of these into `OutOfMemory`. That works where memory is refused (`ulimit -v`, limits of batch
+systems on the address space, a GPU). Where the kernel kills a process instead, its launcher reports the death.
 """
 
 from __future__ import annotations
