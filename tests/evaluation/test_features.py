@@ -53,7 +53,7 @@ def test_the_batch_does_not_enter() -> None:
     assert np.abs(whole.values - single).max() < 1e-4
 
 
-def test_a_small_change_in_a_tile_is_seen_at_full_resolution() -> None:
+def test_a_small_change_in_a_tile_changes_features_at_full_resolution() -> None:
     """A one-pixel checkerboard: gone at 64x64, so the whole view cannot see it, and the tiles do."""
     plain = np.full((1, 1, 256, 256), 128, np.uint8)
     checked = plain.copy()
