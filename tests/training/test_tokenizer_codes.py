@@ -416,7 +416,7 @@ def test_a_binarised_tokenizer_codes_binarised_images(phantom: Path, tmp_path: P
             Inputs(open_run(tmp_path / "prior").job).binarize(shown["image"], shown["key"]), seen
         )
     prior = open_run(tmp_path / "prior")
-    assert (prior.config.tokenizer.binarise, prior.config.tokenizer.seed) == ("static", 11)  # type: ignore[attr-defined]
+    assert (prior.job.model.tokenizer.binarise, prior.job.model.tokenizer.seed) == ("static", 11)
 
 
 def test_the_layer_table_describes_the_tokenizer_first(tokenizer: Path, phantom: Path) -> None:
