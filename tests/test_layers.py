@@ -103,9 +103,12 @@ def commands(module: str, tree: ast.Module) -> Iterator[Finding]:
 
 def libraries(module: str, tree: ast.Module) -> Iterator[Finding]:
     homes = {
-        "ray": tuple(f"vaedist.launchers.ray.{name}" for name in ("trainer", "cluster", "nodes", "tuner")),
+        "ray": tuple(
+            f"vaedist.launchers.ray.{name}"
+            for name in ("cluster", "nodes", "internals", "trainer", "train_worker", "tuner", "tune_worker")
+        ),
         "submitit": ("vaedist.slurm.submitit_executor", "vaedist.slurm.local_run"),
-        "torch.distributed": ("vaedist.distributed.process_group",),
+        "torch.distributed": ("vaedist.distributed.process_group", "vaedist.distributed.rendezvous"),
     }
     for line, name in imports(module, tree):
         for library, home in homes.items():

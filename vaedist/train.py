@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return EXIT_FINISHED
     if arguments.summary:
-        from vaedist.training.layer_table import layer_table
+        from vaedist.training.session import model_summary
 
-        print(layer_table(job))
+        print(model_summary(job))
         return EXIT_FINISHED
 
     from vaedist.runs.fit_options import FitOptions
@@ -99,17 +99,12 @@ def _train(job: Job, run_folder: Path, arguments: argparse.Namespace, options: F
 
         return srun.run(job, run_folder, device=device, hang_seconds=hang_seconds, options=options)
     from vaedist.launchers.ray import trainer
+    from vaedist.launchers.ray.cluster import ResourceRequest
 
+    least, most = workers if isinstance(workers, tuple) else (workers or 1, workers or 1)
+    request = ResourceRequest(least, most, arguments.cpus_per_worker, arguments.gpus_per_worker, device)
     return trainer.run(
-        job,
-        run_folder,
-        workers=workers or 1,
-        cpus_per_worker=arguments.cpus_per_worker,
-        gpus_per_worker=arguments.gpus_per_worker,
-        device=device,
-        max_failures=failures,
-        hang_seconds=hang_seconds,
-        options=options,
+        job, run_folder, request, max_failures=failures, hang_seconds=hang_seconds, options=options
     )
 
 

@@ -40,23 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         from vaedist.tuning.search_data import open_search_data
 
         index = open_search_data(space, arguments.data, folder, quiet=arguments.quiet)
-        from vaedist.launchers.ray import tuner as raytune
+        from vaedist.launchers.ray import tuner
         from vaedist.tuning import results
 
-        search = raytune.run(
-            space,
-            folder,
-            index,
+        options = tuner.TuneOptions(
             workers=arguments.workers_per_trial,
-            concurrent=arguments.max_parallel,
+            max_parallel=arguments.max_parallel,
             device=arguments.device,
             max_failures=arguments.max_failures,
             hang_seconds=arguments.hang_timeout,
-            tell=echo,
-            detail=echo if arguments.verbose else lambda _: None,
-            progress=shown.progress,
             command=tuple(sys.argv if argv is None else ["vaedist-tune", *argv]),
         )
+        detail = echo if arguments.verbose else lambda _: None
+        search = tuner.run(space, folder, index, options, echo=echo, detail=detail, progress=shown.progress)
     except UserError:
         made.discard()
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vaedist import launch
+from vaedist.cli import launch_options
 from vaedist.slurm import launch_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +195,7 @@ def test_ctrl_c_stops_a_local_chain_after_a_checkpoint(place: Path) -> None:
 
 def test_the_readme_of_the_door_holds(capsys: pytest.CaptureFixture[str]) -> None:
     """The example in the help is one that parses."""
-    parser = launch.build_parser()
+    parser = launch_options.build_parser()
     assert parser.epilog is not None
     words = shlex.split(parser.epilog.partition("vaedist-launch ")[2].partition(". What follows")[0])
     arguments = parser.parse_intermixed_args(words)

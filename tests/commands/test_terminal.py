@@ -162,9 +162,9 @@ def test_a_search_shows_a_bar_over_its_trials(
 ) -> None:
     """Ray is not started: what stands for it tells what it would."""
 
-    def run(*_: Any, tell: Callable[[str], None], progress: Callable[[int, int], None], **__: Any) -> None:
+    def run(*_: Any, echo: Callable[[str], None], progress: Callable[[int, int], None], **__: Any) -> None:
         progress(0, 3)
-        tell("trial 0 finished")
+        echo("trial 0 finished")
         progress(1, 3)
         raise UserError("that is enough")
 

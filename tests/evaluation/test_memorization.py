@@ -10,10 +10,12 @@ import pytest
 
 from vaedist.core.errors import UserError
 from vaedist.data.sources.phantom import SLICES, PhantomSource
-from vaedist.evaluation.memorization import Audit, audit, partition_patients, share_below, wilson_interval
+from vaedist.evaluation.memorization import Audit, audit, partition_patients
+from vaedist.evaluation.memorization_figure import memorization_figure
 from vaedist.evaluation.metrics import nearest_neighbors as neighbours
 from vaedist.evaluation.metrics.features import default_extractor
 from vaedist.evaluation.metrics.nearest_neighbors import nearest_two
+from vaedist.evaluation.metrics.shares import share_below, wilson_interval
 
 PATIENTS = {"train": 20, "test": 8, "other": 14}
 
@@ -97,13 +99,14 @@ def test_odd_held_out_patients_do_not_accuse(heads: dict[str, np.ndarray]) -> No
 
 
 def test_the_document_and_the_picture(heads: dict[str, np.ndarray]) -> None:
-    found = audited(heads, noisy(heads["train"][:40], 0.02))
+    samples = noisy(heads["train"][:40], 0.02)
+    found = audited(heads, samples)
     document = json.loads(json.dumps(found.document(), allow_nan=False))
     assert document["flagged"] is True
     assert document["counts"] == {"samples": 40, "train": 320, "held_out": 128, "patients": 20}
     assert set(document["spaces"]) == {"pixels", default_extractor().label}
     assert len(document["pairs"]) == 8
-    assert found.picture.startswith(b"\x89PNG")
+    assert memorization_figure(found, samples, heads["train"]).startswith(b"\x89PNG")
 
 
 def test_one_patient_alone_has_no_ratio_and_no_parts(heads: dict[str, np.ndarray]) -> None:

@@ -11,23 +11,23 @@ import torch
 from torch import nn
 
 from vaedist.core.errors import UserError
-from vaedist.evaluation.metrics import sample_metrics as distribution
+from vaedist.evaluation.metrics import precision_recall as precision_recall_module
 from vaedist.evaluation.metrics.features import Extractor
+from vaedist.evaluation.metrics.frechet_distance import frechet, frechet_extrapolated
+from vaedist.evaluation.metrics.kid import kid
+from vaedist.evaluation.metrics.precision_recall import precision_recall
 from vaedist.evaluation.metrics.sample_metrics import (
     PIXELS,
     SAMPLE_METRICS,
     Reference,
-    frechet,
-    frechet_extrapolated,
+    base_name,
     inception_score,
     is_sample_metric,
-    kid,
     monitored_value,
-    neighbourhoods,
     sample_metrics,
-    sliced_wasserstein,
     undefined_metrics,
 )
+from vaedist.evaluation.metrics.sliced_wasserstein import sliced_wasserstein
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -138,7 +138,7 @@ def mended(x: np.ndarray, y: np.ndarray) -> float:
 # Neighbourhoods ---------------------------------------------------------------------------------------------------
 
 
-def slow_neighbourhoods(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float]:
+def slow_precision_recall(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float]:
     def radius(z: np.ndarray, i: int) -> float:
         return sorted(math.dist(z[i], z[j]) for j in range(len(z)) if j != i)[k - 1]
 
@@ -154,16 +154,16 @@ def slow_neighbourhoods(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_neighbourhoods_are_the_brute_force_ones(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distribution, "_CHUNK", 7)
+def test_precision_and_recall_are_the_brute_force_ones(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision_recall_module, "_CHUNK", 7)
     x, y = normal(1, 31, 3), 0.7 * normal(2, 24, 3) + 0.4
-    assert neighbourhoods(x, y, k) == pytest.approx(slow_neighbourhoods(x, y, k), abs=1e-12)
+    assert precision_recall(x, y, k) == pytest.approx(slow_precision_recall(x, y, k), abs=1e-12)
 
 
-def test_neighbourhoods_of_equal_laws() -> None:
+def test_precision_and_recall_of_equal_laws() -> None:
     """Density is 1 on average; coverage is 1 - (N - 1)...(N - k) / ((M + N - 1)...(M + N - k)), Naeem et al."""
     n, m, k = 60, 40, 5
-    found = [neighbourhoods(normal(2 * i, n, 4), normal(2 * i + 1, m, 4), k) for i in range(150)]
+    found = [precision_recall(normal(2 * i, n, 4), normal(2 * i + 1, m, 4), k) for i in range(150)]
     missed = math.prod((n - j) / (m + n - j) for j in range(1, k + 1))
     assert np.mean([one["density"] for one in found]) == pytest.approx(1, rel=0.05)
     assert np.mean([one["coverage"] for one in found]) == pytest.approx(1 - missed, abs=0.01)
@@ -172,7 +172,7 @@ def test_neighbourhoods_of_equal_laws() -> None:
 def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_and_density() -> None:
     two = np.concatenate([normal(1, 100, 3), normal(2, 100, 3) + 20])
     other = np.concatenate([normal(3, 100, 3), normal(4, 100, 3) + 20])
-    dropped, invented = neighbourhoods(two, other[:100]), neighbourhoods(two[:100], other)
+    dropped, invented = precision_recall(two, other[:100]), precision_recall(two[:100], other)
     assert dropped["precision"] > 0.9 and dropped["density"] > 0.8
     assert dropped["recall"] < 0.55 and dropped["coverage"] < 0.55
     assert invented["recall"] > 0.9 and invented["coverage"] > 0.85
@@ -279,14 +279,12 @@ def test_a_monitor_may_say_the_plain_name() -> None:
         sample_metrics(images(1, 9), images(2, 9), extractor(), seed=0, only=["kidd"])
 
 
-def test_what_is_not_defined_is_left_out_and_told() -> None:
+def test_what_is_not_defined_is_left_out_and_explained() -> None:
     found = sample_metrics(images(1, 5), images(2, 31), extractor(Means()), seed=0)
-    told = undefined_metrics(5, 31, 4, classes=False)
-    assert {distribution.base_name(name) for name in found} - {
-        "kid_error"
-    } == SAMPLE_METRICS.keys() - told.keys()
+    reasons = undefined_metrics(5, 31, 4, classes=False)
+    assert {base_name(name) for name in found} - {"kid_error"} == SAMPLE_METRICS.keys() - reasons.keys()
     neighbours = {"precision", "recall", "density", "coverage"}
-    assert told.keys() == neighbours | {"frechet_extrapolated", "inception_score"}
-    assert all(f"{name} is not defined, because " in why for name, why in told.items())
+    assert reasons.keys() == neighbours | {"frechet_extrapolated", "inception_score"}
+    assert all(f"{name} is not defined, because " in why for name, why in reasons.items())
     with pytest.raises(UserError, match="coverage is not defined, because it needs at least 6 real and 6"):
         sample_metrics(images(1, 5), images(2, 31), extractor(), seed=0, only=["coverage"])

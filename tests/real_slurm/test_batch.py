@@ -321,7 +321,7 @@ def test_restarts_are_capped_and_the_log_is_kept(
         if number < 5:
             work.slurm.release(job)
     work.slurm.wait(job, "FAILED", seconds=60)
-    told = re.findall(r"vaedist: (not handed in again.*)", work.slurm.output(job))[0]
+    told = re.findall(r"vaedist: (not submitted again.*)", work.slurm.output(job))[0]
     assert "4 restarts" in told
     record_property("told", told)
     assert work.slurm.output(job).count("vaedist: Slurm job") == 5

@@ -47,7 +47,7 @@ def test_a_job_that_slurm_queues_again_has_one_successor(
     slurm.release(job)
     slurm.wait(job, "RUNNING")
     work.wait_for_step(2 * SAVE + 10, job)
-    assert f"job {before}, which an earlier start of this one handed in, is taken back" in slurm.output(job)
+    assert f"job {before}, which an earlier start of this one submitted, is cancelled" in slurm.output(job)
     (now,) = queued(work) - {job}
     assert now != before
     slurm.wait(job, "COMPLETED", seconds=300)

@@ -30,21 +30,13 @@ def build_parser() -> Parser:
 
 
 def _add_runs(parser: Parser) -> None:
-    parser.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="+",
-        help="a run folder (its best checkpoint), or one checkpoint in it; several are compared",
-    )
+    text = "a run folder (its best checkpoint), or one checkpoint in it; several are compared"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=text)
     parser.add_argument("--split", help="which split (default: test; where the data have none, validate)")
-    parser.add_argument(
-        "--data", metavar="DIR", help="where the packed data are now (default: where the run read them)"
-    )
-    parser.add_argument(
-        "--other-data",
-        action="store_true",
-        help="allow data that the run was not trained from; metrics.json says so",
-    )
+    text = "where the packed data are now (default: where the run read them)"
+    parser.add_argument("--data", metavar="DIR", help=text)
+    text = "allow data that the run was not trained from; metrics.json says so"
+    parser.add_argument("--other-data", action="store_true", help=text)
     add_weights(parser)
 
 
@@ -56,26 +48,14 @@ def _add_measures(parser: Parser) -> None:
         help="beside reconstructions: black, the training mean, the nearest training image, PCA with as many "
         "components as the latent has numbers (default: on)",
     )
-    parser.add_argument(
-        "--importance",
-        type=int,
-        default=200,
-        metavar="K",
-        help="importance samples per image of the likelihood; 0: no likelihood and latents (default: %(default)s)",
+    text = (
+        "importance samples per image of the likelihood; 0: no likelihood and latents (default: %(default)s)"
     )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=1,
-        metavar="N",
-        help="estimates of the likelihood with new draws each, to see their spread (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chunk",
-        type=int,
-        metavar="N",
-        help="importance samples decoded at once: memory, not numbers (default: about a million pixel values)",
-    )
+    parser.add_argument("--importance", type=int, default=200, metavar="K", help=text)
+    text = "estimates of the likelihood with new draws each, to see their spread (default: %(default)s)"
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help=text)
+    text = "importance samples decoded at once: memory, not numbers (default: about a million pixel values)"
+    parser.add_argument("--chunk", type=int, metavar="N", help=text)
 
 
 def _add_samples(parser: Parser) -> None:
@@ -96,24 +76,17 @@ def _add_samples(parser: Parser) -> None:
         help="where the latents of --num-samples come from: the model's prior (default), or a Gaussian mixture fitted "
         "to the training images' latents and kept with the run",
     )
-    parser.add_argument(
-        "--features",
-        metavar="FILE",
-        help="a TorchScript file as the extractor of sample metrics; it is code, and it is run (default: our own)",
+    text = (
+        "a TorchScript file as the extractor of sample metrics; it is code, and it is run (default: our own)"
     )
-    parser.add_argument(
-        "--audit",
-        action="store_true",
-        help=f"does the model repeat training images? On --num-samples N (default here: {AUDITED})",
-    )
+    parser.add_argument("--features", metavar="FILE", help=text)
+    text = f"does the model repeat training images? On --num-samples N (default here: {AUDITED})"
+    parser.add_argument("--audit", action="store_true", help=text)
 
 
 def _add_output(parser: Parser) -> None:
-    parser.add_argument(
-        "--groups",
-        metavar="FILE",
-        help="means per group too: lines `case column column ...`, such as a patient and a contrast",
-    )
+    text = "means per group too: lines `case column column ...`, such as a patient and a contrast"
+    parser.add_argument("--groups", metavar="FILE", help=text)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of the split")
     parser.add_argument(
         "--out",
@@ -121,17 +94,11 @@ def _add_output(parser: Parser) -> None:
         help="where results are written (default: RUN/evaluation/SPLIT); of several runs a folder each, and "
         "comparison.json and comparison.txt",
     )
-    parser.add_argument(
-        "--report",
-        metavar="FILE",
-        help="all of it as one HTML file, with curves, pictures and settings, to copy and to send",
-    )
+    text = "all of it as one HTML file, with curves, pictures and settings, to copy and to send"
+    parser.add_argument("--report", metavar="FILE", help=text)
     add_device(parser)
-    add_verbosity(
-        parser,
-        quiet="no progress bars, and no tables: they are in the files",
-        verbose="also say of each stage how long it took",
-    )
+    text = "no progress bars, and no tables: they are in the files"
+    add_verbosity(parser, quiet=text, verbose="also say of each stage how long it took")
 
 
 def check_evaluate_options(arguments: argparse.Namespace) -> None:

@@ -38,18 +38,13 @@ def build_parser() -> Parser:
         epilog="example: vaedist-launch jobs/infovae_oasis.yaml --site cluster/sites/example.yaml --grid "
         "model.beta=0.5,1,4 --seeds 0-4. What follows -- goes to vaedist-train (with --space: to vaedist-tune).",
     )
-    parser.add_argument(
-        "words",
-        metavar="JOB|key=value",
-        nargs="*",
-        help="job files, and settings that replace theirs, for example jobs/vqvae_oasis.yaml train.steps=1000",
+    words = "job files, and settings that replace theirs, for example jobs/vqvae_oasis.yaml train.steps=1000"
+    parser.add_argument("words", metavar="JOB|key=value", nargs="*", help=words)
+    site = (
+        "the site file, or the name of one that comes with vaedist: generic, example, conda (default: $VAEDIST_SITE, "
+        "with --local generic)"
     )
-    parser.add_argument(
-        "--site",
-        metavar="FILE",
-        help="the site file, or the name of one that comes with vaedist: generic, example, conda (default: "
-        "$VAEDIST_SITE, with --local generic)",
-    )
+    parser.add_argument("--site", metavar="FILE", help=site)
     _add_stages(parser.add_argument_group("what"))
     _add_resources(parser.add_argument_group("how"))
     _add_folders(parser.add_argument_group("where"))
@@ -59,56 +54,38 @@ def build_parser() -> Parser:
 
 def _add_stages(group: Any) -> None:
     group.add_argument("--seeds", metavar="0-4", help="one run per seed, for example 0-4 or 0,2,7")
-    group.add_argument(
-        "--grid",
-        metavar="KEY=V,V",
-        action="append",
-        default=[],
-        help="one run per value, for example model.beta=0.5,1,4; given twice, per combination",
-    )
-    group.add_argument(
-        "--chain",
-        metavar="STAGES",
-        default="train",
-        help="any of shard,train,prior,evaluate,sample, each waiting for the one before (default: train)",
-    )
+    grid = "one run per value, for example model.beta=0.5,1,4; given twice, per combination"
+    group.add_argument("--grid", metavar="KEY=V,V", action="append", default=[], help=grid)
+    chain = "any of shard,train,prior,evaluate,sample, each waiting for the one before (default: train)"
+    group.add_argument("--chain", metavar="STAGES", default="train", help=chain)
     group.add_argument("--shard", metavar="'ARGS'", help="of the chain: what vaedist-shard is given")
     group.add_argument("--prior", metavar="'JOB ...'", help="of the chain: the prior's job file and settings")
     for command in ("evaluate", "sample"):
         text = f"of the chain: further options of vaedist-{command}"
         group.add_argument(f"--{command}", metavar="'ARGS'", help=text)
-    group.add_argument(
-        "--space", metavar="NAME", help="a search instead of job files: vaedist-tune on all nodes"
-    )
+    space = "a search instead of job files: vaedist-tune on all nodes"
+    group.add_argument("--space", metavar="NAME", help=space)
 
 
 def _add_resources(group: Any) -> None:
-    group.add_argument(
-        "--nodes", metavar="N", type=positive_int, default=1, help="of what trains (default: 1)"
-    )
-    group.add_argument(
-        "--ranks-per-node",
-        metavar="N",
-        type=positive_int,
-        help="processes that train together on each node (default: its allocated GPUs, else 1)",
-    )
+    nodes = "of what trains (default: 1)"
+    group.add_argument("--nodes", metavar="N", type=positive_int, default=1, help=nodes)
+    ranks = "processes that train together on each node (default: its allocated GPUs, else 1)"
+    group.add_argument("--ranks-per-node", metavar="N", type=positive_int, help=ranks)
     group.add_argument("--time", metavar="HH:MM:SS", help="wall time of each job (default: the site's)")
-    group.add_argument(
-        "--engine", choices=("ray", "srun"), help="what starts the ranks (default: what the site says)"
-    )
-    group.add_argument(
-        "--max-parallel", metavar="N", type=positive_int, help="most tasks of an array at a time"
-    )
+    engine = "what starts the ranks (default: what the site says)"
+    group.add_argument("--engine", choices=("ray", "srun"), help=engine)
+    tasks = "most tasks of an array at a time"
+    group.add_argument("--max-parallel", metavar="N", type=positive_int, help=tasks)
 
 
 def _add_folders(group: Any) -> None:
-    for name, default, what in (("--runs", "runs", "run"), ("--folder", "launches", "launch")):
-        verb = "are made" if what == "run" else "are"
-        text = f"where {what} folders {verb} (default: {default}, in the site's scratch)"
-        group.add_argument(name, metavar="DIR", type=Path, help=text)
-    group.add_argument(
-        "--name", metavar="NAME", help="of the launch folder and the jobs (default: the job's)"
-    )
+    runs = "where run folders are made (default: runs, in the site's scratch)"
+    group.add_argument("--runs", metavar="DIR", type=Path, help=runs)
+    folder = "where launch folders are (default: launches, in the site's scratch)"
+    group.add_argument("--folder", metavar="DIR", type=Path, help=folder)
+    name = "of the launch folder and the jobs (default: the job's)"
+    group.add_argument("--name", metavar="NAME", help=name)
 
 
 def _add_modes(parser: Parser) -> None:
@@ -120,28 +97,22 @@ def _add_modes(parser: Parser) -> None:
         "--print-env": "print the site as shell lines, for plain sbatch: eval them",
     }.items():
         group.add_argument(option, action="store_true", help=text)
-    parser.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=float,
-        default=600.0,
-        help="how long the short job of --check may stay in the queue; 0: no such job (default: 600)",
-    )
+    wait = "how long the short job of --check may stay in the queue; 0: no such job (default: 600)"
+    parser.add_argument("--wait", metavar="SECONDS", type=float, default=600.0, help=wait)
 
 
 def build_view_parser(view: str) -> Parser:
     """The parser of one of `VIEWS`."""
     parser = Parser(prog=f"vaedist-launch {view}", description=VIEWS[view])
-    parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", type=Path, help="the launch folder (default: the newest)"
-    )
-    parser.add_argument(
-        "--site", metavar="FILE", help="whose scratch holds the newest (default: $VAEDIST_SITE)"
-    )
+    folder = "the launch folder (default: the newest)"
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, help=folder)
+    site = "whose scratch holds the newest (default: $VAEDIST_SITE)"
+    parser.add_argument("--site", metavar="FILE", help=site)
     if view == "logs":
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the jobs have ended")
         parser.add_argument("-n", "--lines", metavar="N", type=int, default=20, help="default: %(default)s")
-        parser.add_argument("--stage", "--link", metavar="STAGE", help="only this stage's, for example train")
+        stage = "only this stage's, for example train"
+        parser.add_argument("--stage", "--link", metavar="STAGE", help=stage)
     return parser
 
 

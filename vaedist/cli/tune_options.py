@@ -26,61 +26,36 @@ def build_parser() -> Parser:
     _add_search_options(parser.add_argument_group("what"))
     _add_trial_options(parser.add_argument_group("where"))
     add_verbosity(parser, verbose="also print what each validation of each trial found")
-    parser.add_argument(
-        "--print-space", action="store_true", help="print the space with every default, and exit"
-    )
+    text = "print the space with every default, and exit"
+    parser.add_argument("--print-space", action="store_true", help=text)
     return parser
 
 
 def _add_search_options(group: Any) -> None:
     """What is searched."""
-    group.add_argument(
-        "--space",
-        metavar="NAME",
-        required=True,
-        help="beta_vae, infovae, mmdvae, vqvae or gan, or the path of a space file of your own",
-    )
+    space = "beta_vae, infovae, mmdvae, vqvae or gan, or the path of a space file of your own"
+    group.add_argument("--space", metavar="NAME", required=True, help=space)
     group.add_argument(
         "--data",
         metavar="DIR",
         help="packed data, or the word `phantom`: built-in images, packed once into the search's folder (default: "
         "$VAEDIST_DATA, else the data that the space names)",
     )
-    group.add_argument(
-        "--trials", metavar="N", type=positive_int, help="how many trials (default: what the space says)"
-    )
+    trials = "how many trials (default: what the space says)"
+    group.add_argument("--trials", metavar="N", type=positive_int, help=trials)
 
 
 def _add_trial_options(group: Any) -> None:
     """Where the trials lie, and which processes train them."""
-    group.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        type=Path,
-        help="folder of the search (default: runs/tune_NAME of the space)",
-    )
-    group.add_argument(
-        "--workers-per-trial",
-        metavar="N",
-        type=positive_int,
-        default=1,
-        help="processes that train each trial together, through Ray Train (default: 1)",
-    )
-    group.add_argument(
-        "--max-parallel",
-        "--concurrent",
-        metavar="N",
-        type=positive_int,
-        help="most trials at a time (default: as many as fit in the allocation with all their workers)",
-    )
+    folder = "folder of the search (default: runs/tune_NAME of the space)"
+    group.add_argument("--run-dir", metavar="DIR", type=Path, help=folder)
+    workers = "processes that train each trial together, through Ray Train (default: 1)"
+    group.add_argument("--workers-per-trial", metavar="N", type=positive_int, default=1, help=workers)
+    most = "most trials at a time (default: as many as fit in the allocation with all their workers)"
+    group.add_argument("--max-parallel", "--concurrent", metavar="N", type=positive_int, help=most)
     add_device(group)
-    group.add_argument(
-        "--max-failures",
-        metavar="N",
-        type=non_negative_int,
-        default=3,
-        help="how often a trial starts again from its checkpoint after its process died (default: 3)",
-    )
+    failures = "how often a trial starts again from its checkpoint after its process died (default: 3)"
+    group.add_argument("--max-failures", metavar="N", type=non_negative_int, default=3, help=failures)
     group.add_argument(
         "--hang-timeout",
         metavar="SECONDS",

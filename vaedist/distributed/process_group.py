@@ -1,4 +1,4 @@
-"""Processes that train together: the only room that knows `torch.distributed`.
+"""Processes that train together: the only module, with `rendezvous`, that uses `torch.distributed`.
 
 A process joins a group only if a launcher made one on purpose: it is already initialised (Ray), or `RANK`,
 `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are all set (torchrun, our local engine, srun). Bare `SLURM_*`
@@ -14,11 +14,8 @@ begin the same collectives in the same order; what DDP begins during a backward 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import inspect
 import os
-import secrets
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -28,14 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vaedist.core import errors
 from vaedist.core.errors import UserError
-from vaedist.distributed.liveness.stalls import StallMonitor, StallReport, print_to_stderr
+from vaedist.distributed.liveness.stalls import StallMonitor, StallReport
+from vaedist.distributed.rendezvous import CollectiveCounts, lower_debug_level, meet_ranks
 
 _PART = 256 << 20
-_STORE_SECONDS = 10.0
 _COLLECTIVE_SECONDS = 1800.0
 """Ranks wait for rank 0 to read a checkpoint from a slow disk; that one has died is its launcher's to notice."""
 Pending = Callable[[], Tensor]
@@ -105,8 +101,8 @@ class Group:
             return cls(chosen, stall_monitor=stall_monitor)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        _without_debug_detail(rank)
-        store = _rendezvous(rank, world, timeout_s)
+        lower_debug_level(rank)
+        store = meet_ranks(rank, world, timeout_s)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=store,
@@ -129,7 +125,7 @@ class Group:
         if self.world > 1 and not self._ours:
             return contextlib.nullcontext()
         who = f"rank {self.rank} of {self.world}" if self.world > 1 else "the one process"
-        peers = _CollectiveCounts(self.rank, self.world) if self.world > 1 else None
+        peers = CollectiveCounts(self.rank, self.world) if self.world > 1 else None
         return self.stall_monitor.watched(hang_seconds, folder, report, who=who, peers=peers)
 
     @property
@@ -294,119 +290,3 @@ def _device(device: str | torch.device, local_rank: int) -> torch.device:
     if device != "cpu":
         raise UserError(f"unknown device {device!r}; valid: auto, cpu, cuda")
     return torch.device("cpu")
-
-
-def _without_debug_detail(rank: int) -> None:
-    """Lower TORCH_DISTRIBUTED_DEBUG=DETAIL to INFO: torch 2.13's gloo crashes (SIGSEGV) under it."""
-    debug: Any = dist  # torch does not export these names to type checkers
-    if debug.get_debug_level() == debug.DebugLevel.DETAIL:
-        debug.set_debug_level(debug.DebugLevel.INFO)
-        os.environ["TORCH_DISTRIBUTED_DEBUG"] = "INFO"
-        if rank == 0:
-            print_to_stderr(
-                "TORCH_DISTRIBUTED_DEBUG=DETAIL crashes torch's gloo, so the ranks use INFO instead"
-            )
-
-
-def _rendezvous(rank: int, world: int, timeout_s: float) -> Store:
-    """Meet the other ranks in a TCP store; after the deadline say which ones are missing."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    descriptor = os.environ.get("VAEDIST_STORE_FD") if rank == 0 else None
-    options: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
-    if descriptor and torch.__version__ < "2.8":
-        options["use_libuv"] = False  # its store could not take over a socket before (pytorch#150215)
-    try:
-        store: Store = TCPStore(
-            address,
-            port,
-            world_size=None,
-            is_master=rank == 0 and not agent_hosts,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            **options,
-        )
-    except (RuntimeError, dist.DistError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"rank {rank} could not reach the rendezvous at {address}:{port} within {timeout_s:.0f} s: {reason}"
-        ) from None
-    # One meeting place per start: torchrun keeps its store over restarts and counts them.
-    store = PrefixStore(f"vaedist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    store.set(f"here/{rank}", "1")
-    deadline = time.monotonic() + timeout_s
-    while True:
-        missing = [other for other in range(world) if not store.check([f"here/{other}"])]
-        if not missing:
-            _prove(store, rank, world)
-            return store
-        if time.monotonic() > deadline:
-            ranks = ", ".join(map(str, missing))
-            raise UserError(
-                f"rank {rank} waited {timeout_s:.0f} s at {address}:{port}, but of {world} ranks "
-                f"these never came: {ranks}; look at their logs, then start again"
-            )
-        time.sleep(0.05)
-
-
-def _prove(store: Store, rank: int, world: int) -> None:
-    """Show the others that this process knows the secret of its launcher (`VAEDIST_STORE_SECRET`), and ask it of them.
-
-    Anybody who reaches the port may talk to a TCP store. Each rank asks a question of its own and answers all
-    questions with an HMAC (RFC 2104) of question and names, so an answer overheard is of no use to another.
-
-    Raises:
-        UserError: a process gave a wrong answer: it is none of this run.
-    """
-    secret = os.environ.get("VAEDIST_STORE_SECRET", "")
-    if not secret:
-        return
-
-    def answer(question: str, by: int, to: int) -> str:
-        return hmac.new(secret.encode(), f"{question} {by} {to}".encode(), "sha256").hexdigest()
-
-    mine = secrets.token_hex(16)
-    store.set(f"question/{rank}", mine)
-    for other in range(world):
-        question = store.get(f"question/{other}").decode(errors="replace")
-        store.set(f"answer/{rank}/{other}", answer(question, rank, other))
-    for other in range(world):
-        if not hmac.compare_digest(store.get(f"answer/{other}/{rank}"), answer(mine, other, rank).encode()):
-            raise UserError(
-                f"what called itself rank {other} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not "
-                "know this run's secret: another program talks to the port; start again, and tell the cluster's admin"
-            )
-
-
-class _CollectiveCounts:
-    """The ranks' numbers of collectives, in the store where they met; over a connection of its own.
-
-    The main thread may wait in the store for long, and holds its connection then.
-    """
-
-    def __init__(self, rank: int, world: int) -> None:
-        self._mine, self._all = f"collectives/{rank}", [f"collectives/{other}" for other in range(world)]
-        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store: Store | None = None
-
-    def publish(self, collectives: int) -> None:
-        self._ask(lambda store: store.set(self._mine, str(collectives)))
-
-    def counts(self) -> Sequence[int]:
-        def read(store: Store) -> list[int]:
-            return [int(store.get(key)) for key in self._all if store.check([key])]
-
-        return self._ask(read) or ()
-
-    def _ask(self, question: Callable[[Store], Any]) -> Any:
-        """The answer; None where the store does not answer now."""
-        try:
-            if self._store is None:
-                deadline = timedelta(seconds=_STORE_SECONDS)
-                store = TCPStore(*self._place, is_master=False, timeout=deadline, wait_for_workers=False)
-                self._store = PrefixStore(f"vaedist/{self._restart}/liveness", store)
-            return question(self._store)
-        except (RuntimeError, ValueError, dist.DistError):
-            self._store = None  # its process is gone or stopped, which is for others to notice
-            return None

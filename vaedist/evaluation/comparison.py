@@ -108,66 +108,54 @@ class Comparison:
     """
 
     def __init__(self, entries: Sequence[RunEvaluation]) -> None:
-        self._tables: dict[str, list[RunEvaluation]] = {}
+        tables: dict[str, list[RunEvaluation]] = {}
         for entry in entries:
-            self._tables.setdefault(_measured_on(entry.document), []).append(entry)
+            tables.setdefault(_measured_on(entry.document), []).append(entry)
+        self._tables = {images: (entries, _experiments(entries)) for images, entries in tables.items()}
 
     def document(self) -> list[dict[str, Any]]:
         """One JSON object per table: `data`, `experiments` with their runs and numbers, and `verdicts`."""
         return [
             {
                 "data": json.loads(images),
-                "experiments": [
-                    {
-                        "name": experiment.title,
-                        "runs": [entry.document["run"] for entry in experiment.entries],
-                        "seeds": [entry.seed for entry in experiment.entries],
-                        "numbers": {
-                            number.title: {"values": values, **_spread(values)}
-                            for number, values in experiment.values.items()
-                        },
-                    }
-                    for experiment in _experiments(entries)
-                ],
-                "verdicts": list(_verdicts(_experiments(entries))),
+                "experiments": [experiment.document() for experiment in experiments],
+                "verdicts": list(_verdicts(experiments)),
             }
-            for images, entries in self._tables.items()
+            for images, (_, experiments) in self._tables.items()
         ]
 
     def rows(self) -> list[list[list[str]]]:
         """The cells of each table of `document`, as printed; the first row is its head."""
-        return [_rows(_experiments(entries)) for entries in self._tables.values()]
+        return [_rows(experiments) for _, experiments in self._tables.values()]
 
     def text(self) -> str:
         """The tables and verdicts, as printed."""
-        return "\n\n".join("\n".join(self._table(entries)) for entries in self._tables.values())
+        return "\n\n".join("\n".join(_table(*table)) for table in self._tables.values())
 
-    def _table(self, entries: Sequence[RunEvaluation]) -> Iterator[str]:
-        experiments = _experiments(entries)
-        data = entries[0].document["data"]
+
+def _table(entries: Sequence[RunEvaluation], experiments: Sequence[_Experiment]) -> Iterator[str]:
+    first = entries[0].document
+    yield (
+        f"{first['data']['split']} of {first['data']['path']}, {first['images']} images: mean ±spread (standard "
+        "deviation over seeds)"
+    )
+    yield columns(_rows(experiments))
+    rows = {
+        name: (entry.document["images"], metrics)
+        for entry in entries
+        for name, metrics in entry.document["baselines"].items()
+    }
+    if rows:
+        yield f"\n{metrics_table(rows, 'baselines', spread=False)}\n"
+    verdicts = list(_verdicts(experiments))
+    if verdicts:
+        yield f"every seed of one better than every seed of the other, {SEEDS} seeds of each at least:"
+        yield from verdicts
+    elif len(experiments) > 1:
         yield (
-            f"{data['split']} of {data['path']}, {entries[0].document['images']} images: mean ±spread (standard "
-            "deviation over seeds)"
+            f"none beats another: that takes {SEEDS} seeds of each, and every seed of one better than every seed "
+            "of the other"
         )
-        yield columns(_rows(experiments))
-        rows = {
-            name: (entry.document["images"], metrics)
-            for entry in entries
-            for name, metrics in entry.document["baselines"].items()
-        }
-        if rows:
-            yield ""
-            yield metrics_table(rows, "baselines", spread=False)
-            yield ""
-        verdicts = list(_verdicts(experiments))
-        if verdicts:
-            yield f"every seed of one better than every seed of the other, {SEEDS} seeds of each at least:"
-            yield from verdicts
-        elif len(experiments) > 1:
-            yield (
-                f"none beats another: that takes {SEEDS} seeds of each, and every seed of one better than every seed "
-                "of the other"
-            )
 
 
 class _Experiment:
@@ -182,6 +170,15 @@ class _Experiment:
         for entry in entries:
             for number, value in compared_numbers(entry.document).items():
                 self.values.setdefault(number, []).append(value)
+
+    def document(self) -> dict[str, Any]:
+        numbers = self.values.items()
+        return {
+            "name": self.title,
+            "runs": [entry.document["run"] for entry in self.entries],
+            "seeds": [entry.seed for entry in self.entries],
+            "numbers": {number.title: {"values": values, **_spread(values)} for number, values in numbers},
+        }
 
 
 def _experiments(entries: Sequence[RunEvaluation]) -> list[_Experiment]:
@@ -206,8 +203,8 @@ def _common(names: Sequence[str]) -> str:
 def _measured_on(document: Mapping[str, Any]) -> str:
     """The images that the numbers are of, as JSON."""
     data = document["data"]
-    told = {name: data[name] for name in ("identity", "split", "shape", "binarise")}
-    return json.dumps({**told, "images": document["images"]}, sort_keys=True)
+    content = {name: data[name] for name in ("identity", "split", "shape", "binarise")}
+    return json.dumps({**content, "images": document["images"]}, sort_keys=True)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -218,10 +215,14 @@ def _spread(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": mean, "std": math.sqrt(variance), "count": len(values)}
 
 
+def _numbers(experiments: Sequence[_Experiment]) -> list[ComparedNumber]:
+    """The lines of the table, each once."""
+    return list(dict.fromkeys(number for experiment in experiments for number in experiment.values))
+
+
 def _rows(experiments: Sequence[_Experiment]) -> list[list[str]]:
-    shown = dict.fromkeys(number for experiment in experiments for number in experiment.values)
     rows = [["", *(experiment.title for experiment in experiments)]]
-    for number in shown:
+    for number in _numbers(experiments):
         cells = (_cell(experiment.values.get(number, []), number) for experiment in experiments)
         rows.append([number.title, *cells])
     return rows
@@ -236,8 +237,7 @@ def _cell(values: Sequence[float], number: ComparedNumber) -> str:
 
 
 def _verdicts(experiments: Sequence[_Experiment]) -> Iterator[str]:
-    shown = dict.fromkeys(number for experiment in experiments for number in experiment.values)
-    for number in shown:
+    for number in _numbers(experiments):
         if number.better is None:
             continue
         known = [e for e in experiments if min(e.seeds, len(e.values.get(number, ()))) >= SEEDS]

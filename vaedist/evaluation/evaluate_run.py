@@ -30,6 +30,7 @@ from vaedist.data.loading.inputs import EvaluationInputs, whole_split
 from vaedist.evaluation import sample_quality
 from vaedist.evaluation.groups import metrics_by_group
 from vaedist.evaluation.memorization import audit
+from vaedist.evaluation.memorization_figure import memorization_figure
 from vaedist.evaluation.metrics.baselines import Baselines, latent_size
 from vaedist.evaluation.metrics.code_priors import TokenBaselines, measure_prior, training_codes
 from vaedist.evaluation.metrics.features import Extractor
@@ -251,7 +252,7 @@ def _samples(
         keys, subjects = training.names()
         found = audit(drawn, training.images, real, features, groups=subjects, keys=keys)
         result.parts["audit"] = found.document()
-        result.pictures["memorisation.png"] = found.picture
+        result.pictures["memorisation.png"] = memorization_figure(found, drawn, training.images)
     sets = {"this run": drawn}
     if counts is not None:
         sets[sample_quality.POSITIONS] = sample_quality.draw_per_position(model, counts, count)

@@ -23,20 +23,18 @@ NATS = {
 
 def format_report(document: Mapping[str, Any]) -> str:
     """The whole text, without a line end."""
-    parts = (
-        _head,
-        _reconstructions,
-        _terms,
-        _likelihood,
-        _latents,
-        _codes,
-        _prior,
-        _samples,
-        _audit,
-        _groups,
-        _not_defined,
-    )
-    return "\n\n".join(text for part in parts if (text := "\n".join(part(document))))
+    optional = {
+        "likelihood": _likelihood,
+        "latents": _latents,
+        "codes": _codes,
+        "prior": _prior,
+        "samples": _samples,
+        "audit": _audit,
+    }
+    parts = [_head(document), _reconstructions(document), _terms(document)]
+    parts += [part(document[name]) for name, part in optional.items() if document.get(name) is not None]
+    parts += [_groups(document), _not_defined(document)]
+    return "\n\n".join(text for lines in parts if (text := "\n".join(lines)))
 
 
 def _head(document: Mapping[str, Any]) -> Iterator[str]:
@@ -66,10 +64,7 @@ def _terms(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name} {value:.6g} (a statistic of whole batches: depends on their size)"
 
 
-def _likelihood(document: Mapping[str, Any]) -> Iterator[str]:
-    found = document.get("likelihood")
-    if found is None:
-        return
+def _likelihood(found: Mapping[str, Any]) -> Iterator[str]:
     rounds = found["rounds"]
     yield (
         f"{NATS[found['name']]} {found['nll']['mean']:.2f} nats per image by {found['importance_samples']} importance "
@@ -85,21 +80,16 @@ def _likelihood(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"bits/dim {found['bits_per_dim']['mean']:.4f}"
 
 
-def _latents(document: Mapping[str, Any]) -> Iterator[str]:
-    found = document.get("latents")
-    if found is None:
-        return
+def _latents(found: Mapping[str, Any]) -> Iterator[str]:
     shape = "x".join(str(size) for size in found["shape"])
     yield f"latent {shape}: {found['active_units']} of {found['units']} units active"
-    yield (
+    line = (
         f"aggregate posterior, in units of the prior: mean {found['mean_rms']:.3f} (root mean square over dimensions), "
         f"std {found['std_mean']:.3f} ({found['std_smallest']:.3f} to {found['std_largest']:.3f})"
-        + (
-            f", largest correlation {found['correlation_largest']:.3f}"
-            if "correlation_largest" in found
-            else ""
-        )
     )
+    if "correlation_largest" in found:
+        line += f", largest correlation {found['correlation_largest']:.3f}"
+    yield line
     if "mmd" in found:
         yield (
             f"MMD to the prior {found['mmd']:.4g} (two sets of prior draws: ±{found['mmd_prior_spread']:.2g}), "
@@ -120,26 +110,19 @@ def _latents(document: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _codes(document: Mapping[str, Any]) -> Iterator[str]:
-    codes = document["codes"]
-    if codes is not None:
-        yield (
-            f"codes used {codes['used']} of {codes['codes']} ({100 * codes['used_share']:.1f} %), perplexity "
-            f"{codes['perplexity']:.1f}, over {codes['vectors']} vectors"
-        )
+def _codes(found: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"codes used {found['used']} of {found['codes']} ({100 * found['used_share']:.1f} %), perplexity "
+        f"{found['perplexity']:.1f}, over {found['vectors']} vectors"
+    )
 
 
-def _prior(document: Mapping[str, Any]) -> Iterator[str]:
-    found = document.get("prior")
-    if found is None:
-        return
-    images = found["images"]
-    lines: list[Sequence[str]] = [["nats per token", "mean ±spread"]]
-    for name, value in found["nats_per_token"].items():
-        shown = "this run" if name == "prior" else name
-        lines.append([shown, f"{value['mean']:.4f} ±{value['std']:.4f}"])
-    yield columns(lines)
-    yield f"counts fitted on the training codes, Witten-Bell smoothed; {images} images of {found['tokens']} codes"
+def _prior(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = {"this run" if name == "prior" else name: value for name, value in found["nats_per_token"].items()}
+    cells = [[name, f"{value['mean']:.4f} ±{value['std']:.4f}"] for name, value in rows.items()]
+    yield columns([["nats per token", "mean ±spread"], *cells])
+    size = f"{found['images']} images of {found['tokens']} codes"
+    yield f"counts fitted on the training codes, Witten-Bell smoothed; {size}"
     if found["bits_per_dim"] is not None:
         yield (
             f"image: codes + decoder {found['nll']['mean']:.2f} nats, bits/dim {found['bits_per_dim']['mean']:.4f}: "
@@ -147,55 +130,40 @@ def _prior(document: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _samples(document: Mapping[str, Any]) -> Iterator[str]:
-    found = document.get("samples")
-    if found is None:
-        return
+def _samples(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{found['generated']} samples from {found['latents_from']} against {found['real']} real images of the split"
     yield columns(sample_rows(found["metrics"]))
 
 
-def _audit(document: Mapping[str, Any]) -> Iterator[str]:
-    found = document.get("audit")
-    if found is None:
-        return
+def _audit(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"memorisation {found['verdict']}"
-    lines: list[Sequence[str]] = [
-        ["samples nearer to training than 99 % of held-out", "share", "95 %", "chance below"]
-    ]
+    lines = [["samples nearer to training than 99 % of held-out", "share", "95 %", "chance below"]]
+
+    def add(title: str, share: float, interval: Sequence[float], limit: float) -> None:
+        low, high = interval
+        lines.append([title, f"{share:.1%}", f"{low:.1%} to {high:.1%}", f"{limit:.1%}"])
+
     for name, space in found["spaces"].items():
-        rows = {name: space["close"], f"{name}, to one patient": space["close_to_one"]}
-        for title, share in rows.items():
-            if share is not None:
-                low, high = share["interval"]
-                lines.append(
-                    [title, f"{share['share']:.1%}", f"{low:.1%} to {high:.1%}", f"{share['limit']:.1%}"]
-                )
+        for title, part in {name: space["close"], f"{name}, to one patient": space["close_to_one"]}.items():
+            if part is not None:
+                add(title, part["share"], part["interval"], part["limit"])
         patients = space["whole_patients"]
         if patients is not None:
             shares = [part["share"] for part in patients["parts"]]
-            lines.append(
-                [
-                    f"{name}, than of {len(shares)} parts of training patients",
-                    f"{patients['mean']:.1%}",
-                    f"{min(shares):.1%} to {max(shares):.1%}",
-                    f"{patients['limit']:.1%}",
-                ]
-            )
+            title = f"{name}, than of {len(shares)} parts of training patients"
+            add(title, patients["mean"], (min(shares), max(shares)), patients["limit"])
     yield columns(lines)
 
 
 def _groups(document: Mapping[str, Any]) -> Iterator[str]:
-    first = True
-    for name, groups in document["groups"].items() if document["metrics"] else ():
-        if not first:
+    for number, (name, groups) in enumerate(document["groups"].items() if document["metrics"] else ()):
+        if number:
             yield ""
-        first = False
         if len(groups) > SHOWN_GROUPS:
             yield f"per {name}: {len(groups)} groups, in metrics.json"
-            continue
-        lines = {group: (values["images"], values["metrics"]) for group, values in groups.items()}
-        yield metrics_table(lines, f"per {name}", spread=False)
+        else:
+            rows = {group: (values["images"], values["metrics"]) for group, values in groups.items()}
+            yield metrics_table(rows, f"per {name}", spread=False)
 
 
 def _not_defined(document: Mapping[str, Any]) -> Iterator[str]:

@@ -92,12 +92,11 @@ def run(
     options = options or FitOptions()
     options = replace(options, attempt=options.attempt or secrets.token_hex(4))
     if workers is None or workers == 1:
-        return fit_rank(job, run_folder, device, options)
+        return fit_rank(job, run_folder, device, options.with_startup(("imports", process_start_time())))
     RunFolder.make(run_folder)
     with StopRequest(None, "") as request, RunLock.acquire(run_folder) as lock:
         options = replace(options, token=lock.token, hang_seconds=hang_seconds)
-        if options.startup is not None:
-            options = replace(options, startup=(*options.startup, ("launcher", process_start_time())))
+        options = options.with_startup(("launcher", process_start_time()))
         failures = 0
         recovery = Recovery()
         while True:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vaedist.config.job import Job
 from vaedist.core.errors import UserError
@@ -29,37 +29,48 @@ from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.startup_timings import process_start_time
 from vaedist.runs.stop_request import write_stop_file
 
+if TYPE_CHECKING:
+    import torch
+
 _PR_SET_PDEATHSIG = 1
 
 
 def fit_rank(
     job: Job,
     run_folder: Path,
-    device: str,
+    device: str | torch.device,
     options: FitOptions,
     reached: Callable[[str], None] = lambda _: None,
     stuck: Callable[[str], None] | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
 ) -> Outcome:
     """Train in this process, as the rank that the environment names; alone where it names none.
 
     Args:
+        options: Where they name no `threads`, the ranks of a node share its CPUs.
         reached: Called with each stage (see `vaedist.launchers.recovery`).
         stuck: Called with a sentence, from another thread, before this process is ended because it stalled.
+        report: Called with the numbers of each line of the log.
     """
     from vaedist.distributed.liveness.stalls import print_to_stderr
     from vaedist.distributed.process_group import Group
     from vaedist.training.loop import fit
 
     reached("imported")
-    if options.startup is not None:
-        here = (("imports", process_start_time()), ("rendezvous", time.time()))
-        options = replace(options, startup=(*options.startup, *here))
+    options = options.with_startup(("rendezvous", time.time()))
     group = Group.join(device)
     reached("joined")
     try:
-        options = replace(options, threads=max(1, allocation().cpus // group.local_world))
-        report = stuck or print_to_stderr
-        return fit(job, run_folder, group=group, options=options, reached=reached, stuck=report)
+        threads = options.threads or max(1, allocation().cpus // group.local_world)
+        return fit(
+            job,
+            run_folder,
+            group=group,
+            report=report,
+            options=replace(options, threads=threads),
+            reached=reached,
+            stuck=stuck or print_to_stderr,
+        )
     finally:
         group.close()
 
@@ -107,6 +118,7 @@ def main() -> int:
     pipe = _AnswerPipe(config["answers"])
     pipe.reached("started")
     folder, options = Path(config["run_folder"]), FitOptions(**config["options"])
+    options = options.with_startup(("imports", process_start_time()))
     with signals_as_stop_request(folder, options.attempt), heartbeat(pipe.send):
         try:
             job = Job.model_validate(config["job"])

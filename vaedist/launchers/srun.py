@@ -36,6 +36,7 @@ from vaedist.launchers.network import gloo_interface, node_address
 from vaedist.launchers.rank_process import fit_rank, signals_as_stop_request
 from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.run_folder import RunFolder
+from vaedist.runs.startup_timings import process_start_time
 from vaedist.slurm.batch_job import SlurmTask
 from vaedist.slurm.cleanup import clean_this_node
 
@@ -95,6 +96,7 @@ def run(
                     os.environ.pop("VAEDIST_STORE_SECRET")
                     file.unlink(missing_ok=True)
 
+            options = options.with_startup(("imports", process_start_time()))
             return fit_rank(job, run_folder, device, options, reached)
     except UserError:
         if task.rank > 0:

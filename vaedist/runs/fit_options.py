@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vaedist.runs.startup_timings import StartupTimings
@@ -37,6 +37,10 @@ class FitOptions:
     hang_seconds: float = 0.0
     startup: StartupTimings | None = None
     verbose: bool = False
+
+    def with_startup(self, *stages: tuple[str, float]) -> FitOptions:
+        """The same with further stages of this start, where it is timed."""
+        return self if self.startup is None else replace(self, startup=(*self.startup, *stages))
 
 
 @dataclass(frozen=True)

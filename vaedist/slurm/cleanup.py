@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaedist.core.temporary_folder import sweep_folders
+from vaedist.core.temporary_folder import remove_stale_folders
 from vaedist.slurm.batch_job import SlurmJob, environment_without, log, node_name, slurm_output
 
 JOB_VARIABLE = "VAEDIST_JOB"
@@ -125,7 +125,7 @@ def clean_node(marker: str, node: str | None = None) -> CleanupReport:
     others = {process.start for process in processes} - {me}
     if others and (listed := _listed_jobs(me, node)) is not None:
         _kill({start for start in others if start.cluster == me.cluster and _is_over(start, listed)}, report)
-    report.removed += sweep_folders()
+    report.removed += remove_stale_folders()
     _remove_unused_memory(report)
     return report
 
@@ -139,22 +139,17 @@ def clean_this_node() -> None:
 # Which starts are over --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ListedJob:
-    """What Slurm says of a job of this user."""
-
-    state: str
-    restarts: int
+def _is_over(start: JobStart, listed: Mapping[str, tuple[str, int]]) -> bool:
+    state, restarts = listed.get(start.job, ("", 0))
+    return not state or (state == "RUNNING" and restarts > start.restart)
 
 
-def _is_over(start: JobStart, listed: Mapping[str, _ListedJob]) -> bool:
-    job = listed.get(start.job)
-    return job is None or (job.state == "RUNNING" and job.restarts > start.restart)
+def _listed_jobs(me: JobStart, node: str) -> dict[str, tuple[str, int]] | None:
+    """State and restart count of this user's jobs on the node, and of those that are completing anywhere.
 
-
-def _listed_jobs(me: JobStart, node: str) -> dict[str, _ListedJob] | None:
-    """This user's jobs on the node, and those that are completing anywhere; None without a reliable answer."""
-    found: dict[str, _ListedJob] = {}
+    None where Slurm gives no reliable answer.
+    """
+    listed: dict[str, tuple[str, int]] = {}
     for which in ("--states=COMPLETING", f"--nodelist={node}"):
         answer = _squeue(which)
         if answer is None:
@@ -163,12 +158,12 @@ def _listed_jobs(me: JobStart, node: str) -> dict[str, _ListedJob] | None:
             fields = line.split()
             if len(fields) != 4 or not fields[3].isdecimal():
                 return None
-            job = _ListedJob(fields[2], int(fields[3]))
+            job, array, state, restarts = fields
             # A job is known as 7, as 5_2 of an array, and as 7+0 of a heterogeneous job.
-            for number in (fields[0], fields[1], fields[1].partition("+")[0]):
-                if job.state == "COMPLETING" or found.get(number, job).state != "COMPLETING":
-                    found[number] = job
-    return found if found.get(me.job) == _ListedJob("RUNNING", me.restart) else None
+            for number in (job, array, array.partition("+")[0]):
+                if listed.get(number, ("", 0))[0] != "COMPLETING":
+                    listed[number] = state, int(restarts)
+    return listed if listed.get(me.job) == ("RUNNING", me.restart) else None
 
 
 def _squeue(which: str) -> str | None:

@@ -52,8 +52,8 @@ class LaunchConfig:
             raise UserError(
                 f"sbatch would read the % in {self.folder} as a place to fill in: give another --folder"
             )
-        by_name = {"train": "train", "prior": "train", "tune": "tune"}
-        template = "array" if stage.is_array else by_name.get(stage.name, "chain")
+        alone = {"train": "train", "prior": "train", "tune": "tune"}.get(stage.name, "chain")
+        template = "array" if stage.is_array else alone
         site_file = self.folder / "site.yaml"
         return batch_script(template, self.batch_spec(stage), self.site, site_file, self.python_folder)
 

@@ -36,22 +36,17 @@ def last_line(log: Path) -> str:
 
 
 def show_logs(logs: Sequence[Path], lines: int, write: Callable[[str], None]) -> dict[Path, int]:
-    """Print the last lines of each log.
-
-    Returns:
-        How many bytes of each log there were.
-    """
+    """Print the last lines of each log; how many bytes of each there were."""
     sizes = dict.fromkeys(logs, 0)
     for path in sizes:
-        _write_heading(path, sizes, write)
         try:
             content = path.read_bytes()
         except OSError:
-            write(f"(nothing yet in {path})\n")
-            continue
-        sizes[path] = len(content)
-        tail = content.splitlines(keepends=True)[-lines:] if lines else []
-        write(b"".join(tail).decode("utf-8", errors="replace"))
+            content = f"(nothing yet in {path})\n".encode()
+        else:
+            sizes[path] = len(content)
+            content = b"".join(content.splitlines(keepends=True)[-lines:]) if lines else b""
+        _write(path, content, sizes, write)
     return sizes
 
 
@@ -63,11 +58,9 @@ def follow_logs(sizes: dict[Path, int], write: Callable[[str], None], all_ended:
         for path, size in sizes.items():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 file.seek(size)
-                content = file.read()
-                if content:
+                if content := file.read():
                     appended = True
-                    _write_heading(path, sizes, write)
-                    write(content.decode("utf-8", errors="replace"))
+                    _write(path, content, sizes, write)
                     sizes[path] = size + len(content)
         if not appended and time.monotonic() - asked >= _STATE_SECONDS:
             asked = time.monotonic()
@@ -76,6 +69,7 @@ def follow_logs(sizes: dict[Path, int], write: Callable[[str], None], all_ended:
         time.sleep(_FOLLOW_SECONDS)
 
 
-def _write_heading(path: Path, logs: dict[Path, int], write: Callable[[str], None]) -> None:
-    if len(logs) > 1:
-        write(f"==> {path} <==\n")
+def _write(path: Path, content: bytes, logs: dict[Path, int], write: Callable[[str], None]) -> None:
+    """Write a part of a log, under its name where there are several."""
+    heading = f"==> {path} <==\n" if len(logs) > 1 else ""
+    write(heading + content.decode("utf-8", errors="replace"))

@@ -94,7 +94,7 @@ def _partition(site: Site) -> Finding:
     shown = _answer("scontrol", "show", "partition", "--oneliner", *filter(None, [site.partition]))
     if shown is None or shown[0] != 0:
         reason = "scontrol does not answer" if shown is None else _last_message(shown[1])
-        listed = (_answer("scontrol", "show", "partition") or (0, ""))[1]
+        _, listed = _answer("scontrol", "show", "partition") or (0, "")
         known = sorted(set(re.findall(r"PartitionName=(\S+)", listed)))
         return wrong(f"{site.partition}: {reason}; there are {', '.join(known) or 'none'}")
     lines = [line for line in shown[1].splitlines() if site.partition or " Default=YES" in line]
@@ -120,9 +120,8 @@ def _shared_folder(site: Site) -> tuple[Path | None, Finding]:
     except UserError as error:
         return None, Finding("shared folder", "WRONG", str(error))
     text = f"{folder} is writable, {free / 2**30:.0f} GiB free"
-    if free < _LITTLE_SPACE:
-        return folder, Finding("shared folder", "note", f"{text}: that is little")
-    return folder, Finding("shared folder", "ok", text)
+    little = Finding("shared folder", "note", f"{text}: that is little")
+    return folder, little if free < _LITTLE_SPACE else Finding("shared folder", "ok", text)
 
 
 def _free_space(folder: Path) -> int:
@@ -146,18 +145,15 @@ class _Probe:
     python_folder: Path | None
     folder: Path
 
-    def _script(self, **changes: Any) -> str:
+    def _script(self, gpus: int | None) -> str:
         site = self.site
-        short = site.time if site.time is not None and seconds(site.time) < 600 else "00:10:00"
+        files = [str(self.folder / name) for name in ("report.json", "token", "log")]
         spec = BatchSpec(
-            "vaedist-check",
-            ((str(self.folder / "report.json"), str(self.folder / "token")),),
-            str(self.folder / "log"),
-            gpus_per_node=None if site.gpu_syntax == "none" else 1,
-            time=short,
-            module=_PROBE_MODULE,
+            "vaedist-check", (tuple(files[:2]),), files[2], module=_PROBE_MODULE, gpus_per_node=gpus
         )
-        return batch_script("chain", replace(spec, **changes), site, self.site_file, self.python_folder)
+        short = site.time if site.time is not None and seconds(site.time) < 600 else "00:10:00"
+        spec = replace(spec, time=short)
+        return batch_script("chain", spec, site, self.site_file, self.python_folder)
 
     def _sbatch(self, option: str, script: str) -> tuple[int, str]:
         path = self.folder / "probe"
@@ -168,7 +164,7 @@ class _Probe:
 
     def test_only(self) -> Finding:
         try:
-            script = self._script(gpus_per_node=None)
+            script = self._script(None)
         except UserError as error:
             return Finding("sbatch --test-only", "WRONG", str(error))
         code, text = self._sbatch("--test-only", script)
@@ -176,9 +172,10 @@ class _Probe:
 
     def run(self, wait: float) -> list[Finding]:
         """Submit the job, and compare what it sees with what is seen here."""
+        gpus = None if self.site.gpu_syntax == "none" else 1
         token = secrets.token_hex(8)
         (self.folder / "token").write_text(token)
-        code, text = self._sbatch("--parsable", self._script())
+        code, text = self._sbatch("--parsable", self._script(gpus))
         if code != 0:
             return [Finding("a job", "WRONG", _last_message(text))]
         number = text.strip().partition(";")[0]

@@ -58,7 +58,7 @@ class RequeuePolicy:
             # Slurm requeued this job before its last start could cancel its own successor (a lost node).
             for number in pending_successors(self.job):
                 cancel_job(number)
-                log(f"job {number}, which an earlier start of this one handed in, is taken back")
+                log(f"job {number}, which an earlier start of this one submitted, is cancelled")
         if self.why_not:
             return
         script = os.environ.get("VAEDIST_SCRIPT")
@@ -70,27 +70,22 @@ class RequeuePolicy:
         arguments = os.environ.get("VAEDIST_SCRIPT_ARGUMENTS", "").split("\x1f")
         given = [argument for argument in arguments if argument]
         self.successor, refusal = submit_successor(self.job, Path(script), given, self.restarts + 1)
-        if self.successor:
-            log(f"job {self.successor} waits for the end of this one and goes on where it stops")
-        else:
-            log(
-                f"no successor could be handed in ({refusal}): run the same command again when this job has ended"
-            )
+        log(
+            f"job {self.successor} waits for the end of this one and goes on where it stops"
+            if self.successor
+            else f"no successor could be submitted ({refusal}): run the same command again when this job has ended"
+        )
 
     def continue_later(self) -> None:
         """Requeue the job if it may be, and say what becomes of it; a successor waits already."""
+        by_hand = "the same sbatch command goes on from the last checkpoint"
         if self.why_not:
-            log(
-                f"not handed in again ({self.why_not}): the same sbatch command goes on from the last checkpoint"
-            )
+            log(f"not submitted again ({self.why_not}): {by_hand}")
+        elif self.continue_by == "requeue" and (refusal := requeue(self.job)):
+            hint = "continue_by: resubmit in the site file avoids this"
+            log(f"Slurm did not requeue this job ({refusal}): {by_hand}; {hint}")
         elif self.continue_by == "requeue":
-            refusal = requeue(self.job)
-            log(
-                f"requeued: Slurm starts job {self.job.number} again, after 2 minutes at the earliest"
-                if refusal is None
-                else f"Slurm did not requeue this job ({refusal}): the same sbatch command goes on from the last "
-                "checkpoint; continue_by: resubmit in the site file avoids this"
-            )
+            log(f"requeued: Slurm starts job {self.job.number} again, after 2 minutes at the earliest")
 
     def cancel_successor(self) -> None:
         """Nothing is left for it to do, or it would meet the same error."""
@@ -98,12 +93,12 @@ class RequeuePolicy:
             cancel_job(self.successor)
 
 
-def requeue(job: SlurmJob) -> str | None:
-    """Ask Slurm to run this job again; what it answered where it refused, else None."""
+def requeue(job: SlurmJob) -> str:
+    """Ask Slurm to run this job again; what it answered where it refused, else empty."""
     answer = slurm_command("scontrol", "requeue", job.number)
     if answer is None:
         return "scontrol does not answer"
-    return None if answer.returncode == 0 else answer.stderr.strip() or f"exit code {answer.returncode}"
+    return "" if answer.returncode == 0 else answer.stderr.strip() or f"exit code {answer.returncode}"
 
 
 def submit_successor(job: SlurmJob, script: Path, arguments: Sequence[str], restarts: int) -> tuple[str, str]:

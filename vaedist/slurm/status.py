@@ -234,7 +234,8 @@ def _note(row: TaskStatus, by_job: Mapping[tuple[str, str], TaskStatus]) -> str:
             return f"Slurm holds it for two minutes after a requeue: until {job.begins.partition('T')[2]}"
         in_queue = job.reason in ("None", "Resources", "Priority")
         return "waits in the queue" if in_queue else f"waits: {job.reason}"
-    never_ran = _never_ran(task, needed)
+    did_fail = needed is not None and needed.ended and needed.job.state not in _SUCCEEDED
+    never_ran = did_fail and not Path(task.log).exists()
     if job.state == "CANCELLED" and (job.reason.startswith("Dependency") or never_ran):
         return f"cancelled, because {failed or 'what it waited for failed'}"
     if job.state in ("RUNNING", "COMPLETING"):
@@ -258,11 +259,6 @@ def _needed(row: TaskStatus, by_job: Mapping[tuple[str, str], TaskStatus]) -> Ta
     before = [other for (array, _), other in by_job.items() if array == after]
     failed = [other for other in before if other.job.state not in _SUCCEEDED]
     return next(iter(failed or before), None)
-
-
-def _never_ran(task: LaunchedTask, needed: TaskStatus | None) -> bool:
-    failed = needed is not None and needed.ended and needed.job.state not in _SUCCEEDED
-    return failed and not Path(task.log).exists()
 
 
 def status_table(rows: Sequence[TaskStatus]) -> str:

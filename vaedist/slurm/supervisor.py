@@ -42,16 +42,8 @@ from types import FrameType
 from typing import Any
 
 from vaedist.config.site import Site, load_site
-from vaedist.core.errors import (
-    EXIT_FINISHED,
-    EXIT_STOPPED,
-    CannotWrite,
-    DataError,
-    Diverged,
-    UserError,
-    WorkerLost,
-    cli_command,
-)
+from vaedist.core import errors
+from vaedist.core.errors import EXIT_FINISHED, EXIT_STOPPED, cli_command
 from vaedist.runs import stop_request
 from vaedist.runs.run_folder import RunFolder
 from vaedist.runs.startup_timings import process_start_time, timings_to_environment
@@ -65,19 +57,16 @@ VERBS = ("shard", "train", "tune", "evaluate", "sample")
 _MAX_RANK_LOSSES = 3
 """How often lost ranks are started again in the same allocation, as under the other engines."""
 
-_FINAL_CODES = {EXIT_FINISHED, *(kind.exit_code for kind in (UserError, DataError, Diverged, CannotWrite))}
+_FINAL_ERRORS = (errors.UserError, errors.DataError, errors.Diverged, errors.CannotWrite)
+_FINAL_CODES = {EXIT_FINISHED, *(kind.exit_code for kind in _FINAL_ERRORS)}
 """Exit codes after which continuing would change nothing: finished, or an error that would come again."""
 
 _END_SECONDS = 20.0
 """How long a process that we end may take to leave."""
 
-_FOREIGN_ENV = (
-    "RAY_ADDRESS",
-    "RAY_AUTH_TOKEN",
-    "RAY_AUTH_TOKEN_PATH",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
-    "VAEDIST_RAY_CLUSTER",
-)
+_FOREIGN_ENV = """
+    RAY_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER VAEDIST_RAY_CLUSTER
+    """.split()
 """Variables of another Ray cluster: sbatch passes the submitter's environment on to the job."""
 
 _LISTENER_SECONDS = 10.0
@@ -91,15 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a command of vaedist inside a Slurm job: on all its nodes, with its signals, and again later "
         "if it could not finish. Outside a job the command simply runs.",
     )
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray", "srun"),
-        help="who starts the ranks (default: the site's; else local on one node, srun on several)",
-    )
+    engine = "what starts the ranks (default: the site's; else local on one node, srun on several)"
+    parser.add_argument("--engine", choices=("local", "ray", "srun"), help=engine)
     parser.add_argument("--ranks-per-node", metavar="N", type=int, help="default: GPUs of the job on a node")
-    parser.add_argument(
-        "--continue-by", choices=("requeue", "resubmit", "none"), help="default: the site's, else requeue"
-    )
+    continue_by = "default: the site's, else requeue"
+    parser.add_argument("--continue-by", choices=("requeue", "resubmit", "none"), help=continue_by)
     parser.add_argument("--max-restarts", metavar="N", type=int, help="default: the site's, else 20")
     parser.add_argument("verb", choices=VERBS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as vaedist-VERB takes them")
@@ -206,7 +191,7 @@ class _Supervisor:
         for losses in range(_MAX_RANK_LOSSES + 1):
             code = self._run_once(losses)
             # A rank under srun that hangs ends itself with this code; under Ray the losses have been counted already.
-            hung = code == WorkerLost.exit_code and self.layout.ray_cluster is None
+            hung = code == errors.WorkerLost.exit_code and self.layout.ray_cluster is None
             lost = code < 0 or code >= 128 or hung
             may_restart = self.layout.restartable and losses < _MAX_RANK_LOSSES
             if not lost or self.signals.stop_asked or not may_restart:

@@ -23,7 +23,7 @@ from tests.spaces import MODEL, TRAIN, small_space, write_space
 from vaedist.core.errors import EXIT_STOPPED, UserError
 from vaedist.data.format.index import Index
 from vaedist.distributed.process_group import Group
-from vaedist.launchers.ray.tuner import at_once, run
+from vaedist.launchers.ray.tuner import TuneOptions, parallel_trials, run
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 from vaedist.tuning.controller import SearchController
@@ -50,10 +50,10 @@ def search(folder: Path, space: Space, index: Index, **options: Any) -> tuple[Se
     """On the Ray of this session, two trials at a time."""
     folder.mkdir(exist_ok=True)
     lines: list[str] = []
-    told = {"device": "cpu", "concurrent": 2, "tell": lines.append, **options}
+    chosen = TuneOptions(**{"device": "cpu", "max_parallel": 2, **options})
     before = random.getstate()
     try:
-        return run(space, folder, index, **told), lines
+        return run(space, folder, index, chosen, echo=lines.append), lines
     finally:
         random.setstate(before)  # Tune's event loop shuffles what it waits for with the global generator
 
@@ -130,7 +130,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(index: Index, tmp_path: Path
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_of_two_workers_is_a_ray_train_job(index: Index, tmp_path: Path) -> None:
     space = small_space(trials=1)
-    sweep, lines = search(tmp_path / "search", space, index, workers=2, concurrent=1)
+    sweep, lines = search(tmp_path / "search", space, index, workers=2, max_parallel=1)
     assert sweep.complete
     assert lines[0] == "Ray found: 1 trial at a time, 2 workers each, CPU"
     trial = read(tmp_path / "search")[0]
@@ -164,7 +164,7 @@ def test_a_trial_that_is_behind_at_a_rung_is_stopped(index: Index, tmp_path: Pat
         trials=2,
     )
     # One after the other: of two at a time the worse may be the first at every rung, with nobody to be behind.
-    sweep, lines = search(tmp_path / "search", space, index, concurrent=1)
+    sweep, lines = search(tmp_path / "search", space, index, max_parallel=1)
     better, worse = read(tmp_path / "search")
     assert better.status == "finished"
     assert worse.status == "stopped early" and worse.halted is not None and worse.step < 6000
@@ -180,7 +180,7 @@ def test_more_than_the_cluster_holds_is_refused(index: Index, tmp_path: Path) ->
     with pytest.raises(
         UserError, match=r"--max-parallel 3: 3 trials at a time have 6 workers, .* at most 2 trials"
     ):
-        search(tmp_path / "search", small_space(), index, workers=2, concurrent=3)
+        search(tmp_path / "search", small_space(), index, workers=2, max_parallel=3)
     assert all(not trial.ended for trial in read(tmp_path / "search"))
 
 
@@ -190,7 +190,7 @@ def test_more_than_the_cluster_holds_is_refused(index: Index, tmp_path: Path) ->
 def test_as_many_trials_as_fit_with_all_their_workers(
     room: int, workers: int, wanted: int | None, slots: int
 ) -> None:
-    assert at_once(room, workers, wanted) == slots
+    assert parallel_trials(room, workers, wanted) == slots
 
 
 # The driver killed (F20) ------------------------------------------------------------------------------------

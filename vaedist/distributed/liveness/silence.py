@@ -57,24 +57,36 @@ class SilenceClock:
 
 
 @contextlib.contextmanager
-def heartbeat(send: Callable[[], object]) -> Iterator[None]:
-    """Call `send` in a thread, at once and then every second; its OSErrors are ignored."""
+def repeatedly(
+    call: Callable[[], object], seconds: float, name: str, patience: float | None = None
+) -> Iterator[None]:
+    """Call `call` in a thread, at once and then every so many seconds, while the block runs; its OSErrors are ignored.
+
+    Args:
+        name: Of the thread.
+        patience: How long to wait, at the end, for a call that has begun; None: as long as it takes.
+    """
     over = threading.Event()
 
-    def beat() -> None:
+    def repeat() -> None:
         while True:
             with contextlib.suppress(OSError):
-                send()
-            if over.wait(BEAT_SECONDS):
+                call()
+            if over.wait(seconds):
                 return
 
-    thread = threading.Thread(target=beat, name="vaedist-beat", daemon=True)
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(patience)
+
+
+def heartbeat(send: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
+    """Give a sign of life every second while the block runs."""
+    return repeatedly(send, BEAT_SECONDS, "vaedist-heartbeat")
 
 
 _LOADING, _LOADED = b".", b"+"

@@ -37,7 +37,7 @@ from types import FrameType
 from typing import NamedTuple, Protocol
 
 from vaedist.core.errors import WorkerLost
-from vaedist.distributed.liveness.silence import SilenceClock
+from vaedist.distributed.liveness.silence import SilenceClock, repeatedly
 
 STACKS_FILE = "stuck.txt"
 """File in the run folder: the stacks of all threads of a stalled process."""
@@ -138,23 +138,15 @@ class StallMonitor:
         if not hang_seconds:
             yield
             return
-        over = threading.Event()
         detector = StallDetector(self, hang_seconds, peers)
 
-        def watch() -> None:
-            while not over.wait(min(_STALL_LOOK_SECONDS, hang_seconds / 4)):
-                seconds = detector.look()
-                if seconds is not None:
-                    _report_and_exit(detector.thread, folder / STACKS_FILE, report, who, seconds)
+        def look() -> None:
+            if (seconds := detector.look()) is not None:
+                _report_and_exit(detector.thread, folder / STACKS_FILE, report, who, seconds)
 
-        watching = threading.Thread(target=watch, name="vaedist-stall-monitor", daemon=True)
-        watching.start()
-        try:
+        interval = min(_STALL_LOOK_SECONDS, hang_seconds / 4)
+        with repeatedly(look, interval, "vaedist-stall-monitor", _REPORT_SECONDS):
             yield
-        finally:
-            over.set()
-            if threading.current_thread() is not watching:
-                watching.join(_REPORT_SECONDS)
 
 
 class StallDetector:

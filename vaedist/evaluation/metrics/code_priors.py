@@ -29,9 +29,8 @@ in nats per image, and divided by P ln 2 in bits/dim, defined where the decoder'
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,8 +94,8 @@ def _look_up(keys: Codes, values: NDArray[Any], wanted: Codes) -> _Floats:
     """The value of each wanted key, 0 where there is none."""
     if len(keys) == 0:
         return np.zeros(wanted.shape)
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[places] == wanted, values[places], 0).astype(np.float64)
+    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[rows] == wanted, values[rows], 0).astype(np.float64)
 
 
 class TokenBaselines:
@@ -164,7 +163,7 @@ class TokenBaselines:
 # A prior over a split ----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class PriorLikelihood:
     """What a prior says of a split's codes, and of its images."""
 
@@ -174,7 +173,7 @@ class PriorLikelihood:
     pixels: int
     evidence: str
     """What the tokenizer's likelihood is called: see `vaedist.evaluation.metrics.likelihood`."""
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, float]]
     """Of each image, in nats: `prior`, the baselines by name, and `decoder` = -log p(x | c)."""
 
     def document(self) -> dict[str, Any]:
@@ -235,7 +234,7 @@ def measure_prior(
     """
     if model.reads != "codes":
         raise model.not_defined("nats per token")
-    found: PriorLikelihood | None = None
+    rows: list[dict[str, float]] = []
     bilevel = True
     for batch in images_of(batches, progress):
         image = batch["image"]
@@ -248,16 +247,10 @@ def measure_prior(
         decoded = model.decode_codes(codes)
         nats = -log_likelihood(decoded, image, functools.partial(ctx.uniform, "dequantise", image.shape))
         columns["decoder"] = nats.double().tolist()
-        finite = [math.isfinite(sum(pair)) for pair in zip(columns["prior"], columns["decoder"], strict=True)]
-        check_finite("likelihood", batch, np.array(finite))
+        check_finite("likelihood", batch, np.isfinite(np.add(columns["prior"], columns["decoder"])))
         bilevel = bilevel and black_and_white(image)
-        name = likelihood_name(decoded, bilevel)
-        if found is None:
-            found = PriorLikelihood(codes[0].numel(), model.num_codes, model.spec.pixels, name)
-        found.evidence = name
-        found.rows += [
-            dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-        ]
-    if found is None:
+        rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if not rows:
         raise NotDefined("nats per token are not defined, because there is no image")
-    return found
+    name = likelihood_name(decoded, bilevel)
+    return PriorLikelihood(codes[0].numel(), model.num_codes, model.spec.pixels, name, rows)

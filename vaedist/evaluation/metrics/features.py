@@ -43,6 +43,9 @@ MOST_TILES = 4
 """Tiles along a side, at most: a larger image is shrunk to that."""
 _BATCH_PIXELS = 1 << 20
 
+Matrix = NDArray[np.float64]
+"""Features of a set as its metrics take them, (N, D)."""
+
 
 class Features(NamedTuple):
     """Of N images."""

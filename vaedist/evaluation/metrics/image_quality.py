@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,25 +52,21 @@ WINDOWS = {"ssim": 11, "ssim_default": 7}
 """SSIM variant to the side of its window in pixels; smaller images have no such value."""
 
 
-def ssim_map(original: Pixels, other: Pixels, *, gaussian: bool = True) -> NDArray[np.float64]:
-    """SSIM at every pixel.
+def mean_ssim_and_map(
+    original: Pixels, other: Pixels, gaussian: bool = True
+) -> tuple[float, NDArray[np.float64]]:
+    """SSIM of the whole image and at every pixel, by scikit-image.
 
     Args:
         original, other: uint8 (C, H, W).
         gaussian: The Gaussian window; else scikit-image's default one.
 
     Returns:
-        float64 (C, H, W).
+        The mean, and float64 (C, H, W).
     """
-    return _ssim(original, other, gaussian)[1]
-
-
-def _ssim(original: Pixels, other: Pixels, gaussian: bool) -> tuple[float, NDArray[np.float64]]:
     from skimage.metrics import structural_similarity
 
-    window: dict[str, Any] = (
-        {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False} if gaussian else {}
-    )
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False} if gaussian else {}
     mean, full = structural_similarity(  # type: ignore[no-untyped-call]
         original / 255.0, other / 255.0, data_range=1.0, channel_axis=0, full=True, **window
     )
@@ -98,7 +93,7 @@ def pair_metrics(original: Pixels, other: Pixels) -> dict[str, float]:
     foreground = (original > 0).any(axis=0)
     for name, window in WINDOWS.items():
         if min(original.shape[1:]) >= window:
-            values[name], full = _ssim(original, other, gaussian=name == "ssim")
+            values[name], full = mean_ssim_and_map(original, other, gaussian=name == "ssim")
             if foreground.any():
                 values[f"{name}_foreground"] = float(full[:, foreground].mean())
     if min(original.shape[1:]) >= MS_SSIM_SIDE:

@@ -11,9 +11,9 @@ batch mean of them is another, biased, number.
 | MMD | unbiased, multi-scale inverse multiquadratic, between those draws and as many from the prior |
 
 Active units: Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders" (2016), section 5. With a prior per class
-a mean varies although nothing is said, so the rate is asked as well. A unit of a map is one channel: the variance
-where it is largest, the rate over all positions. Beside the MMD stands its spread between two sets of prior draws:
-what no difference looks like.
+a mean varies although the image adds nothing, so the rate counts as well. A unit of a map is one channel: its variance
+is that of the position where it is largest, its rate the sum over positions. Beside the MMD stands its spread between
+two sets of prior draws: its value where there is no difference.
 
 The split of the rate. With z_n drawn from q(z | x_n), and q(z_j) the marginals of q(z),
 
@@ -78,21 +78,15 @@ class Latents:
 
     def every(self, step: int) -> Latents:
         """Every n-th image."""
-        return replace(
-            self,
-            mean=self.mean[::step],
-            log_variance=None if self.log_variance is None else self.log_variance[::step],
-            samples=self.samples[::step],
-            prior_mean=self.prior_mean[::step],
-            prior_log_variance=self.prior_log_variance[::step],
-            labels=self.labels[::step],
-            keys=self.keys[::step],
-        )
+        of_images = {
+            name: value for name, value in vars(self).items() if name != "shape" and value is not None
+        }
+        return replace(self, **{name: value[::step] for name, value in of_images.items()})
 
     def whitened(self) -> Tensor:
         """(N, D) draws in units of the prior: (z - m) / s, fp64."""
-        centred = self.samples.double() - self.prior_mean.double()
-        return centred * (-self.prior_log_variance.double() / 2).exp()
+        centered = self.samples.double() - self.prior_mean.double()
+        return centered * (-self.prior_log_variance.double() / 2).exp()
 
     def kl(self) -> Tensor:
         """(D,) mean KL of the posteriors from the prior by dimension, in nats."""
@@ -151,16 +145,10 @@ def collect_latents(
         keys += batch["key"]
     if not keys:
         raise NotDefined("latents are not defined, because there is no image")
-    mean, variances, drawn, prior_mean, prior_variances, labels = map(torch.cat, zip(*parts, strict=True))
+    mean, variances, samples, prior_mean, prior_variances, labels = map(torch.cat, zip(*parts, strict=True))
+    posterior_variances = None if deterministic else variances
     return Latents(
-        mean=mean,
-        log_variance=None if deterministic else variances,
-        samples=drawn,
-        prior_mean=prior_mean,
-        prior_log_variance=prior_variances,
-        labels=labels.flatten(),
-        keys=keys,
-        shape=shape,
+        mean, posterior_variances, samples, prior_mean, prior_variances, labels.flatten(), keys, shape
     )
 
 

@@ -14,7 +14,7 @@ What the number means depends on what the likelihood's `log_prob` is (its `evide
 | `discrete` | any | `discrete`: log-probability of the stored bytes | NLL / (P ln 2) |
 | `binary` | every value 0 or 255 | `binary`: log-probability of black-and-white images | NLL / (P ln 2) |
 | `density` | any | `dequantised`: with a uniform draw in each value's cell, a bound on the discrete one | the same |
-| `binary` | grey | `surrogate`: a score, no probability of anything that was measured | not defined |
+| `binary` | gray | `surrogate`: a score, no probability of anything that was measured | not defined |
 | none, or `surrogate` | any | `surrogate` | not defined |
 
 P = C*H*W. Theis, van den Oord, Bethge: A note on the evaluation of generative models (2016), section 3.1, for the
@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,18 +153,16 @@ def log_weights(
         n = noise.shape[1]
         latents = [posterior.sample(noise[:, i]) for i in range(n)]
         ratio = torch.stack([(prior.log_prob(z) - posterior.log_prob(z)).double() for z in latents], 1)
-        decoded = model.decode(
-            torch.stack(latents, 1).flatten(0, 1), None if label is None else label.repeat_interleave(n, 0)
-        )
-        repeated = functools.partial(_repeated, uniform, n)
-        nats = log_likelihood(decoded, image.repeat_interleave(n, 0), repeated)
+        labels = None if label is None else label.repeat_interleave(n, 0)
+        decoded = model.decode(torch.stack(latents, 1).flatten(0, 1), labels)
+
+        def repeated_uniform(n: int = n) -> Tensor:
+            return uniform().repeat_interleave(n, 0)
+
+        nats = log_likelihood(decoded, image.repeat_interleave(n, 0), repeated_uniform)
         weights.append(nats.double().view(-1, n) + ratio)
     assert decoded is not None
     return torch.cat(weights, 1), decoded
-
-
-def _repeated(rows: Callable[[], Tensor], times: int) -> Tensor:
-    return rows().repeat_interleave(times, 0)
 
 
 def estimate(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +175,7 @@ def estimate(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # A split -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class SplitLikelihood:
     """Likelihood of a split."""
 
@@ -187,9 +185,9 @@ class SplitLikelihood:
     """Of which distribution: scores of different ones do not compare."""
     pixels: int
     draws: int
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, float]]
     """Of each image, means over rounds: `nll`, `elbo` in nats, and `effective_samples`."""
-    rounds: list[float] = field(default_factory=list)
+    rounds: list[float]
     """Mean NLL of each round of draws."""
 
     def document(self) -> dict[str, Any]:
@@ -252,7 +250,7 @@ def measure_likelihood(
         NotDefined: the model has no such likelihood, with the reason; or there is no image.
         UserError: a likelihood is not finite; the first such key is named.
     """
-    found: SplitLikelihood | None = None
+    rows: list[dict[str, float]] = []
     totals = [0.0] * rounds
     bilevel = True
     for batch in images_of(batches, progress):
@@ -268,17 +266,9 @@ def measure_likelihood(
             check_finite("likelihood", batch, bound.isfinite())
             columns.append(torch.stack([-bound, elbo, effective], 1))
             totals[number] += float(-bound.sum())
-        name = likelihood_name(decoded, bilevel)
-        if found is None:
-            found = SplitLikelihood(name, decoded.name, model.spec.pixels, draws)
-        found.name = name
-        found.rows += _rows(torch.stack(columns).mean(0))
-    if found is None:
+        means = torch.stack(columns).mean(0).tolist()
+        rows += [dict(zip(("nll", "elbo", "effective_samples"), row, strict=True)) for row in means]
+    if not rows:
         raise NotDefined("the likelihood is not defined, because there is no image")
-    found.rounds = [total / len(found.rows) for total in totals]
-    return found
-
-
-def _rows(values: Tensor) -> Iterator[dict[str, float]]:
-    for nll, elbo, effective in values.tolist():
-        yield {"nll": nll, "elbo": elbo, "effective_samples": effective}
+    name, spread = likelihood_name(decoded, bilevel), [total / len(rows) for total in totals]
+    return SplitLikelihood(name, decoded.name, model.spec.pixels, draws, rows, spread)

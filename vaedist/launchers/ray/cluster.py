@@ -2,15 +2,15 @@
 
 Unless Ray is already initialised, a private cluster is started:
 
-- with the CPUs, GPUs and memory of the allocation (`vaedist.launchers.allocation`), not the machine's, and an object
-  store that is small, because images never pass through it;
-- every port on the loopback address, no dashboard, and a token of its own in a 0600 file, never in argv or logs;
+- with the CPUs, GPUs and memory of the allocation (`vaedist.launchers.allocation`), not the machine's, and a small
+  object store, because images never pass through it;
+- with every port on the loopback address, no dashboard, and a token of its own in a 0600 file, never in argv or logs;
 - in a short temporary folder, 0700 (unix sockets allow 107 bytes);
-- without what a cluster of one node has no use for: idle workers started in advance (Ray Train runs in processes of its
-  own), and the watch over nodes that will be taken away;
-- without Ray's memory monitor, which looks at the whole node and kills here when a neighbour has filled it.
+- without idle workers started in advance (Ray Train runs in processes of its own), and without the watch over nodes
+  that will be taken away;
+- without Ray's memory monitor, which looks at the whole node, and kills here when another user has filled it.
 
-It never joins a cluster that it merely finds (RAY_ADDRESS), and it ends with this process.
+A cluster that is merely found (RAY_ADDRESS) is never joined. The private one ends with this process.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ PRIVATE_RAY_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_memory_monitor_refresh_ms": "0",
 }
-"""What a cluster that only we use does without."""
-
-_ANONYMOUS = "A worker died or was killed while executing a task"
+"""Switches off what a private cluster does not need."""
 
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's name for: this node is the loopback address; read when Ray loads."""
@@ -58,32 +56,51 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What a run asks of a cluster.
+    """The workers of a run, and what each reserves.
 
     Attributes:
         least, most: Workers; they differ where the run is elastic.
-        cpus: CPUs per worker.
+        cpus: CPUs per worker, and its threads; None: one is reserved, and the workers of a node share its CPUs.
         gpus: 0 or 1 per worker; None: 1 unless `device` is `cpu` or there are no GPUs.
         device: `auto`, `cpu` or `cuda`.
     """
 
     least: int
     most: int
-    cpus: int = 1
+    cpus: int | None = None
     gpus: int | None = None
     device: str = "auto"
 
-    def fit(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
-        """GPUs per worker, and how many workers have room on these nodes (`most` at most).
+    @property
+    def elastic(self) -> bool:
+        return self.least < self.most
+
+    @property
+    def reserved_cpus(self) -> int:
+        return self.cpus or 1
+
+    def describe(self, gpus: int, workers: int) -> str:
+        """For a line on the console.
 
         Args:
+            gpus, workers: As `fit` gave them.
+        """
+        kind = "one GPU" if gpus else "CPU" if self.reserved_cpus == 1 else f"{self.reserved_cpus} CPUs"
+        count = f"{self.least} to {self.most} ({workers} now)" if self.elastic else str(self.least)
+        return f"{count} x {kind}"
+
+    def fit(self, nodes: Sequence[Resources], set_by: Mapping[str, str] | None = None) -> tuple[int, int]:
+        """GPUs per worker, and how many workers fit on these nodes (`most` at most).
+
+        Args:
+            nodes: What each node offers.
             set_by: Who limits a resource, for the message.
 
         Raises:
             UserError: the cluster can never hold `least` workers; Ray itself would wait for ever.
         """
         cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
-        each = self._gpus_each(gpus)
+        each = self._gpus_per_worker(gpus)
         limits = {name: f" (limited by {by})" for name, by in (set_by or {}).items()}
         has = {
             name: f"but Ray has {n} here{limits.get(name, '')}" for name, n in (("CPU", cpus), ("GPU", gpus))
@@ -96,34 +113,35 @@ class ResourceRequest:
                 if gpus
                 else f"Ray sees no GPU here{limits.get('GPU', '')}: use --device cpu, or ask the allocation for GPUs"
             )
-        if self.least * self.cpus > cpus:
-            each_has = f" with {self.cpus} CPUs each" if self.cpus > 1 else ""
+        if self.least * self.reserved_cpus > cpus:
+            each_has = f" with {self.reserved_cpus} CPUs each" if self.reserved_cpus > 1 else ""
             raise UserError(
-                f"{workers}{each_has} {need} {self.least * self.cpus} CPUs, {has['CPU']}: "
-                f"start at most {cpus // self.cpus} workers, or ask the allocation for more"
+                f"{workers}{each_has} {need} {self.least * self.reserved_cpus} CPUs, {has['CPU']}: "
+                f"start at most {cpus // self.reserved_cpus} workers, or ask the allocation for more"
             )
-        room = sum(_rooms(node, {"CPU": self.cpus, "GPU": each}) for node in nodes)
+        room = sum(_workers_on(node, {"CPU": self.reserved_cpus, "GPU": each}) for node in nodes)
         if room < self.least:
             raise UserError(
-                f"{workers} with {self.cpus} CPUs and {each} GPUs each {need} more than these {len(nodes)} nodes have: "
-                f"there is room for {room} whole ones; start fewer workers, or lower --cpus-per-worker"
+                f"{workers} with {self.reserved_cpus} CPUs and {each} GPUs each {need} more than these "
+                f"{len(nodes)} nodes have: there is room for {room} whole ones; start fewer workers, or lower "
+                "--cpus-per-worker"
             )
         return each, min(room, self.most)
 
-    def _gpus_each(self, there: int) -> int:
+    def _gpus_per_worker(self, available: int) -> int:
         if self.device == "cpu":
             if self.gpus:
                 raise UserError("--gpus-per-worker 1 has no effect with --device cpu: leave one of them out")
             return 0
         if self.gpus is None:
-            return 1 if self.device == "cuda" or there else 0
+            return 1 if self.device == "cuda" or available else 0
         if self.device == "cuda" and not self.gpus:
             raise UserError("--device cuda needs a GPU per worker: leave --gpus-per-worker 0 out")
         return self.gpus
 
 
-def _rooms(node: Resources, worker: Resources) -> int:
-    """Workers for which one node has room."""
+def _workers_on(node: Resources, worker: Resources) -> int:
+    """Workers that fit on one node."""
     return min(int(node.get(name, 0) // amount) for name, amount in worker.items() if amount)
 
 
@@ -133,19 +151,19 @@ class Cluster:
 
     Attributes:
         private: Whether it was started for this run alone, and ends with it.
-        told: For a line on the console.
+        description: For a line on the console.
     """
 
     private: bool
-    told: str
+    description: str
 
 
 @contextlib.contextmanager
 def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
-    """The Ray cluster of a run.
+    """Connect to the Ray cluster of a run.
 
     Where Ray is initialised already, that one; in a Slurm job over several nodes the one that the supervisor started on
-    them (VAEDIST_RAY_CLUSTER); else a private one on this machine, ended on exit.
+    them (VAEDIST_RAY_CLUSTER); else a private one on this machine, which is shut down on exit.
 
     Args:
         request: What has to fit.
@@ -161,13 +179,13 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
 
         if ray.is_initialized():
             with temporary_environment(RAY_ENV | {"PYTHONPATH": python_path()}):
-                yield Cluster(private=False, told="found")
+                yield Cluster(private=False, description="found")
             return
     if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
-        from vaedist.launchers.ray.nodes import joined
+        from vaedist.launchers.ray.nodes import join_cluster
 
-        with joined(Path(folder)) as count, _without_anonymous_deaths():
-            yield Cluster(private=True, told=f"on {count} nodes of this job")
+        with join_cluster(Path(folder)) as count:
+            yield Cluster(private=True, description=f"on {count} nodes of this job")
         return
     ours = allocation()
     size = {
@@ -181,8 +199,7 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
     )
     with temporary_environment(variables), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
-        exits.enter_context(_without_anonymous_deaths())
-        yield Cluster(private=True, told="started on this machine")
+        yield Cluster(private=True, description="started on this machine")
 
 
 def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> None:
@@ -192,7 +209,7 @@ def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> No
         2,
         1,
         0,
-    ):  # a machine under heavy load can miss Ray's 30 seconds, which nothing prolongs
+    ):  # a machine under heavy load can miss Ray's time limit of 30 s, which is fixed
         folder = exits.enter_context(temporary_folder())
         exits.enter_context(_token(folder))
         exits.callback(ray.shutdown)
@@ -217,33 +234,6 @@ def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> No
                     f"Ray did not start on this machine ({reason}): look at the machine's load and memory; "
                     "vaedist-train can do without it, with --engine local"
                 ) from None
-
-
-@contextlib.contextmanager
-def _without_anonymous_deaths() -> Iterator[None]:
-    """Leave out what Ray prints of a worker that died: it does not say which one, and our own line does.
-
-    Ray has no setting for it: a thread of the driver prints every error that the cluster tells, whatever
-    `log_to_driver` says. All others still come through, such as those of memory and of lost nodes.
-    """
-    from ray._private import worker
-
-    # A name of Ray's own: another version may not have it.
-    shown: Any = getattr(worker, "print_to_stdstream", None)
-
-    def show(data: dict[str, Any], *rest: Any, **named: Any) -> None:
-        lines = [line for line in data["lines"] if not line.startswith(_ANONYMOUS)]
-        if lines:
-            shown({**data, "lines": lines}, *rest, **named)
-
-    if shown is None:
-        yield
-        return
-    worker.print_to_stdstream = show
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = shown
 
 
 def nodes() -> list[dict[str, float]]:

@@ -1,7 +1,7 @@
-"""What the driver tells of a Ray Train run: rank 0's lines, losses, resizes, where a recovery's time went, and queues.
+"""What the driver prints of a Ray Train run: rank 0's lines, losses, resizes, recoveries, and waiting for resources.
 
-The workers and Ray's controller write lines into files of the attempt's work folder, which every node sees; the
-driver looks at them a few times a second.
+The workers and Ray's controller append lines to files in the attempt's work folder, which every node sees; the driver
+reads what is new a few times a second.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _GONE_SECONDS = 60.0
 """How long a cluster may be too small for a run before the run gives up: a node that is restarted comes back."""
 
 
-BUGS = (
+PROGRAMMING_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
     *(NameError, NotImplementedError, TypeError, ValueError),
 )
-"""Never the echo of another rank's end, which torch tells as another RuntimeError or as an OSError."""
+"""Never caused by the death of another rank, which torch reports as another RuntimeError or as an OSError."""
 
-STUCK = "stuck.jsonl"
-"""File in the work folder: the last sentence of a worker that ended because its training thread stood still."""
+STALLS_FILE = "stuck.jsonl"
+"""File in the work folder: reports of workers whose training thread stalled."""
 
 
 class Tail:
-    """What has been added to a file since the last look; lines are handed out whole."""
+    """What has been added to a file since the last read; only whole lines."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._seen, self._rest = path, 0, b""
@@ -52,7 +52,7 @@ class Tail:
 
 
 class DriverLog:
-    """Tells the user what happens in the workers: rank 0's console, losses, resizes, recoveries, and a long queue."""
+    """Prints what happens in the workers."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DriverLog:
         quiet: bool,
     ) -> None:
         self._console, self._losses = Tail(work / "console.txt"), Tail(work / "losses.jsonl")
-        self._stages, self._stuck = Tail(work / "stages.jsonl"), Tail(work / STUCK)
+        self._stages, self._stuck = Tail(work / "stages.jsonl"), Tail(work / STALLS_FILE)
         self.stuck: dict[int, str] = {}
         """By rank: why it ended, in the group that was last started."""
         self._request, self._max_failures, self._hang_seconds = request, max_failures, hang_seconds
@@ -74,49 +74,48 @@ class DriverLog:
         self._recovery = Recovery("Ray's restart")
         self._waiting_since: float | None = time.monotonic()
         self._too_small_since: float | None = None
-        self._checked, self._told_queue = time.monotonic(), False
+        self._checked, self._queue_reported = time.monotonic(), False
         self.world = 0
         """Workers of the group that was last started."""
 
     def look(self) -> None:
-        """Show what is new.
+        """Print what is new.
 
         Raises:
-            UserError: the cluster has become too small for the run, for a minute.
+            UserError: the cluster has been too small for the run for a minute.
         """
         sys.stdout.write(self._console.text().decode(errors="replace"))
         sys.stdout.flush()
         now = time.monotonic()
         for message in self._stuck.messages():
-            self.stuck[message["rank"]] = message["told"]
+            self.stuck[message["rank"]] = message["report"]
         for message in self._losses.messages():
-            self._lost(message["lost"], now)
+            self._on_lost(message["lost"], now)
         for message in self._stages.messages():
-            self._reached(message["reached"], message["world"], now)
+            self._on_stage(message["reached"], message["world"], now)
         if self._waiting_since is not None and now - self._checked > 5:
             self._checked = now
-            self._waits(now - self._waiting_since, now)
+            self._check_room(now - self._waiting_since, now)
 
-    def _lost(self, lost: dict[str, list[str]], now: float) -> None:
-        told = blame(lost, self._hang_seconds)
+    def _on_lost(self, lost: dict[str, list[str]], now: float) -> None:
         self._waiting_since = now
-        if told is None:
-            return  # an error with a name, or a bug: `run` is about to tell it
-        rank, how = told
-        who = f"rank {rank} of {self.world} {how}"
+        cause = find_lost_rank(lost, self._hang_seconds)
+        if cause is None:
+            return  # an error with a name, or a bug: `run` is about to raise it
+        reason = f"rank {cause[0]} of {self.world} {cause[1]}"
         if self.stuck:
-            who = next(iter(self.stuck.values()))
+            reason = next(iter(self.stuck.values()))
         self._failures += 1
         self._recovery.on_lost(now)
         if self._failures <= self._max_failures:
             print(
-                f"vaedist: {who}; starting again from the last checkpoint "
+                f"vaedist: {reason}; starting again from the last checkpoint "
                 f"({self._failures} of at most {self._max_failures} times)",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def _reached(self, stage: str, world: int, now: float) -> None:
+    def _on_stage(self, stage: str, world: int, now: float) -> None:
         if stage == "started":
             if self.world not in (0, world):
                 print(
@@ -128,12 +127,12 @@ class DriverLog:
             self.world = world
             self.stuck.clear()
             self._waiting_since = self._too_small_since = None
-        told = self._recovery.on_stage(stage, now)
-        if told and not self._quiet:
-            print(told, flush=True)
+        message = self._recovery.on_stage(stage, now)
+        if message and not self._quiet:
+            print(message, flush=True)
 
-    def _waits(self, seconds: float, now: float) -> None:
-        """No group is running: say what is missing, and give up where it can never come."""
+    def _check_room(self, seconds: float, now: float) -> None:
+        """While no group is running: say what is missing, and give up where it can never come."""
         try:
             self._request.fit(nodes())
         except UserError:
@@ -142,48 +141,54 @@ class DriverLog:
                 raise
             return
         self._too_small_since = None
-        if not self._private and seconds > 20 and not self._told_queue and not self._quiet:
-            self._told_queue = True
+        if not self._private and seconds > 20 and not self._queue_reported and not self._quiet:
+            self._queue_reported = True
             print(f"waiting for room in the cluster: {free_cpus()} CPUs are free", flush=True)
 
 
-def blame(lost: dict[str, list[str]], hang_seconds: float) -> tuple[int, str] | None:
-    """The rank that was lost and how; the errors that its loss caused in others come after it. None: a named error
-    or a bug, which another try would meet again.
+def find_lost_rank(lost: dict[str, list[str]], hang_seconds: float) -> tuple[int, str] | None:
+    """The rank that was lost first, and how: deaths cause errors in other ranks. None: an error with a name or a bug,
+    which would occur again.
 
     Args:
-        lost: By rank, the names of the error's classes and of theirs whom it wraps.
+        lost: By rank, the names of the error's classes and of those of the error that it wraps.
     """
-    how = {
+    causes = {
         "WorkerHealthCheckTimeoutError": f"gave no sign of life for {hang_seconds:.0f} s and was killed",
         "RayActorError": "died (killed, or out of memory)",
     }
-    for kind, told in how.items():
+    for kind, cause in causes.items():
         for rank, names in lost.items():
             if kind in names:
-                return int(rank), told
-    final = {"UserError", *(kind.__name__ for kind in BUGS)}
+                return int(rank), cause
+    final = {"UserError", *(kind.__name__ for kind in PROGRAMMING_ERRORS)}
     if any(final & set(names) for names in lost.values()):
         return None
     rank = min(lost, key=int)
     return int(rank), f"failed ({lost[rank][0]})"
 
 
-def named(error: Exception, world: int, stuck: Mapping[int, str]) -> Exception:
-    """Ray's error as ours: a dead worker is the user's to know, anything else is a bug with its traceback."""
+def error_names(error: Exception) -> list[str]:
+    """Names of the classes of an error, and of the error that it wraps."""
+    inner = getattr(error, "health_check_failure", None)
+    return [base.__name__ for kind in (error, inner) for base in type(kind).__mro__]
+
+
+def as_user_error(error: Exception, world: int, stuck: Mapping[int, str]) -> Exception:
+    """Ray's error as ours: a lost worker is a UserError, anything else a bug with its traceback.
+
+    Args:
+        stuck: By rank, the reports of stalled training threads.
+    """
+    used_up = "and the allowed failures are used up; the same command continues from the last checkpoint"
+    if isinstance(error, UserError):
+        return error
     if stuck:
-        return WorkerLost(
-            f"{next(iter(stuck.values()))}, and the allowed failures are used up; the same command continues from the "
-            "last checkpoint"
-        )
-    failures = {str(rank): failure for rank, failure in getattr(error, "worker_failures", {}).items()}
-    for rank, failure in failures.items():
-        wrapped = getattr(failure, "health_check_failure", failure)
-        names = [one.__name__ for kind in (failure, wrapped) for one in type(kind).__mro__]
-        if {"RayActorError", "WorkerHealthCheckTimeoutError"} & set(names):
+        return WorkerLost(f"{next(iter(stuck.values()))}, {used_up}")
+    for rank, failure in getattr(error, "worker_failures", {}).items():
+        if {"RayActorError", "WorkerHealthCheckTimeoutError"} & set(error_names(failure)):
             return WorkerLost(
-                f"rank {rank} of {world} died (killed, out of memory, or without a sign of life), and the allowed "
-                "failures are used up; the same command continues from the last checkpoint"
+                f"rank {rank} of {world} died (killed, out of memory, or without a sign of life), {used_up}"
             )
     if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
         return UserError(

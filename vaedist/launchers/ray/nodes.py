@@ -161,7 +161,7 @@ def _command(place: Path, address: str, gcs: str | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def joined(folder: Path) -> Iterator[int]:
+def join_cluster(folder: Path) -> Iterator[int]:
     """Connect to the cluster of this job, when all its nodes are there; how many they are.
 
     Args:
