@@ -1,6 +1,6 @@
 """What is removed and, above all, what is not: real processes, and what Slurm may answer.
 
-`squeue` is a stand-in here, for the answers that no Slurm gives on request; tests/real_slurm/test_sweep.py asks a
+`squeue` is a stand-in here, for the answers that no Slurm gives on request; tests/real_slurm/test_cleanup.py asks a
 real one.
 """
 
