@@ -1,8 +1,9 @@
-"""Doors parse, call and print: `--help` answers before any heavy library is loaded, and mistakes are one line."""
+"""Commands parse, call and print: `--help` answers before any heavy library is loaded, and mistakes are one line."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -35,9 +36,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_verbs_are_those_that_exist() -> None:
-    """No stub is shipped: a door stands in pyproject.toml if and only if its module is there."""
-    doors = {"shard", "train", "tune", "evaluate", "sample", "launch", "export", "board"}
-    assert set(VERBS) == {path.stem for path in (ROOT / "vaedist").glob("*.py")} & doors
+    """No stub is shipped: a command stands in pyproject.toml if and only if its module is there."""
+    commands = {"shard", "train", "tune", "evaluate", "sample", "launch", "export", "board"}
+    assert set(VERBS) == {path.stem for path in (ROOT / "vaedist").glob("*.py")} & commands
     assert {f"vaedist-{verb}": f"vaedist.{verb}:main" for verb in VERBS} == SCRIPTS
 
 
@@ -52,8 +53,43 @@ def test_help_loads_nothing_heavy(verb: str) -> None:
     assert {"argparse", "vaedist"} <= loaded  # the listing was read
 
 
+IN_PROCESS = """
+import importlib, sys
+try:
+    code = importlib.import_module(f"vaedist.{sys.argv[1]}").main(sys.argv[2:])
+except SystemExit as exit:
+    code = exit.code
+print(code, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("train --print-completion bash", 0),
+        ("launch JOB data.path=DATA --site generic --dry-run", 0),
+        ("launch JOB data.path=DATA --site generic --dry-run --grid model.latent=2,x", 2),
+        ("train JOB model.latnet=3", 2),
+        ("train JOB model.kind=vqave", 2),
+        ("train JOB --engine srun --workers 2", 2),
+        ("train JOB data.path=nowhere --workers 2", 2),
+        ("train JOB data.path=DATA train.steps=2 train.batch_size=8 --workers 2 --device cpu", 0),
+    ],
+)
+def test_a_process_that_does_not_compute_loads_no_torch(
+    words: str, code: int, phantom: Path, tmp_path: Path
+) -> None:
+    """A completion script, a dry run, a refusal, and the launcher of a run: its workers load torch, it does not."""
+    places = {"JOB": str(ROOT / "jobs" / "vae_phantom.yaml"), "data.path=DATA": f"data.path={phantom}"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_PROCESS, *(places.get(word, word) for word in words.split())],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == f"{code} False", done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_console_script_is_the_same_door(verb: str) -> None:
+def test_console_script_is_the_same_command(verb: str) -> None:
     script = Path(sys.executable).parent / f"vaedist-{verb}"
     assert script.exists(), f"{script.name} is not installed: pip install -e '.[test]'"
     as_script, as_module = run(str(script), "--help"), run(sys.executable, "-m", f"vaedist.{verb}", "--help")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tests.run_commands import small_job
 from vaedist.config.job import Job
-from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import generator
 from vaedist.core.errors import NotDefined, UserError
@@ -179,7 +178,7 @@ def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_p
     console = io.StringIO()
     log = RunLog(run, settings, total_steps=100, console=console)
     index = Index.open(phantom)
-    model = build(model_config(settings.model), index.spec, 0)
+    model = build(settings.model, index.spec, 0)
     watch = ValidationFigures(run, log, settings, index.classes, None)
     for step, variance in enumerate([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]):
         usage = Usage(variance, [one / 2 for one in variance], "dimensions")

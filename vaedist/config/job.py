@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from vaedist.config.model_section import ModelConfig
-from vaedist.config.settings import FREE, NAME, OVERRIDE, Strict, apply_overrides, parse, read_yaml
+from vaedist.config.settings import NAME, Strict, apply_overrides, free, overridable, parse, read_yaml
 
 
 class Spec(NamedTuple):
@@ -44,10 +44,9 @@ class Spec(NamedTuple):
 class Data(Strict):
     """Which shards to read, and how."""
 
-    path: str = Field(
+    path: str = free(
         "${VAEDIST_DATA}",
         description="Folder with index.json; environment variables are expanded.",
-        json_schema_extra=FREE,  # a copy elsewhere is the same data: the data identity is what counts
     )
     train_split: str = "train"
     validation_split: str = "validate"
@@ -57,25 +56,23 @@ class Data(Strict):
         "(dynamic; static where it is measured), or white from 128 on (threshold).",
     )
     lanes: int | None = Field(
-        None, ge=1, description="Order lanes L; default: the largest divisor of the batch size up to 16."
+        None, ge=1, description="Lanes L; default: the largest divisor of the batch size up to 16."
     )
-    cache: Literal["auto", "none", "memory", "device"] = Field(
+    cache: Literal["auto", "none", "memory", "device"] = free(
         "auto",
         description="Decode every image once, into memory that a node's processes share, or from there onto each GPU "
-        "(device); auto: into memory where images are read again, and are few beside what is free of it "
+        "(device); auto: into memory where images are read again and take little of what is free of it "
         "(vaedist.training.loader_settings).",
-        json_schema_extra=FREE,
     )
-    workers: int | None = Field(
+    workers: int | None = free(
         None,
         ge=0,
         description="Reader threads per process; 0 reads in the loop itself; default: by device and cache.",
-        json_schema_extra=FREE,
     )
 
 
 class Augment(Strict):
-    """Changes of training images, drawn anew at each step; see `vaedist.data.loading.inputs` for each one's law."""
+    """Changes of training images, drawn anew at each step; `vaedist.data.loading.inputs` defines each."""
 
     flip: float = Field(0.0, ge=0, le=1, description="Probability of a mirror image, left for right.")
     shift: int = Field(0, ge=0, description="Most pixels in each direction; the edge is repeated.")
@@ -142,24 +139,17 @@ Schedule = Annotated[Constant | Cosine | MultiStep | Plateau, Field(discriminato
 class Optim(Strict):
     """Optimizer of one phase."""
 
-    name: Literal["adam", "adamw"] = Field("adamw", json_schema_extra=OVERRIDE)
-    learning_rate: float = Field(1e-3, gt=0, json_schema_extra=OVERRIDE)
-    betas: tuple[float, float] = Field((0.9, 0.999), json_schema_extra=OVERRIDE)
-    eps: float = Field(1e-8, gt=0, json_schema_extra=OVERRIDE)
-    weight_decay: float = Field(0.0, ge=0, json_schema_extra=OVERRIDE)
-    schedule: Schedule = Field(Constant(), json_schema_extra=OVERRIDE)
-    clip: float | None = Field(
-        None, gt=0, description="Largest global gradient norm.", json_schema_extra=OVERRIDE
+    name: Literal["adam", "adamw"] = overridable("adamw")
+    learning_rate: float = overridable(1e-3, gt=0)
+    betas: tuple[float, float] = overridable((0.9, 0.999))
+    eps: float = overridable(1e-8, gt=0)
+    weight_decay: float = overridable(0.0, ge=0)
+    schedule: Schedule = overridable(Constant())
+    clip: float | None = overridable(None, gt=0, description="Largest global gradient norm.")
+    start: int = overridable(
+        0, ge=0, description="First step at which this phase is trained; its schedule counts from there."
     )
-    start: int = Field(
-        0,
-        ge=0,
-        description="First step at which this phase is trained; its schedule counts from there.",
-        json_schema_extra=OVERRIDE,
-    )
-    every: int = Field(
-        1, ge=1, description="The phase is trained at every n-th step.", json_schema_extra=OVERRIDE
-    )
+    every: int = overridable(1, ge=1, description="The phase is trained at every n-th step.")
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -202,58 +192,44 @@ class InitFrom(Strict):
 class Train(Strict):
     """The loop."""
 
-    steps: int | None = Field(None, ge=1, description="Length in optimizer steps.", json_schema_extra=FREE)
-    epochs: float | None = Field(None, gt=0, description="Length in epochs instead.", json_schema_extra=FREE)
+    steps: int | None = free(None, ge=1, description="Length in optimizer steps.")
+    epochs: float | None = free(None, gt=0, description="Length in epochs instead.")
     batch_size: int = Field(32, ge=1, description="Global batch: over all processes, every device count.")
-    micro_batch_size: int | None = Field(
+    micro_batch_size: int | None = free(
         None,
         ge=1,
         description="Most samples one process takes at once; a larger share is accumulated in several passes.",
-        json_schema_extra=FREE,
     )
-    precision: Literal["fp64", "fp32", "bf16"] = Field("fp32", json_schema_extra=OVERRIDE)
-    compile: bool = Field(False, json_schema_extra=FREE)
-    channels_last: bool = Field(False, json_schema_extra=FREE)
-    threads: int | None = Field(
+    precision: Literal["fp64", "fp32", "bf16"] = overridable("fp32")
+    compile: bool = free(False)
+    channels_last: bool = free(False)
+    threads: int | None = free(
         None,
         ge=1,
         description="CPU threads per process; default: the allocation's cores / processes on the node.",
-        json_schema_extra=FREE,
     )
     optim: dict[str, Optim] = Field(default_factory=lambda: {"main": Optim()})
-    reset_optimizer: Literal["never", "on_import", "always"] = Field(
+    reset_optimizer: Literal["never", "on_import", "always"] = overridable(
         "on_import",
-        description="When an optimizer forgets what it has learnt: when a run starts from another's weights "
-        "(on_import), at every resume too (always), or never.",
-        json_schema_extra=OVERRIDE,
+        description="When optimizers lose their state: when a run starts from another's weights (on_import), at every "
+        "resume too (always), or never.",
     )
-    ema_half_life: float | None = Field(
-        None,
-        gt=0,
-        description="Half-life of the weight average, in images; none: no average.",
-        json_schema_extra=OVERRIDE,
+    ema_half_life: float | None = overridable(
+        None, gt=0, description="Half-life of the weight average, in images; none: no average."
     )
-    weights: Literal["ema", "raw"] | None = Field(
+    weights: Literal["ema", "raw"] | None = overridable(
         None,
         description="Weights used by validation, best, sampling and all that follows; default: ema if averaged.",
-        json_schema_extra=OVERRIDE,
     )
-    monitor: Monitor = Field(Monitor(), json_schema_extra=OVERRIDE)
-    early_stop: int | None = Field(
-        None,
-        ge=1,
-        description="Stop after so many validations in a row without a new best.",
-        json_schema_extra=FREE,
+    monitor: Monitor = overridable(Monitor())
+    early_stop: int | None = free(
+        None, ge=1, description="Stop after so many validations in a row without a new best."
     )
-    log_every: int = Field(20, ge=1, json_schema_extra=FREE)
-    validate_every: int = Field(500, ge=1, json_schema_extra=FREE)
-    save_every: int = Field(500, ge=1, json_schema_extra=FREE)
-    keep: int = Field(
-        2, ge=1, description="Newest checkpoints kept (the best one is kept besides).", json_schema_extra=FREE
-    )
-    max_bad_steps: int = Field(
-        10, ge=1, description="Non-finite steps in a row after which training stops.", json_schema_extra=FREE
-    )
+    log_every: int = free(20, ge=1)
+    validate_every: int = free(500, ge=1)
+    save_every: int = free(500, ge=1)
+    keep: int = free(2, ge=1, description="Newest checkpoints kept (the best one is kept besides).")
+    max_bad_steps: int = free(10, ge=1, description="Non-finite steps in a row after which training stops.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -265,23 +241,21 @@ class Train(Strict):
 
     @property
     def chosen_weights(self) -> Literal["ema", "raw"]:
-        """The one rule for which weights everything downstream uses."""
+        """Which weights everything downstream uses."""
         return self.weights or ("ema" if self.ema_half_life is not None else "raw")
 
 
 class Job(Strict):
     """One experiment."""
 
-    name: str = Field("run", pattern=NAME, json_schema_extra=FREE)
+    name: str = free("run", pattern=NAME)
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data = Data()
-    augment: Augment = Field(Augment(), json_schema_extra=OVERRIDE)
+    augment: Augment = overridable(Augment())
     model: ModelConfig = Field(description="`kind` and that variant's own settings.")
     train: Train
-    init_from: InitFrom | None = Field(
-        None,
-        description="A run or checkpoint whose weights a new run starts from: its name, or a section.",
-        json_schema_extra=FREE,
+    init_from: InitFrom | None = free(
+        None, description="A run or checkpoint whose weights a new run starts from: its name, or a section."
     )
 
     @model_validator(mode="after")
@@ -341,9 +315,10 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 def one_length(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`content` without its `train.epochs` where an override gives `train.steps`, and the other way round.
 
-    A length replaces a length: whoever shortens a job should not have to look up in what its file counts.
+    So one length replaces the other: who shortens a job need not look up in which of them its file counts.
     """
-    given = {one.partition("=")[0] for one in overrides if one.partition("=")[2] not in ("", "null")}
+    parts = [override.partition("=") for override in overrides]
+    given = {key for key, _, value in parts if value not in ("", "null")}
     replaced = [{"steps", "epochs"} - {name} for name in ("steps", "epochs") if f"train.{name}" in given]
     train = content.get("train")
     if len(replaced) != 1 or not isinstance(train, dict):

@@ -23,8 +23,8 @@ from vaedist.config.settings import NUMBER, Strict, number_or
 class _Schedule(Strict):
     """A loss weight that moves from `start` to `end` with the optimizer step.
 
-    Training sees `at(step)`; validation, best, early stopping and everything downstream see `end`, so that a
-    loss is never called better because its weight was still small.
+    Training uses `at(step)`; validation, best, early stopping and everything downstream use `end`, so that no
+    loss counts as better only because its weight was still small.
     """
 
     start: float = Field(0.0, ge=0)
@@ -36,7 +36,7 @@ class _Schedule(Strict):
         raise NotImplementedError
 
     def progress(self, step: int) -> float:
-        """How far the weight is on its way: 0 at `start`, 1 at `end`."""
+        """Share of the way from `start` (0) to `end` (1)."""
         raise NotImplementedError
 
     def at(self, step: int) -> float:

@@ -1,8 +1,8 @@
-"""Learning-rate schedules as pure functions of the step, and the one that listens: reduce-on-plateau.
+"""Learning-rate schedules as pure functions of the step, and reduce-on-plateau, which has a state.
 
-`factor(schedule, step, total)` multiplies the phase's learning rate. It depends on nothing but its arguments, so
-a resumed run needs no schedule state. Plateau is the exception: what it has heard is kept in `PlateauState`, a
-few plain numbers that travel in the checkpoint.
+`factor(optim, step, total)` multiplies the phase's learning rate. It depends on nothing but its arguments, so a
+resumed run needs no schedule state. Plateau is the exception: the few numbers of `PlateauState` are kept in the
+checkpoint.
 """
 
 from __future__ import annotations

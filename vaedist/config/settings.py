@@ -1,9 +1,9 @@
-"""Settings as frozen, strict pydantic models: reading them, changing them, and telling what is wrong with them.
+"""Settings as frozen, strict pydantic models: reading and overriding them, and error messages about them.
 
-An unknown key is an error that names the nearest valid one, and the first mistakes are told in one sentence with the
-file and the dotted key; nothing is ignored. Each field carries a mark that says what a resumed run may do with it:
+An unknown key is an error that names the nearest valid one. The first mistakes are reported in one sentence with the
+file and the dotted key; nothing is ignored. Each field has a resume policy:
 
-| mark | on resume |
+| policy | on resume |
 |---|---|
 | `free` | may differ: length, intervals, cache, threads |
 | `override` | may differ with `--override`, and the change is recorded: learning rate, weights |
@@ -12,6 +12,7 @@ file and the dotted key; nothing is ignored. Each field carries a mark that says
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import types
@@ -21,14 +22,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from vaedist.core.errors import UserError, did_you_mean
 
 ResumePolicy = Literal["free", "override", "fixed"]
-FREE: dict[str, Any] = {"resume": "free"}
-OVERRIDE: dict[str, Any] = {"resume": "override"}
+
+
+def free(default: Any = ..., **options: Any) -> Any:
+    """`pydantic.Field` of a setting that may differ when a run is resumed."""
+    return Field(default, json_schema_extra={"resume": "free"}, **options)
+
+
+def overridable(default: Any = ..., **options: Any) -> Any:
+    """`pydantic.Field` of a setting that may differ, with `--override`, when a run is resumed."""
+    return Field(default, json_schema_extra={"resume": "override"}, **options)
 
 
 class Strict(BaseModel):
@@ -39,7 +48,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _yes_is_no_number(cls, content: Any) -> Any:
-        """YAML reads `yes`, `on` and `true` as truths, which pydantic would take for a 1."""
+        """YAML reads `yes`, `on` and `true` as booleans, which pydantic would take for a 1."""
         for name, value in content.items() if isinstance(content, dict) else ():
             if isinstance(value, bool) and name in cls.model_fields:
                 types_ = set(_branches(cls.model_fields[name].annotation))
@@ -51,18 +60,18 @@ class Strict(BaseModel):
 
 
 def number_or(default: str) -> Discriminator:
-    """Tells a plain number from a section with a `kind`, so that a mistake is told of the one that was meant.
+    """Distinguishes a plain number from a section with a `kind`, so that a message is about the one that was meant.
 
     Args:
         default: The section's `kind` where it names none.
     """
 
-    def which(value: Any) -> str:
+    def tag(value: Any) -> str:
         if isinstance(value, dict):
             return str(value.get("kind", default))
         return value.kind if isinstance(value, Strict) and hasattr(value, "kind") else NUMBER
 
-    return Discriminator(which)
+    return Discriminator(tag)
 
 
 NUMBER = "number"
@@ -72,7 +81,7 @@ LIST = "list"
 
 
 def number_or_list() -> Discriminator:
-    """Tells a plain number from a list of them, so that a mistake is told of the one that was meant."""
+    """Distinguishes a plain number from a list of numbers, so that a message is about the one that was meant."""
     return Discriminator(lambda value: LIST if isinstance(value, list | tuple) else NUMBER)
 
 
@@ -121,7 +130,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `content` with each `key.sub=value` set; values are read as YAML (`null`, `[1, 2]`, `1e-3`)."""
-    result = _copy(content)
+    result = copy.deepcopy(content)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -133,20 +142,13 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         except yaml.YAMLError:
             raise UserError(f"{override!r}: the value is not valid YAML; quote it") from None
         parts = key.split(".")
-        place = result
+        section = result
         for depth, part in enumerate(parts[:-1]):
-            inner = place.setdefault(part, {})
-            if not isinstance(inner, dict):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
                 raise UserError(f"{override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
-            place = inner
-        place[parts[-1]] = value
+        section[parts[-1]] = value
     return result
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
-    return [_copy(inner) for inner in value] if isinstance(value, list) else value
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -167,8 +169,8 @@ def parse(cls: type[_Model], content: Any, where: str, prefix: str = "") -> _Mod
     try:
         return cls.model_validate(content, context={"where": where})
     except ValidationError as error:
-        told = [_sentence(cls, problem, prefix) for problem in error.errors()[:3]]
-        raise UserError(f"{where}: {'; '.join(told)}") from None
+        sentences = [_sentence(cls, problem, prefix) for problem in error.errors()[:3]]
+        raise UserError(f"{where}: {'; '.join(sentences)}") from None
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -193,11 +195,11 @@ _PLAIN = {
 
 
 def _sentence(cls: type[BaseModel], problem: Any, prefix: str) -> str:
-    place = [str(part) for part in problem["loc"]]
-    fields, shown = _walk(cls, place)
-    key = ".".join(([prefix] if prefix else []) + shown)
+    location = [str(part) for part in problem["loc"]]
+    fields, keys = _resolve_location(cls, location)
+    key = ".".join(([prefix] if prefix else []) + keys)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{did_you_mean(place[-1], fields)}"
+        return f"unknown key {key!r}{did_you_mean(location[-1], fields)}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
     if problem["type"] == "union_tag_invalid" and problem["ctx"]["discriminator"].endswith("()"):
@@ -222,33 +224,30 @@ def _sentence(cls: type[BaseModel], problem: Any, prefix: str) -> str:
     return f"{key}: {message}{shown_value}"
 
 
-def _walk(cls: Any, place: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """Valid keys of the section that holds the last part of `place`, and `place` without pydantic's union tags."""
+def _resolve_location(cls: Any, location: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Valid keys of the section that holds the last part of `location`, and its keys without pydantic's union tags."""
     current: list[Any] = [cls]
     fields: tuple[str, ...] = ()
-    shown: list[str] = []
-    for part in place:
-        models = [one for one in current if isinstance(one, type) and issubclass(one, BaseModel)]
-        tagged = [one for one in models if part in (one.__name__, _tag(one))]
+    keys: list[str] = []
+    for part in location:
+        models = [kind for kind in current if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        tagged = [model for model in models if part in (model.__name__, _tag(model))]
         if tagged:
             current = tagged
             fields = tuple(tagged[0].model_fields)
             continue
         if part in (NUMBER, LIST, "str", "int", "float", "bool") or not (
-            models or any(typing.get_origin(one) in (dict, tuple, list) for one in current)
+            models or any(typing.get_origin(kind) in (dict, tuple, list) for kind in current)
         ):
             continue  # pydantic's name for a scalar branch of a union
-        fields = tuple(dict.fromkeys(name for one in models for name in one.model_fields))
-        shown.append(part)
-        following: list[Any] = []
-        for one in current:
-            if one in models:
-                if part in one.model_fields:
-                    following += _branches(one.model_fields[part].annotation)
-            elif typing.get_origin(one) in (dict, tuple, list):
-                following += _branches(typing.get_args(one)[-1])
-        current = following
-    return fields, shown
+        fields = tuple(dict.fromkeys(name for model in models for name in model.model_fields))
+        keys.append(part)
+        inner = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        inner += [
+            typing.get_args(kind)[-1] for kind in current if typing.get_origin(kind) in (dict, tuple, list)
+        ]
+        current = [branch for annotation in inner for branch in _branches(annotation)]
+    return fields, keys
 
 
 def _branches(annotation: Any) -> list[Any]:
@@ -282,13 +281,13 @@ def expand(path: str, what: str) -> Path:
 
 
 def resume_policy(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ResumePolicy]]:
-    """Dotted key and resume mark of every field, outermost first; an unmarked field is `fixed`.
+    """Dotted key and resume policy of every field, outermost first; a field that states none is `fixed`.
 
-    A section's own mark holds for all keys below it; `*` stands for any key of a mapping (`train.optim.*.clip`).
+    A section's own policy holds for all keys below it; `*` stands for any key of a mapping (`train.optim.*.clip`).
     """
     for name, field in cls.model_fields.items():
         extra = field.json_schema_extra
-        mark = extra.get("resume") if isinstance(extra, dict) else None
+        policy = extra.get("resume") if isinstance(extra, dict) else None
         key = f"{prefix}{name}"
         inner = []
         for branch in _branches(field.annotation):
@@ -296,8 +295,8 @@ def resume_policy(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
             model = typing.get_args(branch)[-1] if star else branch
             if isinstance(model, type) and issubclass(model, BaseModel) and model.model_fields:
                 inner.append((model, f"{key}.*." if star else f"{key}."))
-        if mark is not None or not inner:
-            yield key, typing.cast(ResumePolicy, mark or "fixed")
+        if policy is not None or not inner:
+            yield key, typing.cast(ResumePolicy, policy or "fixed")
             continue
         for model, below in inner:
             yield from resume_policy(model, below)

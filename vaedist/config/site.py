@@ -28,13 +28,13 @@ from vaedist.core.errors import UserError
 GpuSyntax = Literal["gres", "gpus_per_node", "typed", "none"]
 ContinueBy = Literal["requeue", "resubmit", "none"]
 
-OURS = frozenset(
+RESERVED_OPTIONS = frozenset(
     """
     array chdir dependency error export-file help job-name kill-on-invalid-dep nodes no-requeue ntasks
     ntasks-per-node open-mode output parsable requeue signal test-only usage version wait wrap
     """.split()
 )
-"""sbatch options that a site may not set: what a job is, and what stopping and going on rest upon."""
+"""sbatch options that a site may not set: those that define a job, and those that stopping and continuing need."""
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d{2}):(\d{2})|(\d{1,4}):(\d{2}):(\d{2})")
 
@@ -107,12 +107,12 @@ class Site(Strict):
 
     @field_validator("extra")
     @classmethod
-    def _options_that_are_not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _options_are_not_reserved(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for option in value:
             name = re.match(r"--([a-z][a-z-]*)(=|$)", option)
             if name is None:
                 raise ValueError(f"{option!r} is no option of sbatch: write --name=value")
-            if name[1] in OURS:
+            if name[1] in RESERVED_OPTIONS:
                 raise ValueError(f"{option!r} is set by vaedist for each job: leave it out")
         return value
 
@@ -121,10 +121,8 @@ class Site(Strict):
         """A line break in a value would end its line in the batch script and begin one of its own."""
         for name in type(self).model_fields:
             value = getattr(self, name)
-            texts = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-            )
-            for text in texts:
+            texts = value.values() if isinstance(value, dict) else value
+            for text in texts if isinstance(value, dict | tuple) else (value,):
                 check_text(text, name)
         return self
 
@@ -160,28 +158,21 @@ class Site(Strict):
         Raises:
             UserError: `time` is longer than the site takes.
         """
-        found: list[tuple[str, str]] = []
-        for name in ("partition", "account", "qos", "constraint"):
-            value = getattr(self, name)
-            if value is not None:
-                found.append((name, value))
-        found += self.gpu_options()
-        if self.cpus_per_task is not None:
-            found.append(("cpus-per-task", str(self.cpus_per_task)))
-        if self.mem is not None:
-            found.append(("mem", self.mem))
-        limit = self.checked_time(time)
-        if limit is not None:
-            found.append(("time", limit))
-        if self.mail is not None:
-            found += [("mail-user", self.mail), ("mail-type", "END,FAIL")]
+        options = [(name, getattr(self, name)) for name in ("partition", "account", "qos", "constraint")]
+        options += self.gpu_options()
+        options += [
+            ("cpus-per-task", self.cpus_per_task),
+            ("mem", self.mem),
+            ("time", self.checked_time(time)),
+        ]
+        options += [("mail-user", self.mail), ("mail-type", self.mail and "END,FAIL")]
         for option in self.extra:
             name, _, value = option.removeprefix("--").partition("=")
-            found.append((name, value))
-        return found
+            options.append((name, value))
+        return [(name, str(value)) for name, value in options if value is not None]
 
     def gpu_options(self) -> list[tuple[str, str]]:
-        """The one option that asks for GPUs here, or none."""
+        """The option that asks for GPUs, or none."""
         count = self.gpus_per_node
         if self.gpu_syntax == "none":
             return []

@@ -1,13 +1,13 @@
-"""Context: all that a model may know of the world while it computes a loss.
+"""Context: what a model may use besides its batch while it computes a loss.
 
 A model never asks how many processes there are, which rank it is, or for a global random generator. It asks
-its context: for noise, and for sums, means and gathered rows of the *global* batch. The context below is the
-one-process one, where these are the identity; `vaedist.distributed.process_group` makes the distributed one.
+its context for noise, and for sums, means and gathered rows of the *global* batch. The context below is for
+one process, where these are the identity; `vaedist.distributed.contexts` has the distributed one.
 
 Randomness belongs to the sample, not to the process. Training noise comes from one generator per
-(seed, step, name, lane): lanes are the fixed cut of the global batch into L equal parts, and a rank draws only
-the lanes its slice touches. Hence one process and eight train on the same noise, adding a noise name disturbs
-no other, and no generator state has to be saved. Evaluation noise comes from one generator per
+(seed, step, name, lane): the global batch is always cut into the same L equal parts, the lanes, and a rank draws
+only the lanes that its slice touches. Hence one process and eight train on the same noise, a further noise name
+changes no other, and no generator state has to be saved. Evaluation noise comes from one generator per
 (seed, sample, name, chunk), so it depends neither on the batch size nor on how importance samples are grouped.
 
 Gradients. The loop minimises the mean of `terms["loss"]` over the global batch. With R ranks holding B_r of the
@@ -51,7 +51,7 @@ class Context(Protocol):
     phase: str
     step: int
     turn: int
-    """How often the phase was trained before this step; what a phase does at every n-th of its turns counts these."""
+    """How often the phase was trained before this step."""
     training: bool
     batch_size: int
     """Samples in the global batch."""
@@ -75,7 +75,7 @@ class Context(Protocol):
         """Elementwise sum over processes, shape kept, with gradient."""
 
     def accumulate(self, name: str, value: Tensor) -> None:
-        """Add `value` to this step's statistic `name` (summed over micro-batches). It dies with a refused step."""
+        """Add `value` to this step's statistic `name`, over micro-batches. A refused step discards it."""
 
     def collect(self, name: str, rows: Tensor) -> None:
         """Append `rows` to this step's statistic `name`, micro-batch after micro-batch."""

@@ -1,8 +1,8 @@
-"""What a user is told when something goes wrong, and the exit code that goes with it.
+"""Errors that a user can mend, and the exit code of each.
 
 Every mistake a person can make (a wrong path, an unknown key, a damaged shard) is a `UserError`: one
-sentence that says what is wrong, where, and what to do. A door prints it after its own name and exits
-with the error's code; a traceback therefore always means a bug of ours.
+sentence that says what is wrong, where, and what to do. A command prints it after its own name and exits
+with the error's code; a traceback therefore always means a bug of vaedist.
 
 | code | meaning |
 |---|---|
@@ -81,13 +81,13 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 class CliCommand(Protocol):
-    """`main(argv)` of a door; without arguments it reads the command line."""
+    """`main(argv)` of a command; without arguments it reads the command line."""
 
     def __call__(self, argv: list[str] | None = None) -> int: ...
 
 
 def cli_command(main: CliCommand) -> CliCommand:
-    """Wrap a door's `main(argv) -> exit code` so that a `UserError` becomes one line on stderr."""
+    """Decorate a command's `main(argv) -> exit code`: a `UserError` becomes one line on stderr."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def cli_command(main: CliCommand) -> CliCommand:
             print(error_line(name, error), file=sys.stderr)
             return error.exit_code
         except BrokenPipeError:
-            # The reader (`| head`) has gone; there is nobody left to tell.
+            # The reader (`| head`) has gone.
             sys.stderr.close()
             return EXIT_FINISHED
         except KeyboardInterrupt:

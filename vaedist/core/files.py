@@ -20,13 +20,13 @@ from typing import Any
 from vaedist.core.errors import CannotWrite, UserError
 
 TEMPORARY = ".tmp-"
-"""How every temporary name of ours begins; nothing else may be swept."""
+"""How every temporary name of vaedist begins; cleaning up removes nothing else."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What the system says when the disk, the quota or the permitted file size is too small."""
+"""errno where the disk, the quota or the permitted file size is too small."""
 
 _LOCKED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-"""What it says when a folder has become read-only, as many systems make a disk that gave errors."""
+"""errno where a folder is read-only; many systems make a disk read-only after errors."""
 
 
 def temporary(path: Path) -> Path:
@@ -36,10 +36,10 @@ def temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
-    """Say in one sentence that `what` could not be written: no room on the disk or in the quota, or read-only.
+    """Report in one sentence that `what` could not be written: no space on the disk or in the quota, or read-only.
 
     Raises:
-        CannotWrite: in place of that OSError; others pass.
+        CannotWrite: in place of such an OSError; others pass.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Say in one sentence that `path`, a person's choice, cannot be written.
+    """Report in one sentence that `path`, which the user chose, cannot be written.
 
     Raises:
         UserError: in place of an OSError.
@@ -114,7 +114,7 @@ def replace_private(path: Path, text: str) -> None:
 
 
 def exists_uncached(path: Path) -> bool:
-    """Whether a file is there that another machine may have written: NFS looks again only when the folder is opened."""
+    """Whether a file is there that another machine may have written: NFS looks again when the folder is listed."""
     try:
         return path.name in os.listdir(path.parent)
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def exists_uncached(path: Path) -> bool:
 
 
 def wait_for_file(path: Path, seconds: float) -> str | None:
-    """The text of a file that another machine is about to write; None if it is not there after so long."""
+    """The text of a file that another machine is about to write; None where it is not there after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         if exists_uncached(path):

@@ -1,8 +1,8 @@
-"""From numbers to pictures: uint8 conversion, grids, PNG files, figures. It loads numpy and Pillow only (matplotlib
-where a figure is drawn), so any module may use it.
+"""Arrays to pictures: uint8 conversion, grids, PNG and GIF files, figures. It loads numpy and Pillow only, and
+matplotlib where a figure is drawn.
 
 Every picture and every sample metric, of real and of generated images alike, goes through uint8 (`to_uint8`):
-what is measured is then what a person would see in the file.
+what is measured is what the file shows.
 
 Axes: models speak (N, C, H, W); pictures are (H, W) or (H, W, 3). `channels_last` turns one into the other.
 """
@@ -29,8 +29,8 @@ def figure(**options: Any) -> Any:
     """A `matplotlib.figure.Figure` (with these options) whose canvas needs no screen and no pyplot."""
     with contextlib.ExitStack() as exits:
         if "matplotlib" not in sys.modules and "MPLCONFIGDIR" not in os.environ and not _home_takes_files():
-            # Matplotlib would make a temporary folder for its cache, say so in five lines, and leave it behind where a
-            # worker is killed. This one goes as soon as all is in memory.
+            # Matplotlib would make a temporary folder for its cache, warn in five lines, and leave it behind where a
+            # worker is killed. This one is removed as soon as matplotlib is imported.
             os.environ["MPLCONFIGDIR"] = exits.enter_context(tempfile.TemporaryDirectory())
             exits.callback(os.environ.pop, "MPLCONFIGDIR")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -100,7 +100,7 @@ def grid(images: Any, columns: int, pad: int = 2) -> Pixels:
     Args:
         images: uint8 (N, H, W) or (N, H, W, C), N >= 1.
         columns: Images per row, at least 1; the last row may be short.
-        pad: Width in pixels of the border around and between images; mid-grey, so that black images show.
+        pad: Width in pixels of the border around and between images; mid-gray, so that black images show.
 
     Returns:
         uint8 (H', W', C): C is 1 for (N, H, W) input.
@@ -129,11 +129,11 @@ GRAY = (128, 128, 128)
 
 
 def framed(images: Any, color: tuple[int, int, int] = RED) -> Pixels:
-    """Images with a frame around them, so that originals are told from what a model made of them.
+    """Images with a frame around them, so that originals and a model's images can be told apart.
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C), C = 1 or 3.
-        color: Of the frame; grey, which `grid` fills with, for images that only have to match framed ones in size.
+        color: Of the frame; gray, which `grid` fills with, for images that only have to match framed ones in size.
 
     Returns:
         uint8 (N, H + 2 w, W + 2 w, 3), w = 1 to 4 pixels, growing with the image.
@@ -162,7 +162,7 @@ def png_bytes(array: Any) -> bytes:
 
 
 def gif_bytes(frames: Any, *, milliseconds: int = 80, least: int = 128) -> bytes:
-    """An animated GIF that plays for ever, there and back.
+    """An animated GIF that repeats for ever, forwards and backwards.
 
     Args:
         frames: uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), N >= 1.
@@ -185,7 +185,7 @@ def gif_bytes(frames: Any, *, milliseconds: int = 80, least: int = 128) -> bytes
 
 
 def code_maps(codes: Any, height: int, width: int) -> Pixels:
-    """Grids of codes as pictures: each code has its color, wherever it stands and in every picture.
+    """Grids of codes as pictures: a code has the same color at each position and in every picture.
 
     Args:
         codes: integers (N, h, w), at least 0.
@@ -202,7 +202,7 @@ def code_maps(codes: Any, height: int, width: int) -> Pixels:
 
 
 def _code_colors(codes: NDArray[Any]) -> Pixels:
-    """Hues a golden angle apart, so that neighbouring numbers look different; three levels of saturation and value."""
+    """Hues a golden angle apart, so that neighboring numbers look different; three levels of saturation and value."""
     hue = (codes * 0.6180339887498949) % 1.0
     value = np.choose(codes % 3, [1.0, 0.8, 0.6])
     saturation = np.choose(codes // 3 % 3, [0.85, 0.6, 0.4])

@@ -1,4 +1,4 @@
-"""What stands on a terminal and nowhere else: colors and progress bars.
+"""Colors and progress bars, which only a terminal gets.
 
 A pipe, a log file and a batch job get the same text without either. Colors follow https://no-color.org: any text in
 $NO_COLOR turns them off, and so does a terminal that calls itself dumb.
@@ -11,12 +11,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import IO, Any, Literal
 
 Color = Literal["red", "yellow", "green"]
 StartBar = Callable[[str, int], Callable[[int], None]]
-"""`bar(what, total)` begins a progress bar; what it returns is called with the number done so far."""
+"""`start(stage, total)` starts a progress bar and returns a function of how many are done."""
 _CODES: dict[Color, str] = {"red": "1;31", "yellow": "1;33", "green": "32"}
 
 
@@ -36,7 +35,7 @@ def _wants_color(stream: IO[str]) -> bool:
 
 
 def error_line(name: str, sentence: object) -> str:
-    """What a door prints on standard error before it leaves: its name, what is wrong, and what to do."""
+    """What a command prints on standard error before it exits: its name, what is wrong, and what to do."""
     return f"{name}: {colored('error:', 'red', sys.stderr)} {sentence}"
 
 
@@ -62,7 +61,7 @@ class ProgressBars:
         self._done, self._began = 0, 0.0
 
     def start(self, stage: str, total: int | None = None) -> Callable[[int], None]:
-        """Start the bar of a stage, ending the one before; a function of how many are done."""
+        """Start the bar of a stage, ending the previous one, and return a function of how many are done."""
         self.close()
         self._stage, self._done, self._began = stage, 0, time.monotonic()
         bar = self._bar = progress_bar(total, self._unit, stage, leave=False) if self._shown else None
@@ -75,19 +74,19 @@ class ProgressBars:
         return update
 
     def callback(self, stage: str) -> Callable[[int, int], None]:
-        """As `begin`, for a stage whose length is told with each step: a function of (done, in all)."""
+        """As `start`, where the length comes with each update: returns a function of (done, total)."""
         update = self.start(stage)
 
         def progress(done: int, total: int) -> None:
             if self._bar is not None and self._bar.total != total:
                 self._bar.total = total
-                self._bar.refresh()  # tqdm would wait, and a short stage end without ever having shown its length
+                self._bar.refresh()  # tqdm would wait, and a short stage would end without showing its length
             update(done)
 
         return progress
 
     def close(self) -> None:
-        """End the bar that stands there, if any."""
+        """End the current bar, if any."""
         if self._bar is not None:
             self._bar.close()
         if self._stage and self._verbose:
@@ -98,16 +97,14 @@ class ProgressBars:
     def __enter__(self) -> ProgressBars:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 def progress_bar(
     total: int | None, unit: str, stage: str | None = None, *, initial: int = 0, leave: bool = True
 ) -> Any:
-    """A tqdm bar on standard error as wide as the terminal, also on one that does not know its width.
+    """A tqdm bar on standard error, as wide as the terminal, or 100 characters where its width is not known.
 
     Args:
         total: Length; None: not known yet.
@@ -118,7 +115,7 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    # Terminals without a size (`docker run -t`, for one) would get a bar of no width.
+    # A terminal may have no size, as with `docker run -t`: tqdm would make a bar of no width.
     size = shutil.get_terminal_size((100, 24))
     return tqdm(
         total=total,

@@ -1,8 +1,10 @@
 """What a variant is: the loss inside `forward`, three hooks around a step, and declared capabilities.
 
 A variant is one file in this folder. Its name is the `kind` of the job file; it holds a `Config` (a
-`settings.Strict`, whose first field is `kind: Literal["<name>"]`) and a `Model`, a subclass of `Variant` below.
-Nothing else needs to know of it: the loop, the doors, the engines and the metrics ask for capabilities.
+`settings.Strict` with a field `kind: Literal["<name>"]`) and a `Model`, a subclass of `Variant` below. A `Config`
+that is to load without torch lies in `<name>_config.py`, and the variant's file imports it. Nothing else needs to know
+of a variant: the loop, the commands, the launchers and the metrics ask for capabilities. `bases` has what variants
+with a Gaussian latent and priors over codes share.
 
 Scales. A batch carries uint8 images (B, C, H, W). Networks see and emit [-1, 1] (`to_network`). The likelihood
 object alone owns the target's scale: it takes the uint8 image, and its `mean` and `sample` are in [0, 1].
@@ -82,7 +84,7 @@ class Variant(nn.Module):
 
     phases: ClassVar[tuple[str, ...]] = ("main",)
     reads: ClassVar[Literal["images", "codes"]] = "images"
-    """What a batch carries: `image`, or the `codes` that the borrowed `tokenizer` gives to each image."""
+    """What a batch carries: `image`, or the `codes` that the frozen `tokenizer` gives to each image."""
     latent: Literal["vector", "map", "codes", "none"] = "none"
     latent_shape: tuple[int, ...] = ()
     """Of one sample: (D,), (D, h, w), or (h, w) for codes."""
@@ -96,13 +98,13 @@ class Variant(nn.Module):
     """Operation to reason, for what is not defined: `{"sample": "..."}`."""
 
     sampling_options: ClassVar[frozenset[str]] = frozenset()
-    """Further keyword arguments of `sample`, of `top_k`, `top_p`, `guidance`: what doors may offer."""
+    """Further keyword arguments of `sample`, of `top_k`, `top_p`, `guidance`: what commands may offer."""
 
     compiled: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     """Attributes that `train.compile` compiles: the bodies, never `forward`."""
 
     adversarial_terms: ClassVar[frozenset[str]] = frozenset()
-    """Terms that tell which of two networks is ahead, not how good the model is: a run may not be judged by them."""
+    """Terms that compare two networks instead of measuring the model: they cannot be monitored."""
 
     config: Strict
     spec: Spec
@@ -143,7 +145,7 @@ class Variant(nn.Module):
 
     @property
     def uncompiled(self) -> Mapping[str, str]:
-        """Body to the reason why `train.compile` leaves it as it is: told at the start."""
+        """Body to the reason why `train.compile` leaves it as it is; logged at the start."""
         return {}
 
     def check_source(self, source: Strict, mapping: Mapping[str, str], where: str) -> None:
@@ -164,7 +166,7 @@ class Variant(nn.Module):
         return {}
 
     def train(self, mode: bool = True) -> Variant:
-        """As `torch.nn.Module.train`; what is borrowed stays as it is used, in evaluation mode."""
+        """As `torch.nn.Module.train`; pretrained submodules stay in evaluation mode."""
         super().train(mode)
         for name in self.pretrained:
             getattr(self, name).eval()
@@ -202,14 +204,14 @@ class Variant(nn.Module):
         """n images (n, C, H, W) in [0, 1] from the prior; image i depends on (seed, first + i, its label) alone.
 
         Where the latent is a vector or a map, number i is the mean of `decode` at `prior(label).sample(temperature *
-        noise)`, with standard normal noise of `latent_shape` from `generator("sample", seed, i)`: so doors know the
-        latents of samples.
+        noise)`, with standard normal noise of `latent_shape` from `generator("sample", seed, i)`: so commands know
+        the latents of samples.
 
         Args:
             n: How many.
             seed: Of the noise.
             first: Number of the first one, so that many are drawn in parts.
-            label: (n,) int64 class of each, where `conditional`; None: drawn evenly over the classes; -1: not told,
+            label: (n,) int64 class of each, where `conditional`; None: drawn evenly over the classes; -1: unknown,
                 where labels were dropped in training.
             temperature: Spread around the prior's mean, or of the codes' distribution.
         """
@@ -234,7 +236,7 @@ class Variant(nn.Module):
 def build(config: Strict, spec: Spec, seed: int) -> Variant:
     """A variant with its initial weights, a function of (config, spec, seed) alone, in fp32 on the CPU.
 
-    torch's layers draw their start from the global generator; it is borrowed and handed back as it was.
+    torch's layers draw their initial weights from the global generator, which is restored afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Generative adversarial network, whose generator may start as a VAE's decoder.
 
-Two networks play: the generator paints y = G(z) from z ~ N(0, 1), the discriminator scores real images x against y. The
-losses, the gradient penalty and the normalisation are those of `vaedist.nets.adversarial`. Each step is one turn of the
+The generator makes y = G(z) from z ~ N(0, 1), and the discriminator scores real images x against y. The losses, the
+gradient penalty and the normalization are those of `vaedist.nets.adversarial`. Each step is one turn of the
 discriminator, then one of the generator; `train.optim.generator.start` lets the discriminator warm up, and
 `train.optim.generator.every` gives it several turns for one. `diffaugment` is for small sets.
 
@@ -10,8 +10,8 @@ From a VAE to a GAN. The generator is the very network that a VAE's decoder is (
 
     init_from: {run: VAE, map: {decoder: generator}}
 
-copies it tensor by tensor. What its numbers a mean was the VAE's likelihood's to say; the discriminator sees images in
-[-1, 1], so `output` says how to read them:
+copies it tensor by tensor. In the VAE the likelihood turns the decoder's numbers a into a mean; the discriminator sees
+images in [-1, 1], so `output` says how to read the numbers here:
 
 | output | image in [-1, 1] | the decoder of a VAE with |
 |---|---|---|
@@ -21,10 +21,10 @@ copies it tensor by tensor. What its numbers a mean was the VAE's likelihood's t
 
 With the first two the generator's first pictures are the VAE's own samples for the same z; exactly so for all but
 `logistic` (with one output per channel, on gray images), whose mean bends a little where its tails are cut. A mismatch
-is refused, and so is a decoder with more outputs per channel (a predicted sigma, a mixture), which paints no picture.
+is refused, and so is a decoder with more outputs per channel (a predicted sigma, a mixture), which are no picture.
 
-The losses tell who is ahead, not how good the pictures are, so a GAN's monitor is a measure of its samples, such as
-`kid`.
+The losses compare the two networks and do not measure the pictures, so a GAN's monitor is a measure of its samples,
+such as `kid`.
 """
 
 from __future__ import annotations
@@ -100,30 +100,30 @@ class Model(Variant):
     def averaged(self, name: str) -> bool:
         return name.startswith("generator.")
 
-    def paint(self, z: Tensor) -> Tensor:
+    def generate(self, z: Tensor) -> Tensor:
         """(B, C, H, W) on the scale where [-1, 1] is black to white, of latents (B, *noise_shape)."""
         numbers: Tensor = self.generator(z)
         return OUTPUTS[self.config.output](numbers.to(torch.promote_types(numbers.dtype, torch.float32)))
 
     def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
-        play = self.discriminator
+        disc = self.discriminator
         real = self.to_network(batch["target"] if "target" in batch else batch["image"])
         z = ctx.noise("z", (len(real), *self.noise_shape)).to(real.dtype)
         if ctx.phase == "discriminator":
             with torch.no_grad():
-                fake = self.paint(z)
-            real_score, penalty = play.real_scores(play.augment_input(real, ctx, "real"), ctx)
-            fake_score = play(play.augment_input(fake, ctx, "fake"))
+                fake = self.generate(z)
+            real_score, penalty = disc.real_scores(disc.augment_input(real, ctx, "real"), ctx)
+            fake_score = disc(disc.augment_input(fake, ctx, "fake"))
             terms = {
-                "loss": play.loss(real_score, fake_score),
-                **play.score_statistics(real_score, fake_score),
+                "loss": disc.loss(real_score, fake_score),
+                **disc.score_statistics(real_score, fake_score),
             }
             if penalty is not None:
                 terms |= {"loss": terms["loss"] + penalty, "r1": penalty.detach()}
             return terms
-        fake_score = play(play.augment_input(self.paint(z), ctx, "fake"))
-        rival = play(play.augment_input(real, ctx, "real")) if play.relativistic else None
-        return {"loss": play.generator_loss(rival, fake_score), "fake_score": fake_score.detach()}
+        fake_score = disc(disc.augment_input(self.generate(z), ctx, "fake"))
+        compared = disc(disc.augment_input(real, ctx, "real")) if disc.relativistic else None
+        return {"loss": disc.generator_loss(compared, fake_score), "fake_score": fake_score.detach()}
 
     def after_step(self, ctx: Context) -> dict[str, Tensor]:
         if ctx.phase == "discriminator":
@@ -141,7 +141,7 @@ class Model(Variant):
         ]
         weight = next(self.parameters())
         z = temperature * torch.stack(noise).to(weight.device, weight.dtype)
-        return torch.cat([((self.paint(part) + 1) / 2).clamp(0, 1) for part in z.split(64)])
+        return torch.cat([((self.generate(part) + 1) / 2).clamp(0, 1) for part in z.split(64)])
 
     def check_source(self, source: Strict, mapping: Mapping[str, str], where: str) -> None:
         if mapping and "generator" not in mapping.values():
@@ -167,7 +167,7 @@ class Model(Variant):
 
 @torch.no_grad()
 def reading(observation: ObservationModel) -> str:
-    """The `output` by which a generator paints the mean that this likelihood reads from a decoder's numbers."""
+    """The `output` that reads a generator's numbers as the mean that this likelihood makes of a decoder's."""
     numbers = torch.linspace(-1, 1, 21).view(-1, 1, 1, 1).expand(-1, observation.outputs, 1, 1)
     mean = 2 * observation(numbers).mean - 1
     apart = {

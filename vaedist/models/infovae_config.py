@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vaedist.config.settings import OVERRIDE
+from vaedist.config.settings import overridable
 from vaedist.models.bases.gaussian_autoencoder_config import GaussianAutoencoderConfig
 from vaedist.nets.divergences_config import Imq, KernelConfig
 
@@ -15,9 +15,9 @@ class Config(GaussianAutoencoderConfig):
     """Settings of `kind: infovae`."""
 
     kind: Literal["infovae"] = "infovae"
-    alpha: float = Field(0.0, le=1, description="1 minus the weight of the rate.", json_schema_extra=OVERRIDE)
-    mmd_weight: float = Field(1000.0, ge=0, description="lambda.", json_schema_extra=OVERRIDE)
-    kernel: KernelConfig = Field(Imq(), json_schema_extra=OVERRIDE)
+    alpha: float = overridable(0.0, le=1, description="1 minus the weight of the rate.")
+    mmd_weight: float = overridable(1000.0, ge=0, description="lambda.")
+    kernel: KernelConfig = overridable(Imq())
     deterministic: bool = Field(False, description="An encoder without a variance; where alpha is 1.")
 
     @model_validator(mode="after")

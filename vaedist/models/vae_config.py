@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from vaedist.config.loss_weights import Weight
-from vaedist.config.settings import OVERRIDE
+from vaedist.config.settings import overridable
 from vaedist.models.bases.gaussian_autoencoder_config import GaussianAutoencoderConfig
 
 
@@ -15,12 +15,10 @@ class Config(GaussianAutoencoderConfig):
     """Settings of `kind: vae`."""
 
     kind: Literal["vae"] = "vae"
-    beta: Weight = Field(1.0, description="Weight of the rate.", json_schema_extra=OVERRIDE)
-    free_bits: float = Field(
-        0.0, ge=0, description="Nats per latent dimension without a price.", json_schema_extra=OVERRIDE
-    )
-    num_importance: int = Field(
-        1, ge=1, description="Latents drawn per image; more give a tighter bound.", json_schema_extra=OVERRIDE
+    beta: Weight = overridable(1.0, description="Weight of the rate.")
+    free_bits: float = overridable(0.0, ge=0, description="Nats per latent dimension without a price.")
+    num_importance: int = overridable(
+        1, ge=1, description="Latents drawn per image; more give a tighter bound."
     )
 
     @model_validator(mode="after")

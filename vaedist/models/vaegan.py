@@ -4,15 +4,15 @@ Larsen et al., "Autoencoding beyond pixels using a learned similarity metric", a
 the discriminator D before its score, z ~ q(z | x) the latent of an image, x' its reconstruction and y the picture of a
 z from the prior, the three networks minimise in turn
 
-    discriminator   the game of D(x) against D(x') and D(y), either half (the paper: either whole)
+    discriminator   the adversarial loss of D(x) against D(x') and D(y), half of each (the paper: all of each)
     encoder         beta KL(q(z | x) || p(z)) + S
-    decoder         style S + the game of the generator, with x' and y either half
+    decoder         style S + the generator's adversarial loss of x' and y, half of each
 
     S = 1/2 |f(x) - f(x')|^2,
 
 which is -log N(f(x); f(x'), 1) up to a constant, in nats. The discriminator does not train on it: it would lower S by
-features that tell nothing. Both pictures in S are augmented alike. `pixel` adds the likelihood's pixel-wise distortion
-to encoder and decoder, and `dssim` its structural one; the paper has neither.
+features that distinguish nothing. Both pictures in S are augmented alike. `pixel` adds the likelihood's pixel-wise
+distortion to encoder and decoder, and `dssim` its structural one; the paper has neither.
 
 The `likelihood` says how the decoder's numbers are read as a picture, as it does in a VAE, so a run may start from one
 with the same networks by `init_from: {run: VAE, map: {encoder: encoder, decoder: decoder}}`.
@@ -65,10 +65,10 @@ class Model(GaussianAutoencoder):
         return ramp_end(self.config.beta)
 
     def parameters_of(self, phase: str) -> Iterable[nn.Parameter]:
-        theirs = {"discriminator": ("discriminator.",), "decoder": ("decoder.", "observation.")}
-        rest = theirs["discriminator"] + theirs["decoder"]
+        prefixes = {"discriminator": ("discriminator.",), "decoder": ("decoder.", "observation.")}
+        rest = prefixes["discriminator"] + prefixes["decoder"]
         for name, parameter in self.named_parameters():
-            if name.startswith(theirs[phase]) if phase in theirs else not name.startswith(rest):
+            if name.startswith(prefixes[phase]) if phase in prefixes else not name.startswith(rest):
                 yield parameter
 
     def averaged(self, name: str) -> bool:
@@ -76,21 +76,21 @@ class Model(GaussianAutoencoder):
 
     def forward(self, batch: Batch, ctx: Context) -> dict[str, Tensor]:
         image, target, label = self.inputs(batch, ctx)
-        config, play, real = self.config, self.discriminator, self.to_network(target)
-        imagined = ctx.noise("prior", (len(image), *self.latent_shape)).to(real.dtype)
-        noise = ctx.noise("z", imagined.shape)
+        config, disc, real = self.config, self.discriminator, self.to_network(target)
+        prior_noise = ctx.noise("prior", (len(image), *self.latent_shape)).to(real.dtype)
+        noise = ctx.noise("z", prior_noise.shape)
 
         if ctx.phase == "discriminator":
             with torch.no_grad():
                 z = self.encode(image, label).sample(noise)
-                pictures = [_picture(self.decode(z, label)), _picture(self._imagine(imagined, label))]
-            real_score, penalty = play.real_scores(play.augment_input(real, ctx, "real"), ctx)
-            rebuilt, painted = (
-                play(play.augment_input(picture, ctx, name))
+                pictures = [_picture(self.decode(z, label)), _picture(self._decode_prior(prior_noise, label))]
+            real_score, penalty = disc.real_scores(disc.augment_input(real, ctx, "real"), ctx)
+            reconstructed, sampled = (
+                disc(disc.augment_input(picture, ctx, name))
                 for picture, name in zip(pictures, ("rebuilt", "painted"), strict=True)
             )
-            loss = 0.5 * (play.loss(real_score, rebuilt) + play.loss(real_score, painted))
-            terms = {"loss": loss, **play.score_statistics(real_score, painted)}
+            loss = 0.5 * (disc.loss(real_score, reconstructed) + disc.loss(real_score, sampled))
+            terms = {"loss": loss, **disc.score_statistics(real_score, sampled)}
             if penalty is not None:
                 terms |= {"loss": loss + penalty, "r1": penalty.detach()}
             return terms
@@ -105,13 +105,15 @@ class Model(GaussianAutoencoder):
             with torch.no_grad():
                 z = self.encode(image, label).sample(noise)
             decoded = self.observe(z, label, target, ctx)
-            painted = play(play.augment_input(_picture(self._imagine(imagined, label)), ctx, "painted"))
-            loss, terms = torch.zeros_like(painted), {}
-        # One name of the noise: the two pictures whose features are compared are augmented alike.
+            sampled = disc(
+                disc.augment_input(_picture(self._decode_prior(prior_noise, label)), ctx, "painted")
+            )
+            loss, terms = torch.zeros_like(sampled), {}
+        # The same noise name augments the two pictures whose features are compared alike.
         with torch.no_grad():
-            real_score, wanted = play.features(play.augment_input(real, ctx, "real"))
-        rebuilt, found = play.features(play.augment_input(_picture(decoded), ctx, "real"))
-        terms["similarity"] = 0.5 * (found - wanted).square().sum(1)
+            real_score, real_features = disc.features(disc.augment_input(real, ctx, "real"))
+        reconstructed, features = disc.features(disc.augment_input(_picture(decoded), ctx, "real"))
+        terms["similarity"] = 0.5 * (features - real_features).square().sum(1)
         terms["distortion"] = -decoded.log_prob(target)
         loss = loss + config.pixel * terms["distortion"]
         if config.dssim > 0:
@@ -119,10 +121,12 @@ class Model(GaussianAutoencoder):
             loss = loss + config.dssim * terms["dssim"]
         if ctx.phase == "encoder":
             return {"loss": loss + terms["similarity"], **terms}
-        game = 0.5 * (play.generator_loss(real_score, rebuilt) + play.generator_loss(real_score, painted))
+        game = 0.5 * (
+            disc.generator_loss(real_score, reconstructed) + disc.generator_loss(real_score, sampled)
+        )
         return {
             "loss": loss + config.style * terms["similarity"] + game,
-            "fake_score": painted.detach(),
+            "fake_score": sampled.detach(),
             **terms,
         }
 
@@ -131,7 +135,7 @@ class Model(GaussianAutoencoder):
             self.discriminator.after_step()
         return self.observation.after_step(ctx) if ctx.phase == "decoder" else {}
 
-    def _imagine(self, noise: Tensor, label: Tensor | None) -> DecoderDistribution:
+    def _decode_prior(self, noise: Tensor, label: Tensor | None) -> DecoderDistribution:
         return self.decode(self.prior(label).sample(noise), label)
 
     def check_source(self, source: Strict, mapping: Mapping[str, str], where: str) -> None:

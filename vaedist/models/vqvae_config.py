@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.settings import Strict, overridable
 from vaedist.nets.bodies_config import Body, Resnet
 from vaedist.nets.likelihoods_config import GaussianLikelihood, LikelihoodConfig
 from vaedist.nets.quantizers_config import EmaCodebook, QuantizerConfig
@@ -20,9 +20,5 @@ class Config(Strict):
     decoder: Body | None = Field(None, description="Default: as the encoder, mirrored.")
     codebook: QuantizerConfig = EmaCodebook()
     likelihood: LikelihoodConfig = GaussianLikelihood()
-    commitment: float = Field(
-        0.25, ge=0, description="Weight of the commitment term.", json_schema_extra=OVERRIDE
-    )
-    dssim: float = Field(
-        0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.", json_schema_extra=OVERRIDE
-    )
+    commitment: float = overridable(0.25, ge=0, description="Weight of the commitment term.")
+    dssim: float = overridable(0.0, ge=0, description="Weight of pixels * (1 - SSIM) / 2.")

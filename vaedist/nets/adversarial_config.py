@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.settings import Strict, overridable
 from vaedist.nets.bodies_config import Body, Resnet
 
 Augmentation = Literal["color", "translation", "cutout"]
@@ -17,29 +17,17 @@ class Adversary(Strict):
 
     discriminator: Body = Resnet(width=64, depth=1, norm="none")
     gan_loss: Literal["ns", "bce", "wgan_clip", "relativistic"] = "ns"
-    label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=0.5,
-        description="Of `bce`: real images count as real by 1 less this.",
-        json_schema_extra=OVERRIDE,
+    label_smoothing: float = overridable(
+        0.0, ge=0, lt=0.5, description="Of `bce`: real images count as real by 1 less this."
     )
-    weight_clip: float = Field(
-        0.01,
-        gt=0,
-        description="Of `wgan_clip`: largest weight of the discriminator.",
-        json_schema_extra=OVERRIDE,
+    weight_clip: float = overridable(
+        0.01, gt=0, description="Of `wgan_clip`: largest weight of the discriminator."
     )
-    r1: float = Field(0.1, ge=0, description="Weight gamma of R1; 0: none.", json_schema_extra=OVERRIDE)
-    r1_every: int = Field(
-        16,
-        ge=1,
-        description="R1 is taken at every n-th turn of the discriminator.",
-        json_schema_extra=OVERRIDE,
-    )
+    r1: float = overridable(0.1, ge=0, description="Weight gamma of R1; 0: none.")
+    r1_every: int = overridable(16, ge=1, description="R1 is taken at every n-th turn of the discriminator.")
     spectral_norm: bool = Field(False, description="Divide the discriminator's weights by their norm.")
-    diffaugment: tuple[Augmentation, ...] = Field(
-        (), description="Of all that the discriminator sees; for small sets.", json_schema_extra=OVERRIDE
+    diffaugment: tuple[Augmentation, ...] = overridable(
+        (), description="Of all that the discriminator sees; for small sets."
     )
 
     @model_validator(mode="after")

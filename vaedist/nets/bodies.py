@@ -186,27 +186,6 @@ def decoder(
     return net
 
 
-def layer_table(model: nn.Module) -> list[tuple[str, str, int]]:
-    """(name, what, trained parameters) of each top-level block, then of the whole model as `total`.
-
-    A block is a child, or a grandchild where the child is a body; `what` is its class, for a body's block the
-    chain of its layers' classes. Codebooks held as buffers count 0 parameters.
-    """
-    rows = []
-    for name, child in model.named_children():
-        blocks = child.named_children() if isinstance(child, nn.Sequential) else iter([("", child)])
-        for inner, block in blocks:
-            parts = block if isinstance(block, nn.Sequential) else [block]
-            what = " > ".join(type(part).__name__ for part in parts) or "(empty)"
-            rows.append((f"{name}.{inner}".rstrip("."), what, _count(block)))
-    own = sum(p.numel() for p in model.parameters(recurse=False))
-    return [*rows, *([("(own)", type(model).__name__, own)] if own else []), ("total", "", _count(model))]
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _no_grid(body: Mlp, vector: bool, where: str) -> None:
     if vector and body.grid != 1:
         raise UserError(f"{where}.grid is {body.grid}, but this model's latent is a vector: leave it at 1")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.settings import Strict, overridable
 
 
 class BernoulliLikelihood(Strict):
@@ -20,11 +20,10 @@ class GaussianLikelihood(Strict):
     """Squared error."""
 
     kind: Literal["gaussian"] = "gaussian"
-    sigma: Annotated[float, Field(gt=0)] | Literal["data", "learned", "predicted", "optimal"] = Field(
+    sigma: Annotated[float, Field(gt=0)] | Literal["data", "learned", "predicted", "optimal"] = overridable(
         "data",
         description="Standard deviation on the [0, 1] scale; `data`: that of the training images; `learned`: a "
         "trained number; `predicted`: from the decoder; `optimal`: the best one of each global batch.",
-        json_schema_extra=OVERRIDE,
     )
 
 
@@ -32,9 +31,7 @@ class LaplaceLikelihood(Strict):
     """Absolute error."""
 
     kind: Literal["laplace"] = "laplace"
-    scale: float = Field(
-        0.1, gt=0, description="Mean absolute deviation on the [0, 1] scale.", json_schema_extra=OVERRIDE
-    )
+    scale: float = overridable(0.1, gt=0, description="Mean absolute deviation on the [0, 1] scale.")
 
 
 class LogisticLikelihood(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.settings import Strict, overridable
 
 
 class PixelCnn(Strict):
@@ -19,7 +19,7 @@ class PixelCnn(Strict):
         (1, 2, 4), min_length=1, description="Of the layers after the first, over and over."
     )
     hidden: int = Field(128, ge=1, description="Units between the horizontal stack and the logits.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="In both stacks.", json_schema_extra=OVERRIDE)
+    dropout: float = overridable(0.1, ge=0, lt=1, description="In both stacks.")
 
     @field_validator("first")
     @classmethod

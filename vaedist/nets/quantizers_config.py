@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.settings import Strict, overridable
 
 Estimator = Literal["straight_through", "rotation"]
 
@@ -18,9 +18,7 @@ class _Vectors(Strict):
         1, ge=1, description="Codebooks, each of which quantises what the ones before left over."
     )
     cosine: bool = Field(False, description="Vectors and codes on a sphere: the smallest angle is nearest.")
-    estimator: Estimator = Field(
-        "straight_through", description="How the gradient passes the codes.", json_schema_extra=OVERRIDE
-    )
+    estimator: Estimator = overridable("straight_through", description="How the gradient passes the codes.")
 
     @model_validator(mode="after")
     def _what_is_left_over_is_not_on_the_sphere(self) -> _Vectors:
@@ -35,13 +33,12 @@ class EmaCodebook(_Vectors):
     """Running means."""
 
     kind: Literal["ema"] = "ema"
-    decay: float = Field(0.99, ge=0, lt=1, description="d.", json_schema_extra=OVERRIDE)
-    expire: float = Field(
+    decay: float = overridable(0.99, ge=0, lt=1, description="d.")
+    expire: float = overridable(
         0.01,
         ge=0,
         lt=1,
         description="A code whose running count is below this part of their mean is dead; 0: never.",
-        json_schema_extra=OVERRIDE,
     )
 
 

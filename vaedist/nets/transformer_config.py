@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vaedist.config.settings import OVERRIDE, Strict
+from vaedist.config.settings import Strict, overridable
 
 
 class Transformer(Strict):
@@ -17,9 +17,7 @@ class Transformer(Strict):
     heads: int = Field(4, ge=1)
     expand: int = Field(4, ge=1, description="Units of each MLP / width.")
     positions: Literal["learned", "rotary", "both"] = "both"
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="Of what attention and MLP add.", json_schema_extra=OVERRIDE
-    )
+    dropout: float = overridable(0.1, ge=0, lt=1, description="Of what attention and MLP add.")
 
     @model_validator(mode="after")
     def _divides(self) -> Transformer:

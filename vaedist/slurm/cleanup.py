@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaedist.core.temporary_folder import sweep_folders
+from vaedist.core.temporary_folder import remove_stale_folders
 from vaedist.slurm.batch_job import SlurmJob, environment_without, log, node_name, slurm_output
 
 JOB_VARIABLE = "VAEDIST_JOB"
@@ -125,7 +125,7 @@ def clean_node(marker: str, node: str | None = None) -> CleanupReport:
     others = {process.start for process in processes} - {me}
     if others and (listed := _listed_jobs(me, node)) is not None:
         _kill({start for start in others if start.cluster == me.cluster and _is_over(start, listed)}, report)
-    report.removed += sweep_folders()
+    report.removed += remove_stale_folders()
     _remove_unused_memory(report)
     return report
 

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 import vaedist
 from vaedist.config.job import Job, one_length
-from vaedist.config.settings import FREE, NAME, Strict, apply_overrides, expand, parse, read_yaml
+from vaedist.config.settings import NAME, Strict, apply_overrides, expand, free, parse, read_yaml
 from vaedist.core.errors import UserError, did_you_mean
 from vaedist.runs.provenance import Change
 from vaedist.tuning.dimensions import Categorical, Dimension, LogUniform, Setting, Uniform
@@ -125,7 +125,7 @@ class Space(Strict):
     """A search space. Keys marked free may change while a search goes on."""
 
     name: str = Field(pattern=NAME)
-    data: SpaceData = Field(json_schema_extra=FREE)
+    data: SpaceData = free()
     base: dict[str, Any] = Field(description="A job without data.path, or the path of a job file.")
     dimensions: dict[str, Dimension] = Field(min_length=1)
     objectives: tuple[Objective, ...] = Field(min_length=1)
@@ -137,8 +137,8 @@ class Space(Strict):
     measure: Measure = Measure()
     search: Search = Tpe()
     scheduler: Scheduler = NoScheduler()
-    trials: int = Field(12, ge=1, json_schema_extra=FREE)
-    resources: Resources = Field(Resources(), json_schema_extra=FREE)
+    trials: int = free(12, ge=1)
+    resources: Resources = free(Resources())
 
     @model_validator(mode="after")
     def _fits_together(self) -> Space:

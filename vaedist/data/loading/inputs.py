@@ -150,12 +150,12 @@ class EvaluationInputs:
     """The batches of a split as a model of `job` is evaluated on them; can be iterated more than once.
 
     Attributes:
-        count: Samples.
+        first, count: Number of the first sample, and how many there are.
         inputs: What is done to them.
     """
 
     def __init__(self, batches: EvaluationStream, job: Job) -> None:
-        self.count, self.inputs = batches.count, Inputs(job)
+        self.first, self.count, self.inputs = batches.first, batches.count, Inputs(job)
         self._batches, self._job = batches, job
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Priors over frozen codes share the tokenizer, the loss, the label and the samples; the network is the variant's own.
+"""Base of priors over the codes of a frozen tokenizer: loss, labels and samples. A subclass adds the network.
 
     loss = -log p(c | y) = - sum_t log p(c_t | c_1 .. c_{t-1}, y),     c: an image's codes in raster order
 
@@ -6,7 +6,7 @@ in nats per image; `nats_per_token` is the same divided by the number of codes. 
 (a VQ-VAE, say) that is kept as it is (van den Oord et al., "Neural discrete representation learning", section
 3.3): training reads them from code shards, and a sample is a map of codes that the tokenizer decodes.
 
-With `conditional` the network is told the label. A part `label_dropout` of the labels is hidden in training, so
+With `conditional` the network gets the label. A part `label_dropout` of the labels is hidden in training, so
 that the same network also models p(c) and samples can be guided: see `vaedist.nets.autoregressive`.
 """
 
@@ -30,12 +30,15 @@ from vaedist.nets.autoregressive import AutoregressiveNetwork, LogitSampler, gen
 from vaedist.nets.conditioning import DROPPED, drop_labels
 from vaedist.nets.dropout import sample_seeds
 
-_TOGETHER = 32
-"""Maps sampled at once: beyond that a CPU gains nothing, and caches grow with it."""
+_MAPS_AT_ONCE = 32
+"""Maps sampled at once: more are no faster on a CPU, and the caches grow."""
+
+
+__all__ = ["CodePrior", "PriorConfig"]
 
 
 class CodePrior(Variant):
-    """Base of the priors: a subclass says which network.
+    """Base of a `Model` that is a prior over codes: a subclass implements `network`.
 
     Raises:
         UserError: `conditional` on data without classes, or the tokenizer has not been read.
@@ -82,10 +85,10 @@ class CodePrior(Variant):
 
     @property
     def sampling_options(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"top_k", "top_p"} | ({"guidance"} if self._free_is_learned else set()))
+        return frozenset({"top_k", "top_p"} | ({"guidance"} if self._unconditional_too else set()))
 
     @property
-    def _free_is_learned(self) -> bool:
+    def _unconditional_too(self) -> bool:
         return self.config.conditional and self.config.label_dropout > 0
 
     def averaged(self, name: str) -> bool:
@@ -98,12 +101,12 @@ class CodePrior(Variant):
         seeds = None
         if ctx.training and self.net.rate > 0:
             seeds = sample_seeds(ctx, len(codes)).to(codes.device)
-        nats = self._nats(codes, self.net(codes, self._row(label, len(codes)), seeds))
+        nats = self._nats(codes, self.net(codes, self._table_rows(label, len(codes)), seeds))
         return {"loss": nats, "nats_per_token": nats.detach() / math.prod(self.latent_shape)}
 
     def code_log_prob(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
         """(B,) nats, log p(codes | label) of (B, h, w) codes; without labels log p(codes)."""
-        return -self._nats(codes, self.net(codes, self._row(label, len(codes))))
+        return -self._nats(codes, self.net(codes, self._table_rows(label, len(codes))))
 
     @staticmethod
     def _nats(codes: Tensor, logits: Tensor) -> Tensor:
@@ -111,8 +114,8 @@ class CodePrior(Variant):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return functional.cross_entropy(logits, codes, reduction="none").flatten(1).sum(1)
 
-    def _row(self, label: Tensor | None, rows: int) -> Tensor | None:
-        """Rows of the network's label table: a hidden label is its last one."""
+    def _table_rows(self, label: Tensor | None, rows: int) -> Tensor | None:
+        """Rows of the network's label table, whose last one is "no label"; None where not conditional."""
         if not self.conditional:
             return None
         if label is None:
@@ -141,7 +144,7 @@ class CodePrior(Variant):
     def sample(self, n: int, **options: Any) -> Tensor:
         """As the contract says, with the options of `sample_codes`: the tokenizer's mean image of each of its maps."""
         codes = self.sample_codes(n, **options)
-        return torch.cat([self.decode_codes(part).mean for part in codes.split(_TOGETHER)])
+        return torch.cat([self.decode_codes(part).mean for part in codes.split(_MAPS_AT_ONCE)])
 
     @torch.no_grad()
     def sample_codes(
@@ -164,7 +167,7 @@ class CodePrior(Variant):
             temperature: Divides the logits; 0: always the most probable code.
             top_k: How many codes stay in each draw.
             top_p: Which probability stays in each draw.
-            guidance: g of the extrapolation from hidden to told label; 1 or None: as told.
+            guidance: g of the extrapolation from hidden to given label; 1 or None: none.
 
         Raises:
             UserError: an option that means nothing, a class that is not there, or guidance without hidden labels.
@@ -172,26 +175,27 @@ class CodePrior(Variant):
         sampler = LogitSampler(temperature, top_k, top_p)
         sampler.check()
         guidance = self._guidance(guidance)
-        draws = [generator("sample", seed, number) for number in range(first, first + n)]
+        generators = [generator("sample", seed, number) for number in range(first, first + n)]
         # In fp32: numbers of 24 bits are below 1 by more than fp64 rounds.
-        places = math.prod(self.latent_shape)
-        uniform = torch.stack([torch.rand(places, generator=draw) for draw in draws])
+        positions = math.prod(self.latent_shape)
+        uniform = torch.stack([torch.rand(positions, generator=draws) for draws in generators])
         if self.conditional and label is None:
-            drawn = [torch.randint(self.spec.classes, (), generator=draw) for draw in draws]
-            label = torch.stack(drawn)
+            label = torch.stack(
+                [torch.randint(self.spec.classes, (), generator=draws) for draws in generators]
+            )
         elif self.conditional and label is not None:
-            self._check(label)
+            self._check_labels(label)
         network: AutoregressiveNetwork = self.net
         maps = []
-        for start in range(0, n, _TOGETHER):
-            part = slice(start, min(n, start + _TOGETHER))
-            rows = part.stop - part.start
-            told = self._row(label[part].to(self._device) if label is not None else None, rows)
+        for start in range(0, n, _MAPS_AT_ONCE):
+            noise = uniform[start : start + _MAPS_AT_ONCE].to(self._device)
+            part = None if label is None else label[start : start + _MAPS_AT_ONCE].to(self._device)
+            labels = self._table_rows(part, len(noise))
             if guidance is not None:
-                assert told is not None
-                told = torch.cat([told, torch.full_like(told, self.spec.classes)])
-            state = network.start_sampling(rows if guidance is None else 2 * rows, told)
-            maps.append(generate(state, uniform[part].to(self._device), sampler, guidance))
+                assert labels is not None
+                labels = torch.cat([labels, torch.full_like(labels, self.spec.classes)])
+            state = network.start_sampling(len(noise) if guidance is None else 2 * len(noise), labels)
+            maps.append(generate(state, noise, sampler, guidance))
         return torch.cat(maps).unflatten(1, self.latent_shape)
 
     def _guidance(self, guidance: float | None) -> float | None:
@@ -200,20 +204,20 @@ class CodePrior(Variant):
             return None
         if not math.isfinite(guidance):
             raise UserError(f"guidance is {guidance}; give a number (1: none)")
-        if not self._free_is_learned:
+        if not self._unconditional_too:
             raise UserError(
                 f"guidance is {guidance}, but this prior never saw a hidden label: train it with "
                 "model.conditional=true and model.label_dropout above 0"
             )
         return guidance
 
-    def _check(self, label: Tensor) -> None:
+    def _check_labels(self, label: Tensor) -> None:
         wrong = label[(label < DROPPED) | (label >= self.spec.classes)]
         if len(wrong):
             raise UserError(
                 f"there is no class {int(wrong[0])}: the model knows 0 to {self.spec.classes - 1}"
             )
-        if (label == DROPPED).any() and not self._free_is_learned:
+        if (label == DROPPED).any() and not self._unconditional_too:
             raise UserError(
                 "this prior saw the label of every training image: name a class, or train with "
                 "model.label_dropout above 0"

@@ -7,15 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from vaedist.config.model_section import ModelConfig
-from vaedist.config.settings import FREE, OVERRIDE, Strict
+from vaedist.config.settings import Strict, free, overridable
 
 
 class Tokenizer(Strict):
-    """What a tokenizer's run is: everything but its weights. vaedist-train writes it."""
+    """What a tokenizer's run is, without its weights. vaedist-train writes it."""
 
-    run: str = Field(
-        description="Run or checkpoint; may move as long as its weights are the same.", json_schema_extra=FREE
-    )
+    run: str = free(description="Run or checkpoint; may move as long as its weights are the same.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of its chosen weights.")
     model: ModelConfig = Field(description="Its `model` section.")
     codes: int = Field(ge=1, description="How many different codes there are, K.")
@@ -35,11 +33,10 @@ class PriorConfig(Strict):
 
     kind: str
     tokenizer: TokenizerConfig = Field(description="The run whose codes are modelled.")
-    conditional: bool = Field(False, description="Whether the network is told the class.")
-    label_dropout: float = Field(
+    conditional: bool = Field(False, description="Whether the network gets the class.")
+    label_dropout: float = overridable(
         0.1,
         ge=0,
         lt=1,
         description="Part of the labels hidden in training, for samples without a class and for guidance.",
-        json_schema_extra=OVERRIDE,
     )

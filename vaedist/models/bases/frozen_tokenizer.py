@@ -1,4 +1,4 @@
-"""The frozen tokenizer inside a prior over codes: the settings that describe it, and the module made from them.
+"""The frozen tokenizer inside a prior over codes, made from the settings that describe it.
 
 A prior (`reads == "codes"`) says `tokenizer: RUN` in its settings, where RUN is a run of a variant whose `latent` is
 `codes`. Before a prior is built, `vaedist.training.tokenizer_codes.resolve_tokenizer` reads that run once, on rank 0,
@@ -33,7 +33,7 @@ def frozen_tokenizer(config: TokenizerConfig, spec: Spec) -> Variant:
     """The tokenizer's module, with `codes` and `decode_codes`: not trained, and without its run's weights yet.
 
     Args:
-        config: Settled.
+        config: Resolved.
         spec: Of the images.
 
     Raises:

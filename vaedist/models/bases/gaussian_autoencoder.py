@@ -1,4 +1,15 @@
-"""What autoencoders with a Gaussian latent share: networks, posterior, prior, samples. The loss is the variant's own.
+"""Base of autoencoders with a Gaussian latent: networks, posterior, prior, samples. A subclass adds the loss.
+
+    class Config(GaussianAutoencoderConfig):
+        kind: Literal["my_vae"] = "my_vae"
+
+    class Model(GaussianAutoencoder):
+        def forward(self, batch, ctx):
+            image, target, label = self.inputs(batch, ctx)
+            posterior = self.encode(image, label)
+            z = posterior.sample(ctx.noise("z", posterior.mean.shape))
+            distortion = -self.observe(z, label, target, ctx).log_prob(target)          # (B,) nats
+            return {"loss": distortion + posterior.kl().flatten(1).sum(1), "distortion": distortion}
 
 The latent is a vector (D,) or, with `latent: {kind: map, channels: n}`, a map (n, h, w) on the encoder's grid. With
 `condition` labels enter the encoder, the decoder and perhaps the prior: see `vaedist.nets.conditioning`.
@@ -22,14 +33,19 @@ from vaedist.nets.decoder_distribution import DecoderDistribution
 from vaedist.nets.divergences import DiagonalGaussian, PointMass
 from vaedist.nets.likelihoods import ObservationModel, check_dssim
 
+__all__ = ["GaussianAutoencoder", "GaussianAutoencoderConfig", "MapLatent"]
+
 
 class GaussianAutoencoder(Variant):
-    """See the module.
+    """Base of a `Model` with a Gaussian latent.
 
     Args:
         config: Its settings.
         spec: Of the data.
         stochastic: Whether the encoder gives a variance too; without one its posterior is a point.
+
+    Raises:
+        UserError: the networks, the condition or `dssim` do not fit the data.
     """
 
     reconstructs = True
@@ -86,7 +102,7 @@ class GaussianAutoencoder(Variant):
     # The pieces of a loss
 
     def inputs(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Image, what it is to become, and labels, some of them dropped in training; None where not conditional."""
+        """Image, target, and labels, some of them dropped in training; None where the model is not conditional."""
         image = batch["image"]
         label = None
         if self.config.condition is not None:
@@ -129,7 +145,7 @@ class GaussianAutoencoder(Variant):
     def sample(
         self, n: int, *, seed: int = 0, first: int = 0, label: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """As the contract says; a label of -1 asks for one without a class, where labels were dropped in training."""
+        """See `Variant.sample`; label -1 asks for a sample without a class, where labels were dropped in training."""
         weight = next(self.parameters())
         draws = [generator("sample", seed, number) for number in range(first, first + n)]
         noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
