@@ -1,4 +1,4 @@
-"""What dead jobs left on a node is removed by the next one there: a real Slurm, which loses what escapes to process 1."""
+"""What dead jobs left on a node the next job there removes: a real Slurm loses what escapes to process 1."""
 
 from __future__ import annotations
 
