@@ -1,9 +1,9 @@
 """`vaedist-board [RUNS]`: TensorBoard on a login node, for the one person who started it.
 
-TensorBoard asks nobody who they are, and a port of a shared machine is everybody's. So it listens on the loopback
+TensorBoard has no login, and every user of a shared machine can connect to its ports. So it listens on the loopback
 address alone, on a port that the kernel chose, and answers only below a path of 128 random bits, which is printed and
-stands on no command line. Everything is served by this process: TensorBoard's faster data server would listen on a
-port of its own without asking for anything.
+never on a command line. This process serves everything: TensorBoard's faster data server would listen on a port of its
+own without any such protection.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _serve(folder: Path, port: int, path: str) -> int:
     from tensorboard import program
     from tensorboard.program import TensorBoardServerException
 
-    # Its own start line names the address without the path, and werkzeug tells every request.
+    # TensorBoard's own start line names the address without the path, and werkzeug logs every request.
     for name in ("tensorboard", "werkzeug"):
         logging.getLogger(name).setLevel(logging.ERROR)
     board = program.TensorBoard()

@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
     keep_freed_memory()
     run = open_run(arguments.run, weights=arguments.weights, device=pick_device(arguments.device))
-    tell = echo_unless(arguments.quiet)
+    echo = echo_unless(arguments.quiet)
     if run.collapse:
-        tell(f"{colored('ALARM:', 'yellow')} {run.collapse}")
+        echo(f"{colored('ALARM:', 'yellow')} {run.collapse}")
     if arguments.info_only:
         from vaedist.inference.run_info import run_info
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if mode == "samples" and run.model.reconstructs and not run.model.samples:
             instead = "; its reconstructions are: --reconstruct FILE ..."
         raise NotDefined(f"{run.folder} ({run.job.kind}): {error}{instead}") from None
-    tell("\n".join([*result.lines, *(f"wrote {path}" for path in result.files)]))
+    echo("\n".join([*result.lines, *(f"wrote {path}" for path in result.files)]))
     return 0
 
 

@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return EXIT_FINISHED
     if arguments.summary:
-        from vaedist.training.layer_table import layer_table
+        from vaedist.training.session import model_summary
 
-        print(layer_table(job))
+        print(model_summary(job))
         return EXIT_FINISHED
 
     from vaedist.runs.fit_options import FitOptions

@@ -81,14 +81,14 @@ MLP = {"kind": "mlp", "width": 16, "depth": 1}
 
 @pytest.fixture(scope="session")
 def cvae(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """Two latent numbers, told the class, of which a fifth was hidden in training."""
+    """Two latent numbers, conditional, of which a fifth was hidden in training."""
     model = {"kind": "vae", "encoder": MLP, "latent": 2, "condition": {"dropout": 0.2, "how": "concat"}}
     return trained(tmp_path_factory.mktemp("runs") / "cvae", data, model)
 
 
 @pytest.fixture(scope="session")
 def prior(tmp_path_factory: pytest.TempPathFactory, data: Path, vqvae: Path) -> Path:
-    """Over the codes of `vqvae`, told the class."""
+    """Over the codes of `vqvae`, conditional."""
     net = {"width": 8, "layers": 2, "hidden": 8}
     model = {"kind": "pixelcnn", "tokenizer": str(vqvae), "net": net, "conditional": True}
     return trained(tmp_path_factory.mktemp("runs") / "prior", data, model)

@@ -22,13 +22,13 @@ class Board:
         command = [sys.executable, "-m", "vaedist.board", str(folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        self.told = ""
-        while "Ctrl-C" not in self.told:
+        self.output = ""
+        while "Ctrl-C" not in self.output:
             line = self.process.stdout.readline()
             assert line, self.process.communicate()
-            self.told += line
-        found = re.search(r"open +(http://localhost:(\d+)/[0-9a-f]{32}/)", self.told)
-        assert found is not None, self.told
+            self.output += line
+        found = re.search(r"open +(http://localhost:(\d+)/[0-9a-f]{32}/)", self.output)
+        assert found is not None, self.output
         self.url, self.port = found[1], int(found[2])
 
 
@@ -57,7 +57,7 @@ def test_it_shows_the_run(board: Board) -> None:
             break
         assert time.monotonic() < deadline, tags
         time.sleep(0.5)
-    assert f"ssh -N -L {board.port}:localhost:{board.port} " in board.told
+    assert f"ssh -N -L {board.port}:localhost:{board.port} " in board.output
 
 
 def test_without_the_path_there_is_nothing(board: Board) -> None:
@@ -82,8 +82,8 @@ def test_it_listens_on_one_port_of_the_loopback_address(board: Board) -> None:
 def test_an_interrupt_ends_it_without_a_word(vae: Path) -> None:
     board = Board(vae)
     board.process.send_signal(signal.SIGTERM)
-    told, errors = board.process.communicate(timeout=30)
-    assert (board.process.returncode, told, errors) == (0, "", "")
+    output, errors = board.process.communicate(timeout=30)
+    assert (board.process.returncode, output, errors) == (0, "", "")
 
 
 def test_mistakes_are_one_sentence(board: Board, vae: Path, tmp_path: Path) -> None:

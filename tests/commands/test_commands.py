@@ -1,4 +1,4 @@
-"""Doors parse, call and print: `--help` answers before any heavy library is loaded, and mistakes are one line."""
+"""Commands parse, call and print: `--help` answers before any heavy library is loaded, and mistakes are one line."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_verbs_are_those_that_exist() -> None:
-    """No stub is shipped: a door stands in pyproject.toml if and only if its module is there."""
-    doors = {"shard", "train", "tune", "evaluate", "sample", "launch", "export", "board"}
-    assert set(VERBS) == {path.stem for path in (ROOT / "vaedist").glob("*.py")} & doors
+    """No stub is shipped: a command stands in pyproject.toml if and only if its module is there."""
+    commands = {"shard", "train", "tune", "evaluate", "sample", "launch", "export", "board"}
+    assert set(VERBS) == {path.stem for path in (ROOT / "vaedist").glob("*.py")} & commands
     assert {f"vaedist-{verb}": f"vaedist.{verb}:main" for verb in VERBS} == SCRIPTS
 
 
@@ -89,7 +89,7 @@ def test_a_process_that_does_not_compute_loads_no_torch(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_console_script_is_the_same_door(verb: str) -> None:
+def test_console_script_is_the_same_command(verb: str) -> None:
     script = Path(sys.executable).parent / f"vaedist-{verb}"
     assert script.exists(), f"{script.name} is not installed: pip install -e '.[test]'"
     as_script, as_module = run(str(script), "--help"), run(sys.executable, "-m", f"vaedist.{verb}", "--help")

@@ -1,4 +1,4 @@
-"""Every mistake of `mistakes.txt` is made, and what is told is compared with the sentence that stands there."""
+"""Every mistake of `mistakes.txt` is made, and its message is compared with the sentence that stands there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
     """Whether it is made on a full disk."""
 
     @property
-    def door(self) -> str:
+    def command_name(self) -> str:
         return self.command.split()[0]
 
 
@@ -97,7 +97,7 @@ def pattern(sentence: str, place: Path) -> str:
 
 
 @pytest.mark.parametrize("mistake", TABLE, ids=lambda one: one.command)
-def test_a_mistake_is_told_in_one_sentence(
+def test_a_mistake_is_one_sentence(
     mistake: Mistake,
     place: Path,
     tmp_path: Path,
@@ -113,16 +113,16 @@ def test_a_mistake_is_told_in_one_sentence(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     before = contents(place)
-    door, *words = shlex.split(mistake.command.replace("@", f"{place}/"))
-    main = importlib.import_module(f"vaedist.{door}").main
+    command, *words = shlex.split(mistake.command.replace("@", f"{place}/"))
+    main = importlib.import_module(f"vaedist.{command}").main
     with no_room(mistake.full):
         try:
             code = main(words)
         except SystemExit as left:
             code = left.code
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith(f"vaedist-{door}: error: "), told
-    sentence = told.removeprefix(f"vaedist-{door}: error: ").rstrip("\n")
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith(f"vaedist-{command}: error: "), message
+    sentence = message.removeprefix(f"vaedist-{command}: error: ").rstrip("\n")
     assert re.fullmatch(pattern(mistake.sentence, place), sentence), sentence
     assert code == mistake.code
     assert contents(place) == before, "it touched what it was given"
@@ -130,9 +130,9 @@ def test_a_mistake_is_told_in_one_sentence(
         assert [path.name for path in tmp_path.iterdir()] == [], "it left something behind"
 
 
-def test_the_list_is_long_and_names_every_door() -> None:
-    doors = {"shard", "train", "evaluate", "sample", "tune", "launch", "export", "board"}
-    assert {one.door for one in TABLE} == doors
+def test_the_list_is_long_and_names_every_command() -> None:
+    commands = {"shard", "train", "evaluate", "sample", "tune", "launch", "export", "board"}
+    assert {mistake.command_name for mistake in TABLE} == commands
     assert len({one.command for one in TABLE}) >= 60
     assert len(TABLE) == LIST.read_text().count("\n$ ")
 
@@ -154,5 +154,5 @@ def test_what_is_checked_before_training_is_what_validation_measures(
     job, *rest = settings
     main = importlib.import_module("vaedist.train").main
     code = main([str(place / job), *rest, "train.steps=2", "-q"])
-    told = capsys.readouterr().err
-    assert code == 0, told
+    message = capsys.readouterr().err
+    assert code == 0, message

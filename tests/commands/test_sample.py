@@ -68,7 +68,7 @@ def test_files_of_the_user_are_reconstructed(vqvae: Path, capsys: pytest.Capture
     Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save("clear.png")
     files = ["fits.png", "wide.jpg", "clear.png"]
     assert main([str(vqvae), "--reconstruct", *files, "--npz", "r.npz"]) == 0
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     with np.load("r.npz") as arrays:
         originals, others = arrays["originals"], arrays["reconstructions"]
     assert (originals[0, 0] == ramp).all()
@@ -85,7 +85,7 @@ def test_files_of_the_user_are_reconstructed(vqvae: Path, capsys: pytest.Capture
             assert (sheet[3:19, start + 1 : start + 17] == image[..., None]).all()
             assert (sheet[2, start : start + 18] == frame).all()
             assert (sheet[2:20, start] == frame).all()
-    line = next(line for line in told.splitlines() if line.startswith("fits.png"))
+    line = next(line for line in message.splitlines() if line.startswith("fits.png"))
     assert f"{pair_metrics(originals[0], others[0])['psnr']:.2f}" in line
 
 
@@ -97,19 +97,19 @@ def test_fit_crop_cuts_the_middle(vqvae: Path) -> None:
 
 def test_info_only_prints_what_the_run_is(vqvae: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(vqvae), "--info-only"]) == 0
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     run = open_run(vqvae)
     count = sum(parameter.numel() for parameter in run.model.parameters())
-    assert f"{count:,}" in told
-    assert str(run.step) in told
-    assert run.data_identity in told
-    assert "encoder.head" in told
-    assert "kind: vqvae" in told
+    assert f"{count:,}" in message
+    assert str(run.step) in message
+    assert run.data_identity in message
+    assert "encoder.head" in message
+    assert "kind: vqvae" in message
     assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--num-samples", "0"], "--num-samples is 0; give at least 1"),
         (["--num-samples=-3"], "--num-samples is -3"),
@@ -125,13 +125,13 @@ def test_info_only_prints_what_the_run_is(vqvae: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_mistakes_are_one_sentence(
-    vae: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    vae: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("text.png").write_text("not an image")
     Path("empty.png").touch()
     before = sorted(Path().iterdir())
     assert main([str(vae), *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert sorted(Path().iterdir()) == before

@@ -88,9 +88,9 @@ def test_a_priors_codes_stand_beside_its_images(prior: Path) -> None:
     found = sampled(prior, "--codes", *options)
     model = open_run(prior).model
     label = torch.tensor([0, 0, 0, 1, 1, 1])
-    told: dict[str, Any] = {"label": label, "top_k": 4, "top_p": 0.9, "guidance": 1.5}
-    assert (found["codes"] == model.sample_codes(6, **told).numpy()).all()
-    assert (found["images"] == to_uint8(model.sample(6, **told))).all()
+    options: dict[str, Any] = {"label": label, "top_k": 4, "top_p": 0.9, "guidance": 1.5}
+    assert (found["codes"] == model.sample_codes(6, **options).numpy()).all()
+    assert (found["images"] == to_uint8(model.sample(6, **options))).all()
     sheet = pixels("samples.png")
     assert sheet.shape == (2 * 18 + 2, 6 * 18 + 2, 3)
     assert (sheet[2:18, 2:18] == found["images"][0, 0][..., None]).all()
@@ -155,13 +155,15 @@ def test_two_latent_numbers_fill_a_plane(cvae: Path) -> None:
 # The density after training ----------------------------------------------------------------------------------
 
 
-def test_a_density_is_fitted_once_and_kept(
+def test_a_mixture_is_fitted_once_and_kept(
     vae: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(vae, tmp_path / "run"))
     first = sampled(run, "--sampler", "gmm", "--num-samples", "9", "--seed", "2")["images"]
-    told = capsys.readouterr().out
-    assert "latents from a Gaussian mixture of 8 components (full covariances), fitted to 48 training" in told
+    message = capsys.readouterr().out
+    assert (
+        "latents from a Gaussian mixture of 8 components (full covariances), fitted to 48 training" in message
+    )
     [stored] = (run / "density").iterdir()
     stamp = stored.stat().st_mtime_ns
     assert (first != sampled(run, "--num-samples", "9", "--seed", "2")["images"]).any()
@@ -177,7 +179,7 @@ def test_a_density_is_fitted_once_and_kept(
     assert f"{stored} is damaged: remove it" in capsys.readouterr().err
 
 
-def test_a_density_for_each_class(cvae: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixture_for_each_class(cvae: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = sampled(cvae, "--sampler", "gmm", "--num-samples", "3", "--class", "1", "--data", str(data))
     assert found["labels"].tolist() == [1, 1, 1]
     assert "for each of" in capsys.readouterr().out
@@ -185,7 +187,7 @@ def test_a_density_for_each_class(cvae: Path, data: Path, capsys: pytest.Capture
     assert "samples without a class are not defined" in capsys.readouterr().err
 
 
-def test_a_density_wants_the_data_that_the_run_was_trained_from(
+def test_a_mixture_needs_the_data_that_the_run_was_trained_from(
     vae: Path, packed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(vae, tmp_path / "run"))
@@ -214,13 +216,18 @@ def test_large_runs_are_drawn_in_parts(
     assert asked == [64, 64, 22]
     assert (found == to_uint8(open_run(vae).model.sample(150))).all()
     assert pixels("samples.png").shape == (8 * 18 + 2, 8 * 18 + 2)
-    told = capsys.readouterr().out.splitlines()
-    assert told[-4:] == ["the picture shows the first 64", "wrote samples.png", "wrote s.npz", "wrote tars"]
+    message = capsys.readouterr().out.splitlines()
+    assert message[-4:] == [
+        "the picture shows the first 64",
+        "wrote samples.png",
+        "wrote s.npz",
+        "wrote tars",
+    ]
     [batch] = EvaluationStream(Index.open("tars"), "train", EvaluationStreamConfig(batch_size=150, workers=0))
     assert (batch["image"].numpy() == found).all()
 
 
-def test_tars_are_data_for_the_other_doors(
+def test_tars_are_data_for_the_other_commands(
     cvae: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(cvae), "--num-samples", "24", "--tar", "tars"]) == 0
@@ -236,17 +243,15 @@ def test_tars_are_data_for_the_other_doors(
     assert open_run("again").data_identity == index.identity
 
 
-def test_a_person_sees_how_far_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for watched in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
         with ProgressBars() as bars:
             advance = bars.start("drawing", 150)
             advance(64)
             advance(150)
-        told = capsys.readouterr().err
-        assert ("drawing" in told and "/150" in told) == watched
+        message = capsys.readouterr().err
+        assert ("drawing" in message and "/150" in message) == watched
 
 
 def test_a_mistake_leaves_nothing_behind(vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +266,7 @@ def test_a_mistake_leaves_nothing_behind(vae: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "told"),
+    ("name", "arguments", "message"),
     [
         ("vae", ["--class", "0"], "--class is not defined, because the model was not trained with classes"),
         ("vae", ["--top-k", "3"], "top_k is not defined"),
@@ -293,12 +298,12 @@ def test_a_mistake_leaves_nothing_behind(vae: Path, capsys: pytest.CaptureFixtur
 def test_what_cannot_be_done_is_one_sentence(
     name: str,
     arguments: list[str],
-    told: str,
+    message: str,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([str(request.getfixturevalue(name)), *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
     assert not list(Path().iterdir())

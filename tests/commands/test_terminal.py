@@ -21,7 +21,7 @@ from tests.spaces import small_space, write_space
 from vaedist.core.errors import UserError, cli_command
 from vaedist.core.terminal import colored
 
-DOORS = ("shard", "train", "evaluate", "sample", "tune", "launch", "export", "board")
+COMMANDS = ("shard", "train", "evaluate", "sample", "tune", "launch", "export", "board")
 PHANTOM = ["phantom", "--out", "packed", "--size", "16", "--count", "train=64,validate=16"]
 RED, OFF = "\x1b[1;31m", "\x1b[0m"
 
@@ -137,9 +137,9 @@ SAID = {
 def test_verbose_says_more(
     verb: str, commands: dict[str, list[object]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream, told = SAID[verb]
+    stream, message = SAID[verb]
     assert call(verb, *commands[verb], "-v") == 0
-    assert told in capsys.readouterr()[stream]
+    assert message in capsys.readouterr()[stream]
 
 
 def test_training_names_its_libraries_only_when_asked(
@@ -189,7 +189,7 @@ def broken(argv: list[str] | None = None) -> int:
     [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
     ids=str,
 )
-def test_an_error_is_red_where_colours_are_wanted(
+def test_an_error_is_red_where_colors_are_wanted(
     environment: dict[str, str], red: bool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -200,7 +200,7 @@ def test_an_error_is_red_where_colours_are_wanted(
     assert terminal.seen.rstrip().endswith(f": {shown} no such thing; give another")
 
 
-def test_no_colour_goes_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_goes_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert colored("ALARM:", "yellow", io.StringIO()) == "ALARM:"
 
@@ -211,11 +211,11 @@ def test_a_wrong_option_is_red_too(terminal: Terminal) -> None:
     assert f"{RED}error:{OFF} there is no option --prot; did you mean --port?" in terminal.seen
 
 
-# Options of every door ---------------------------------------------------------------------------------------
+# Options of every command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", DOORS)
-def test_every_door_tells_its_version(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_command_prints_its_version(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         call(verb, "--version")
     assert left.value.code == 0
@@ -227,14 +227,14 @@ def options(verb: str) -> dict[str, Any]:
     return {name: action for action in parser._actions for name in action.option_strings}
 
 
-def test_an_option_of_one_name_is_one_thing_at_every_door() -> None:
-    """Same metavar, choices and short form wherever it stands, so that what is learnt at one door holds at the next."""
-    told: dict[str, dict[str, tuple[object, ...]]] = {}
-    for verb in DOORS:
+def test_an_option_of_one_name_is_one_thing_in_every_command() -> None:
+    """Same metavar, choices and short form: what is learnt of one command holds for the next."""
+    kinds: dict[str, dict[str, tuple[object, ...]]] = {}
+    for verb in COMMANDS:
         for name, action in options(verb).items():
             choices = None if action.choices is None else tuple(action.choices)
-            told.setdefault(name, {})[verb] = (action.nargs, action.metavar, choices)
-    differ = {name: found for name, found in told.items() if len(set(found.values())) > 1}
+            kinds.setdefault(name, {})[verb] = (action.nargs, action.metavar, choices)
+    differ = {name: found for name, found in kinds.items() if len(set(found.values())) > 1}
     # vaedist-train has elastic workers and starts ranks here too; what vaedist-sample makes is one picture.
     assert set(differ) == {"--workers", "--engine", "--out"}
 
@@ -279,7 +279,7 @@ def test_bash_completes(
     assert set(done.stdout.split()) - {"script"} == wanted
 
 
-@pytest.mark.parametrize("verb", DOORS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_shell_gets_a_script(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     for shell in set(shtab.SUPPORTED_SHELLS) & {"bash", "zsh", "tcsh"}:
         with pytest.raises(SystemExit) as left:

@@ -107,6 +107,7 @@ from vaedist.data.loading.order import slice_bounds
 from vaedist.config.model_section import model_config
 from vaedist.models.contract import build
 from vaedist.distributed.process_group import Group
+from vaedist.data.loading.inputs import Inputs
 from vaedist.training.step import TrainStep
 
 class Poison(torch.autograd.Function):
@@ -134,7 +135,7 @@ def forward(batch, ctx):
 
 model.forward = forward
 bounds = slice_bounds(8, group.rank, group.world)
-train_step = TrainStep(job, group, model, 8, bounds)
+train_step = TrainStep(job, group, model, 8, bounds, Inputs(job))
 rows = range(*bounds)
 image = torch.arange(8 * 64).view(8, 1, 8, 8).to(torch.uint8)[bounds[0] : bounds[1]]
 label = torch.zeros(len(rows), dtype=torch.int64)

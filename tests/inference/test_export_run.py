@@ -94,7 +94,7 @@ def test_an_export_is_the_run_without_its_past(run: Path, weights: str, tmp_path
     assert [path.name for path in folder.parent.iterdir()] == ["vae"]
 
 
-def test_the_density_travels_along(run: Path, phantom: Path, tmp_path: Path) -> None:
+def test_the_mixture_is_exported_too(run: Path, phantom: Path, tmp_path: Path) -> None:
     mixture = fit_and_store_mixture(open_run(run), Index.open(phantom))
     exported = open_run(export_run(run, tmp_path / "vae"))
     stored = load_mixture(exported)
@@ -147,7 +147,7 @@ def test_the_shipped_run_is_opened_and_sampled(
 
 
 @pytest.mark.shared
-def test_the_shipped_run_is_as_good_as_told(shipped: Run, shared_data: Path) -> None:
+def test_the_shipped_run_is_as_good_as_documented(shipped: Run, shared_data: Path) -> None:
     images = read_idx(shared_data / "mnist" / "t10k-images-idx3-ubyte.gz", 3, Limits())[:200]
     batch = {"image": torch.from_numpy(images[:, None].copy())}
     terms = shipped.model(batch, SampleContext(seed=0, samples=range(200)))  # type: ignore[arg-type]
@@ -168,9 +168,9 @@ sys.modules["vaedist"] = None
 import torch
 from safetensors.torch import load_file
 images, labels = torch.load("given.pt")
-told = {} if labels is None else {"label": labels}
-latent = torch.export.load("encoder.pt2").module()(image=images, **told)
-again = torch.export.load("decoder.pt2").module()(latent=latent, **told)
+label_input = {} if labels is None else {"label": labels}
+latent = torch.export.load("encoder.pt2").module()(image=images, **label_input)
+again = torch.export.load("decoder.pt2").module()(latent=latent, **label_input)
 weights = load_file("weights.safetensors")
 torch.save((latent, again, sum(tensor.numel() for tensor in weights.values())), "made.pt")
 """
@@ -213,16 +213,16 @@ def test_onnx_files_compute_what_the_run_does(name: str, packed: Path, tmp_path:
     numbers_of = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (5, 1, 16, 16), generator=numbers_of, dtype=torch.uint8)
     classes = [0, 1, 0, 1, 0] if opened.run.model.conditional else None
-    told = {} if classes is None else {"label": np.array(classes)}
+    label_input = {} if classes is None else {"label": np.array(classes)}
 
     def made(file: str, output: str, **inputs: np.ndarray) -> torch.Tensor:
         session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
         (found,) = session.run([output], inputs)
         return torch.as_tensor(found)
 
-    latent = made("encoder.onnx", "latent", image=images.numpy(), **told)
+    latent = made("encoder.onnx", "latent", image=images.numpy(), **label_input)
     torch.testing.assert_close(latent, opened.encode(images, classes), rtol=1e-4, atol=1e-5)
-    again = made("decoder.onnx", "image", latent=latent.numpy(), **told)
+    again = made("decoder.onnx", "image", latent=latent.numpy(), **label_input)
     torch.testing.assert_close(again, opened.reconstruct(images, classes), rtol=1e-4, atol=1e-5)
     held = names_in(folder)
     assert str(tmp_path) not in held and str(Path(vaedist.__file__).parent) not in held

@@ -1,4 +1,4 @@
-"""`vaedist.load`: the same numbers as the doors and the model give, for tensors and arrays, and clear refusals."""
+"""`vaedist.load`: the same numbers as the commands and the model give, for tensors and arrays, and clear refusals."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def images(data: Path) -> torch.Tensor:
     return batch["image"]
 
 
-def test_samples_are_those_of_the_door(runs: dict[str, TrainedModel], tmp_path: Path) -> None:
+def test_samples_are_those_of_the_command(runs: dict[str, TrainedModel], tmp_path: Path) -> None:
     run = runs["vae"]
     made = run.sample(5, seed=3, temperature=0.7)
     assert (made.shape, made.dtype) == ((5, 1, 16, 16), torch.float32)
     assert made.min() >= 0 and made.max() <= 1
-    told = ["--num-samples", "5", "--seed", "3", "--temperature", "0.7", "--npz", str(tmp_path / "s.npz")]
-    assert sample([str(run.run.folder), *told, "--output-path", str(tmp_path / "s.png")]) == 0
+    options = ["--num-samples", "5", "--seed", "3", "--temperature", "0.7", "--npz", str(tmp_path / "s.npz")]
+    assert sample([str(run.run.folder), *options, "--output-path", str(tmp_path / "s.png")]) == 0
     with np.load(tmp_path / "s.npz") as file:
         assert (to_uint8(made) == file["images"]).all()
     torch.testing.assert_close(
@@ -107,7 +107,7 @@ def test_codes_go_there_and_back(runs: dict[str, TrainedModel], images: torch.Te
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda run: run.sample(0), "n is 0"),
         (lambda run: run.sample(2, sampler="flow"), "give 'prior' or 'gmm'"),
@@ -121,8 +121,8 @@ def test_codes_go_there_and_back(runs: dict[str, TrainedModel], images: torch.Te
         (lambda run: run.decode(np.zeros((2, 4))), r"shape \(2, 4\) and the model decodes \(n, 3\)"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(runs: dict[str, TrainedModel], call: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_one_sentence(runs: dict[str, TrainedModel], call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         call(runs["vae"])
 
 
@@ -143,7 +143,7 @@ def test_a_name_that_is_a_number_is_the_name(runs: dict[str, TrainedModel]) -> N
     assert torch.equal(other.sample(3, classes=1), run.sample(3, classes=1))
 
 
-def test_a_density_is_fitted_to_the_data_of_the_run_alone(tmp_path: Path, data: Path) -> None:
+def test_a_mixture_is_fitted_to_the_data_of_the_run_alone(tmp_path: Path, data: Path) -> None:
     run = trained(tmp_path / "run", data, SMALL["vae"])
     other = pack_phantom(tmp_path / "other", seed=5)
     moved = vaedist.load(run)
@@ -154,6 +154,6 @@ def test_a_density_is_fitted_to_the_data_of_the_run_alone(tmp_path: Path, data: 
 
 
 def test_importing_the_package_loads_nothing() -> None:
-    told = "import sys, vaedist; print(sorted({'torch', 'numpy', 'ray'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    code = "import sys, vaedist; print(sorted({'torch', 'numpy', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

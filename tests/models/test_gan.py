@@ -13,6 +13,7 @@ from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import LaneContext, SampleContext, generator
 from vaedist.core.errors import UserError
+from vaedist.data.loading.inputs import Inputs
 from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build
 from vaedist.models.gan import OUTPUTS, reading
@@ -209,7 +210,7 @@ def test_the_game_converges_to_the_law_of_the_data(gan_loss: str) -> None:
     }
     job = parse(Job, content, "test")
     net = build(job.model, Spec(1, (1, 1)), 0)
-    one = TrainStep(job, Group(torch.device("cpu")), net, lanes=16, bounds=(0, rows))
+    one = TrainStep(job, Group(torch.device("cpu")), net, 16, (0, rows), Inputs(job))
     average = WeightAverage(net, half_life=2000)
 
     def law() -> tuple[float, float]:

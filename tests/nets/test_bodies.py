@@ -13,7 +13,7 @@ from vaedist.config.job import Spec
 from vaedist.config.settings import Strict, parse
 from vaedist.core.context import generator
 from vaedist.core.errors import UserError
-from vaedist.nets.bodies import decoder, encoder, grid, layer_table
+from vaedist.nets.bodies import decoder, encoder, grid
 from vaedist.nets.bodies_config import Body, Conv, Mlp, Resnet
 
 
@@ -243,21 +243,3 @@ def test_mistakes_in_settings_are_named(settings: dict[str, Any], message: str) 
 def test_a_vector_has_no_grid() -> None:
     with pytest.raises(UserError, match="latent is a vector"):
         encoder(Mlp(grid=2), Spec(1, (8, 8)), 4, vector=True)
-
-
-def test_layer_table_counts_every_parameter_once() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down, self.up = nets(body(kind="resnet", width=16), Spec(1, (16, 16)), 4, False)
-            self.scale = nn.Parameter(torch.ones(3))
-
-    model = Model()
-    *rows, total = layer_table(model)
-    expected = sum(p.numel() for p in model.parameters())
-    assert total == ("total", "", expected)
-    assert sum(parameters for *_, parameters in rows) == expected
-    named = {name: (what, parameters) for name, what, parameters in rows}
-    assert named["down.stem"] == ("Conv2d", 16 * 9 + 16)
-    assert named["up.head"][0] == "GroupNorm > SiLU > Conv2d > PixelShuffle"
-    assert named["(own)"][1] == 3

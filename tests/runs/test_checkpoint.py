@@ -106,7 +106,7 @@ Checkpoints(Path(sys.argv[1])).commit(a_state(2), 2, guard=guard)
 """
 
 
-def test_a_write_that_is_killed_leaves_the_checkpoint_before_and_is_swept(
+def test_a_write_that_is_killed_leaves_the_checkpoint_before_and_is_removed(
     store: Checkpoints, repository: Path
 ) -> None:
     before = store.commit(a_state(1), 1, guard=nobody_else)
@@ -124,7 +124,7 @@ def test_a_write_that_is_killed_leaves_the_checkpoint_before_and_is_swept(
     (store.run_folder / ".tmporary").write_text("not ours either")
 
     assert resolve_checkpoint(store.run_folder) == before
-    assert left in names(store), "a door that only reads sweeps nothing"
+    assert left in names(store), "a command that only reads removes nothing"
     found = store.newest()
     assert found is not None and found.path == before
     assert names(store) == ["notes", before.name]
@@ -296,7 +296,7 @@ def test_the_newest_and_the_best_are_kept(store: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("pointer", ['{"checkpoint": "../../elsewhere"}', "{", '{"checkpoint": 3}', "[]"])
-def test_a_strange_best_pointer_leads_nowhere_else(store: Checkpoints, pointer: str) -> None:
+def test_a_foreign_best_pointer_leads_nowhere_else(store: Checkpoints, pointer: str) -> None:
     newest = store.commit(a_state(1), 1, guard=nobody_else)
     (store.run_folder / "best.json").write_text(pointer)
     assert resolve_checkpoint(store.run_folder) == newest
@@ -319,7 +319,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("packed", ["archive", "bare pickle"])
-def test_a_strangers_checkpoint_cannot_act(store: Checkpoints, tmp_path: Path, packed: str) -> None:
+def test_a_foreign_checkpoint_cannot_run_code(store: Checkpoints, tmp_path: Path, packed: str) -> None:
     path, bait = store.commit(a_state(1), 1, guard=nobody_else), tmp_path / "sprung"
     if packed == "archive":
         torch.save({"model": Trap(bait)}, tmp_path / "evil.pt")
@@ -346,7 +346,7 @@ def test_an_archive_that_would_unfold_is_refused(store: Checkpoints, tmp_path: P
         load_checkpoint(path)
 
 
-def test_a_newer_format_is_told_from_damage(store: Checkpoints) -> None:
+def test_a_newer_format_is_not_called_damage(store: Checkpoints) -> None:
     path = store.commit(a_state(1), 1, guard=nobody_else)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))

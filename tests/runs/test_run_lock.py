@@ -88,14 +88,14 @@ def _outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(key)
 
 
-def test_the_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+def test_the_second_process_is_refused_with_the_name_of_the_holder(tmp_path: Path) -> None:
     with contender(tmp_path, SLURM_JOB_ID="77") as (holder, said):
         assert said == "held"
-        told = verdict(tmp_path)
-        assert told.startswith("refused:")
+        message = verdict(tmp_path)
+        assert message.startswith("refused:")
         for part in (f"process {holder.pid} on {os.uname().nodename}", "Slurm job 77", "scancel 77"):
-            assert part in told
-        assert f"remove {tmp_path / 'lock'}" in told
+            assert part in message
+        assert f"remove {tmp_path / 'lock'}" in message
         assert holder.stdin is not None
         holder.stdin.close()
         assert holder.wait(30) == 0
@@ -161,7 +161,7 @@ def test_nor_is_ours_from_within_one(tmp_path: Path, elsewhere: tuple[str, ...])
 def test_a_restart_of_the_machine_is_proof_only_on_that_machine(tmp_path: Path) -> None:
     RunLock.acquire(tmp_path)
     if not owner(tmp_path)["machine"]:
-        pytest.skip("this machine has no /etc/machine-id, so a restart cannot be told from another machine")
+        pytest.skip("this machine has no /etc/machine-id, so a restart looks like another machine")
     rewrite(tmp_path, boot="an earlier one", host="another")
     assert verdict(tmp_path).startswith("refused")
     rewrite(tmp_path, host=os.uname().nodename, machine="another with our name")

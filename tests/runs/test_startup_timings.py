@@ -21,7 +21,7 @@ from vaedist.runs.startup_timings import (
 )
 
 
-def test_phases_end_where_the_next_begins() -> None:
+def test_stages_end_where_the_next_begins() -> None:
     phases = [("supervisor", 10.0), ("srun", 11.5), ("imports", 11.52), ("first step", 14.52)]
     assert (
         startup_summary(phases, 15.0)
@@ -29,14 +29,14 @@ def test_phases_end_where_the_next_begins() -> None:
     )
 
 
-def test_phases_are_handed_on() -> None:
+def test_timings_pass_through_the_environment() -> None:
     phases = (("supervisor", 10.25), ("srun", 11.5))
     assert timings_from_environment(timings_to_environment(phases)) == phases
     for nothing in ({}, {VARIABLE: ""}, {VARIABLE: "[1]"}, {VARIABLE: "{"}, {VARIABLE: '[["a", "b"]]'}):
         assert timings_from_environment(nothing) == ()
 
 
-def test_a_process_knows_when_it_began() -> None:
+def test_a_process_knows_its_start_time() -> None:
     code = "from vaedist.runs.startup_timings import process_start_time; print(process_start_time())"
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -44,7 +44,7 @@ def test_a_process_knows_when_it_began() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_rank_tells_once(workers: int, phantom: Path, tmp_path: Path) -> None:
+def test_the_first_rank_prints_the_summary_once(workers: int, phantom: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.yaml", small_job(phantom, steps=3))
     words = [sys.executable, "-m", "vaedist.train", str(job), "--run-dir", str(tmp_path / "run")]
     long_ago = json.dumps([["supervisor", time.time() - 100]])

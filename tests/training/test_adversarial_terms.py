@@ -13,21 +13,21 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.run_commands import curve
-from vaedist.config.job import Job, Spec
+from tests.training.steps import BATCH, SPEC, new_train_step
+from vaedist.config.job import Job
 from vaedist.config.model_section import model_config
 from vaedist.config.settings import parse
 from vaedist.core.context import Batch, LaneContext, generator
 from vaedist.core.errors import UserError
+from vaedist.data.loading.inputs import Inputs
 from vaedist.distributed.process_group import Group
-from vaedist.models.contract import Variant, build
+from vaedist.models.contract import build
 from vaedist.runs.fit_options import FitOptions
 from vaedist.training.loop import fit
 from vaedist.training.progress import Progress
 from vaedist.training.step import Phase, TrainStep
 from vaedist.training.validation import check_monitor
 
-SPEC = Spec(1, (8, 8))
-BATCH = 8
 BODY = {"kind": "conv", "width": 8, "depth": 0, "downsample": 2}
 GAN = {"kind": "gan", "generator": BODY, "discriminator": BODY, "latent": 3}
 VAEGAN = {"kind": "vaegan", "encoder": BODY, "discriminator": BODY, "latent": 3}
@@ -51,11 +51,6 @@ def batch(step: int) -> Batch:
     return {"image": image, "label": torch.zeros(BATCH, dtype=torch.int64), "key": [""] * BATCH}
 
 
-def train_step(job: Job) -> tuple[TrainStep, Variant]:
-    model = build(job.model, SPEC, job.seed).double()
-    return TrainStep(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
-
-
 def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -64,7 +59,7 @@ def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_the_generator_rests_while_the_discriminator_warms_up() -> None:
-    one, model = train_step(job(generator={"start": 3, "schedule": {"kind": "cosine", "warmup": 1}}))
+    one, model = new_train_step(job(generator={"start": 3, "schedule": {"kind": "cosine", "warmup": 1}}))
     rates = []
     for step in range(6):
         before = copied(model.generator), copied(model.discriminator)
@@ -81,7 +76,7 @@ def test_the_generator_rests_while_the_discriminator_warms_up() -> None:
 
 
 def test_a_phase_computes_no_gradient_for_its_rival() -> None:
-    one, model = train_step(job())
+    one, model = new_train_step(job())
     seen: dict[str, list[bool]] = {}
 
     def look(module: torch.nn.Module, *_: Any) -> None:
@@ -113,7 +108,7 @@ def test_turns_count_the_steps_that_trained_the_phase(start: int, every: int) ->
 
 def test_a_lazy_penalty_counts_turns_not_steps() -> None:
     """Trained at every third step with R1 at every second turn: at steps 0, 6, 12, not at the multiples of both."""
-    one, _ = train_step(job({**GAN, "r1_every": 2}, discriminator={"every": 3}))
+    one, _ = new_train_step(job({**GAN, "r1_every": 2}, discriminator={"every": 3}))
     due = []
     for step in range(13):
         result = one(batch(step), step, 40, stop_requested=False)
@@ -164,9 +159,9 @@ def run(group: Group, name: str, micro: int | None) -> dict[str, torch.Tensor]:
     content = content.model_copy(
         update={"train": content.train.model_copy(update={"micro_batch_size": micro})}
     )
-    model = build(model_config(content.model), SPEC, 0).double()
+    model = build(content.model, SPEC, 0).double()
     bounds = slice_bounds(BATCH, group.rank, group.world)
-    one = TrainStep(content, group, model, lanes=8, bounds=bounds)
+    one = TrainStep(content, group, model, 8, bounds, Inputs(content))
     for step in range(STEPS):
         rows = batch(step)
         cut: Batch = {"image": rows["image"][slice(*bounds)], "label": rows["label"][slice(*bounds)]}
@@ -277,10 +272,10 @@ def test_a_loss_is_no_monitor_of_a_game(metric: str) -> None:
     with pytest.raises(
         UserError, match=r"which of this model's networks is ahead.*train\.monitor\.metric=kid"
     ):
-        check_monitor(job(monitor=metric), train_step(job())[1])
+        check_monitor(job(monitor=metric), new_train_step(job())[1])
 
 
 def test_measures_of_samples_and_pixels_may_be_monitors() -> None:
-    check_monitor(job(monitor="kid"), train_step(job())[1])
-    check_monitor(job(VAEGAN, monitor="mse/encoder"), train_step(job(VAEGAN))[1])
+    check_monitor(job(monitor="kid"), new_train_step(job())[1])
+    check_monitor(job(VAEGAN, monitor="mse/encoder"), new_train_step(job(VAEGAN))[1])
     assert math.isfinite(job().train.monitor.images)

@@ -9,17 +9,13 @@ import pytest
 import torch
 
 import vaedist.models
-from vaedist.config.job import Job, Spec
-from vaedist.config.model_section import model_config
+from tests.training.steps import BATCH, SPEC, new_train_step
+from vaedist.config.job import Job
 from vaedist.config.settings import parse
 from vaedist.core.context import Batch
 from vaedist.core.errors import UserError
-from vaedist.distributed.process_group import Group
 from vaedist.models.contract import Variant, build
-from vaedist.training.step import TrainStep, micro_batches
-
-SPEC = Spec(1, (8, 8))
-BATCH = 8
+from vaedist.training.step import micro_batches
 
 
 @pytest.fixture
@@ -43,11 +39,6 @@ def batch(number: int = 0) -> Batch:
     }
 
 
-def train_step(job: Job) -> tuple[TrainStep, Variant]:
-    model = build(job.model, SPEC, job.seed).double()
-    return TrainStep(job, Group(torch.device("cpu")), model, lanes=8, bounds=(0, BATCH)), model
-
-
 def weights(model: Variant) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -59,7 +50,7 @@ DUEL = {
 
 
 def test_each_phase_trains_its_own_parameters_when_it_is_due(toys: None) -> None:
-    one, model = train_step(job({"kind": "toy_duel"}, optim=DUEL))
+    one, model = new_train_step(job({"kind": "toy_duel"}, optim=DUEL))
     moved = []
     for step in range(5):
         before = weights(model)
@@ -80,7 +71,7 @@ def test_a_phase_without_an_optimizer_of_that_name_is_refused(toys: None) -> Non
 
     wrong = job({"kind": "toy_duel"}, optim={"critic": {}, "makr": {}})
     with pytest.raises(UserError, match=r"unknown phase 'makr'; did you mean 'maker'"):
-        check_phases(wrong, build(model_config(wrong.model), SPEC, 0))
+        check_phases(wrong, build(wrong.model, SPEC, 0))
 
 
 @pytest.mark.parametrize("kind", ["vae", "vqvae"])
@@ -91,7 +82,7 @@ def test_accumulated_micro_batches_make_the_same_step(kind: str) -> None:
     # Adam divides by the gradient's size: with its usual eps, rounding noise in gradients that are zero would show.
     optim = {"main": {"eps": 1e-3}}
     for micro in (None, 4, 3):
-        one, net = train_step(job(model, micro_batch_size=micro, optim=optim))
+        one, net = new_train_step(job(model, micro_batch_size=micro, optim=optim))
         for step in range(3):
             one(batch(step), step, 10, stop_requested=False)
         results.append(weights(net))
@@ -102,7 +93,7 @@ def test_accumulated_micro_batches_make_the_same_step(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["vae", "vqvae"])
 def test_a_non_finite_step_changes_nothing_and_names_the_term(kind: str) -> None:
-    one, model = train_step(job({"kind": kind, "encoder": {"kind": "conv", "width": 4, "downsample": 2}}))
+    one, model = new_train_step(job({"kind": kind, "encoder": {"kind": "conv", "width": 4, "downsample": 2}}))
     one(batch(0), 0, 10, stop_requested=False)
     poison = next(model.parameters())
     kept = poison.detach().clone()
@@ -122,7 +113,7 @@ def test_a_non_finite_step_changes_nothing_and_names_the_term(kind: str) -> None
 
 def test_clipping_bounds_the_gradient_norm(toys: None) -> None:
     settings = {"critic": {"learning_rate": 1.0, "clip": 1e-3}, "maker": {}}
-    one, model = train_step(job({"kind": "toy_duel"}, optim=settings))
+    one, model = new_train_step(job({"kind": "toy_duel"}, optim=settings))
     seen = []
 
     def look(*_: Any) -> None:
@@ -145,10 +136,10 @@ def test_a_loss_over_the_whole_batch_refuses_accumulation() -> None:
 
 
 def test_settings_overridden_on_resume_win_over_the_checkpoint() -> None:
-    first, _ = train_step(job({"kind": "vae", "latent": 2}))
+    first, _ = new_train_step(job({"kind": "vae", "latent": 2}))
     first(batch(), 0, 10, stop_requested=False)
     optimizer, plateau = first.phases[0].state()
-    second, _ = train_step(
+    second, _ = new_train_step(
         job({"kind": "vae", "latent": 2}, optim={"main": {"weight_decay": 0.5, "betas": [0.5, 0.9]}})
     )
     second.phases[0].load(optimizer, plateau)

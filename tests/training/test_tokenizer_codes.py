@@ -41,8 +41,8 @@ from vaedist.runs.fit_options import FitOptions, Outcome
 from vaedist.runs.open_run import open_run
 from vaedist.runs.weights import weights_digest
 from vaedist.training.ema import WeightAverage
-from vaedist.training.layer_table import layer_table
 from vaedist.training.loop import fit
+from vaedist.training.session import model_summary
 from vaedist.training.tokenizer_codes import resolve_tokenizer
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("variants")]
@@ -420,7 +420,7 @@ def test_a_binarised_tokenizer_codes_binarised_images(phantom: Path, tmp_path: P
 
 
 def test_the_layer_table_describes_the_tokenizer_first(tokenizer: Path, phantom: Path) -> None:
-    assert "of them frozen" in layer_table(prior_job(phantom, tokenizer, steps=1))
+    assert "of them frozen" in model_summary(prior_job(phantom, tokenizer, steps=1))
 
 
 # The module ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.run_commands import small_job
 from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import EvaluationInputs
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.data.packing.pack import PackingConfig, pack
 from vaedist.data.sources import SourceSettings
@@ -23,6 +24,7 @@ NUMBERS = """
 import json, sys
 from vaedist.config.job import Job
 from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import EvaluationInputs
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.config.model_section import model_config
 from vaedist.models.contract import build
@@ -36,8 +38,8 @@ index = Index.open(job.data.path)
 model = build(job.model, index.spec, 0).double()
 told = []
 for batch_size in (7, 128):
-    stream = EvaluationStream(index, "train", batch_size=batch_size, rank=group.rank, world=group.world, limit=128)
-    numbers, first = validate(model, stream, job, group, 0)
+    config = EvaluationStreamConfig(batch_size=batch_size, rank=group.rank, world=group.world, limit=128)
+    numbers, first = validate(model, EvaluationInputs(EvaluationStream(index, "train", config), job), job, group, 0)
     told.append(numbers)
 if group.leads:
     print(json.dumps(told))
@@ -72,7 +74,7 @@ def test_after_200_steps_averaged_weights_are_no_worse_than_raw_ones(phantom: Pa
     group = Group.join("cpu")
     index = Index.open(phantom)
     stream = EvaluationStream(index, job.data.validation_split, EvaluationStreamConfig(batch_size=16))
-    numbers, _ = validate(raw.model, stream, raw.job, group, 200)
+    numbers, _ = validate(raw.model, EvaluationInputs(stream, raw.job), raw.job, group, 200)
     # This loss is positive (Bernoulli): 5 % more would be worse.
     assert outcome.metrics["loss"] < 1.05 * numbers["loss"]
     assert outcome.metrics["loss"] != numbers["loss"], "the run validates averaged weights"

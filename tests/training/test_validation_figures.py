@@ -22,6 +22,7 @@ from vaedist.config.settings import parse
 from vaedist.core.errors import UserError
 from vaedist.core.imaging import GRAY, RED, framed
 from vaedist.data.format.index import Index
+from vaedist.data.loading.inputs import EvaluationInputs
 from vaedist.data.loading.stream import EvaluationStream, EvaluationStreamConfig
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.features import WEIGHTS
@@ -130,7 +131,7 @@ def test_the_projector_holds_a_bounded_even_choice_of_small_thumbnails(
     index = Index.open(phantom)
     model = build(job.model, index.spec, 0).double()
     stream = EvaluationStream(index, "validate", EvaluationStreamConfig(batch_size=7))
-    _, seen = validate(model, stream, job, Group(torch.device("cpu")), 0)
+    _, seen = validate(model, EvaluationInputs(stream, job), job, Group(torch.device("cpu")), 0)
     assert seen.latents["sample"].tolist() == [0, 8, 16, 23, 31]
     assert seen.latents["thumbnail"].shape == (5, 1, 4, 4) and seen.latents["mean"].shape == (5, 4)
 

@@ -141,7 +141,7 @@ def _add_drawing_options(group: Any) -> None:
 
 
 def _add_modes(group: Any) -> None:
-    """What is made in place of samples."""
+    """Options that choose another picture in place of samples."""
     group.add_argument(
         "--reconstruct",
         nargs="+",

@@ -2,12 +2,12 @@
 
     q(z) = 1/N sum_n q(z | x_n)   is approached by   sum_k w_k N(z; m_k, S_k)
 
-A decoder has only seen latents from q(z). Where the prior covers more than that (a weak or absent KL term), decoding
-draws from the mixture instead of the prior gives better samples at no cost to training: "ex-post density estimation",
-Ghosh, Sajjadi, Vergari, Black, Schoelkopf, "From variational to deterministic autoencoders" (2020), section 4, who take
-10 components with full covariances, as is done here by default. It is fitted to one draw from each posterior, the
-latents that the decoder was trained on. Of a conditional model the latents depend on the class, so each class has a
-mixture of its own.
+A decoder is trained on latents from q(z) only. Where the prior covers more than that (a weak or absent KL term),
+decoding draws from the mixture instead of the prior gives better samples at no cost to training: "ex-post density
+estimation", Ghosh, Sajjadi, Vergari, Black, Schoelkopf, "From variational to deterministic autoencoders" (2020),
+section 4, who take 10 components with full covariances, as is done here by default. It is fitted to one draw from
+each posterior, the latents that the decoder was trained on. Of a conditional model the latents depend on the class,
+so each class has a mixture of its own.
 
 Few images fit few parameters: a component with a full covariance is given at least 2 D images, and below 2 D images in
 all (or in very wide latents) covariances are diagonal.

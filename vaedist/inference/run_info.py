@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from vaedist.evaluation.metrics.tables import columns
-from vaedist.nets.bodies import layer_table
+from vaedist.models.bases.layer_table import layer_table
 from vaedist.runs.open_run import Run
 
 
@@ -23,6 +22,5 @@ def run_info(run: Run) -> str:
         "samples": "from the prior" if run.model.samples else run.model.not_defined("sample"),
     }
     lines = [f"{name:<11} {value}" for name, value in facts.items()]
-    layers = columns([("layer", "kind", "parameters"), *layer_table(run.model)])
     job = yaml.safe_dump(run.job.model_dump(mode="json"), sort_keys=False)
-    return "\n".join([*lines, "", layers, "", job.rstrip()])
+    return "\n".join([*lines, "", layer_table(run.model), "", job.rstrip()])

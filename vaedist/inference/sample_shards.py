@@ -1,7 +1,7 @@
-"""A model's samples as a packed folder: plain WebDataset tars with an index, which every door reads.
+"""A model's samples as a packed folder: plain WebDataset tars with an index, which every command reads.
 
 The folder has one split, `train`, whose keys are `sample-<seed>-<number>`. Where samples have a class, it is their
-label. The folder is made under a temporary name beside its place and renamed when it is whole.
+label. The folder is made under a temporary name beside its path and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SampleShards:
                 self._write()
 
     def finish(self) -> Index:
-        """Write the last shard and the index, and put the folder in its place."""
+        """Write the last shard and the index, and move the folder to its path."""
         with writable(self.folder):
             if self._waiting:
                 self._write()

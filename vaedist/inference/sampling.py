@@ -42,7 +42,7 @@ class Sampler:
         temperature: As of `Variant.sample`; of a mixture the spread around each component's mean.
         options: Those of `sampling_options` that are set.
         mixture: Draw latents from it; None: from the prior.
-        codes: Whether the codes behind the images are wanted.
+        codes: Whether samples come with their codes.
 
     Raises:
         NotDefined: the variant does not sample so.

@@ -128,11 +128,11 @@ class TrainedModel:
         return torch.cat(parts).float().cpu()
 
     def reconstruct(self, images: Numbers, classes: Classes = None) -> Numbers:
-        """(n, C, H, W) in [0, 1]: the images as the model sees them again, without noise.
+        """(n, C, H, W) in [0, 1]: the mean reconstruction of each image.
 
         Args:
             images: See the module.
-            classes: As of `sample`, for a model that is told the class.
+            classes: As of `sample`, for a conditional model.
 
         Raises:
             NotDefined: this variant does not reconstruct.
@@ -145,7 +145,7 @@ class TrainedModel:
 
         Args:
             images: See the module.
-            classes: As of `sample`, for a model that is told the class.
+            classes: As of `sample`, for a conditional model.
 
         Raises:
             NotDefined: this variant has no encoder.
@@ -160,7 +160,7 @@ class TrainedModel:
 
         Args:
             latents: (n, *latent_shape), as `encode` gives them.
-            classes: As of `sample`, for a model that is told the class.
+            classes: As of `sample`, for a conditional model.
 
         Raises:
             NotDefined: this variant has no such decoder.

@@ -9,7 +9,7 @@ commit that the file still carries it. So a holder that was suspended, and lost 
 
 A lock is taken over only with proof that its holder has gone:
 
-| seen | proof |
+| situation | proof |
 |---|---|
 | same kernel boot and same namespaces | that pid does not exist, is a zombie, or started at another time |
 | same host and machine id, other kernel boot | the machine was restarted |
@@ -283,7 +283,7 @@ def process_start_ticks(pid: int) -> int | None:
 
 
 def _namespaces() -> str:
-    """Which process table and which clock our pids and start times belong to; empty if that cannot be told."""
+    """Which process table and which clock our pids and start times belong to; empty if unknown."""
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
             return ""  # /proc shows another namespace's processes, as after a bare `unshare --pid`

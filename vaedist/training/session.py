@@ -20,7 +20,7 @@ from vaedist.config.job import Job
 from vaedist.config.settings import expand
 from vaedist.core.errors import UserError, did_you_mean
 from vaedist.data.format.index import Index
-from vaedist.data.loading.inputs import Inputs
+from vaedist.data.loading.inputs import EvaluationInputs, Inputs
 from vaedist.data.loading.order import slice_bounds
 from vaedist.data.loading.staging import stage_shards
 from vaedist.data.loading.stream import (
@@ -31,6 +31,7 @@ from vaedist.data.loading.stream import (
 )
 from vaedist.distributed.contexts import DistributedLaneContext
 from vaedist.distributed.process_group import Group
+from vaedist.models.bases.layer_table import layer_table
 from vaedist.models.contract import Variant, build
 from vaedist.runs.checkpoint import Checkpoints, Committer
 from vaedist.runs.checkpoint_manifest import LoadedCheckpoint, checkpoint_from_bytes, checkpoint_to_bytes
@@ -74,7 +75,7 @@ class Streams:
     """What the model reads."""
 
     training: TrainingStream
-    validation: EvaluationStream
+    validation: EvaluationInputs
     settings: LoaderSettings
     inputs: Inputs
 
@@ -248,8 +249,8 @@ def _open_streams(
     training = TrainingStream(source, job.data.train_split, config)
     exits.callback(training.close)
     training.workers = settings.readers[training.cache]  # a cache may not have fitted
-    config_of_evaluation = EvaluationStreamConfig(workers=settings.readers["none"], **share)
-    validation = EvaluationStream(source, job.data.validation_split, config_of_evaluation)
+    all_once = EvaluationStreamConfig(workers=settings.readers["none"], **share)
+    validation = EvaluationInputs(EvaluationStream(source, job.data.validation_split, all_once), job)
     return Streams(training, validation, settings, Inputs(job, transformed=training.transformed))
 
 
@@ -291,6 +292,17 @@ def check_phases(job: Job, model: Variant) -> None:
             raise UserError(
                 f"train.optim.{name} is missing: this model trains the phases {', '.join(model.phases)}"
             )
+
+
+def model_summary(job: Job) -> str:
+    """The layer table of the job's model; needs the data, whose shape the model follows.
+
+    Raises:
+        UserError: the job's data or model section is wrong.
+    """
+    index = Index.open(expand(job.data.path, "data.path"))
+    job = resolve_tokenizer(job, index, Group(torch.device("cpu")))
+    return layer_table(build(job.model, index.spec, job.seed).eval())
 
 
 # The log ----------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class TrainStep:
         model: Variant,
         lanes: int,
         bounds: tuple[int, int],
-        inputs: Inputs | None = None,
+        inputs: Inputs,
     ) -> None:
         self.rows = bounds[1] - bounds[0]
         self.job, self.group, self.model, self.lanes, self.bounds = job, group, model, lanes, bounds
@@ -149,7 +149,7 @@ class TrainStep:
             phase.name: [trained[key] for key in trained.keys() - {id(one) for one in phase.parameters}]
             for phase in self.phases
         }
-        self.inputs = inputs or Inputs(job)
+        self.inputs = inputs
         self._passes = micro_batches(job, model, self.rows)
 
     def _zero_grad(self) -> None:

@@ -23,9 +23,8 @@ from vaedist.config.job import Job
 from vaedist.core.context import SampleContext
 from vaedist.core.errors import NotDefined, UserError, did_you_mean
 from vaedist.core.imaging import as_numpy, to_uint8
-from vaedist.data.loading.inputs import Inputs
+from vaedist.data.loading.inputs import EvaluationInputs
 from vaedist.data.loading.order import slice_bounds
-from vaedist.data.loading.stream import EvaluationStream
 from vaedist.distributed.contexts import DistributedSampleContext
 from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.posterior_collapse import Usage, UsageCounter
@@ -61,7 +60,7 @@ class ValidationSamples(NamedTuple):
 class SampleCollector:
     """Rows of chosen samples, gathered over ranks at the end."""
 
-    def __init__(self, batches: EvaluationStream, most: int) -> None:
+    def __init__(self, batches: EvaluationInputs, most: int) -> None:
         last = batches.first + batches.count - 1
         spread = np.linspace(batches.first, last, min(most, batches.count)).round()
         self._wanted = {int(sample) for sample in spread}
@@ -90,14 +89,14 @@ class SampleCollector:
 
 @torch.no_grad()
 def validate(
-    model: Variant, batches: EvaluationStream, job: Job, group: Group, step: int
+    model: Variant, batches: EvaluationInputs, job: Job, group: Group, step: int
 ) -> tuple[dict[str, float], ValidationSamples]:
     """Mean of every term over the split, and what there is to look at.
 
     With several phases each is evaluated, and a term is named `term/phase`. `active_units` is there where the latent is
     a vector or a map; measures of sample quality only where one of them is the monitor.
     """
-    inputs, counter = Inputs(job), UsageCounter()
+    counter = UsageCounter()
     pictures, latents = SampleCollector(batches, SHOWN), SampleCollector(batches, EMBEDDED)
     held_out, judged = (
         SampleCollector(batches, job.train.monitor.images),
@@ -112,7 +111,6 @@ def validate(
         ctx = DistributedSampleContext(
             group, seed=job.seed, samples=samples, step=step, batch_size=len(samples) * group.world
         )
-        batch = inputs(batch, ctx)
         for phase in model.phases:
             ctx.phase = phase
             with precision(job, group.device):
@@ -206,7 +204,7 @@ def check_monitor(job: Job, model: Variant) -> None:
         )
 
 
-def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) -> None:
+def check_monitored_term(job: Job, model: Variant, batches: EvaluationInputs) -> None:
     """Refuse a monitor that is no term of the model, by its terms on the first batch, before hours are trained for it.
 
     Each rank looks for itself. Every model has a loss, the default, so most runs compute nothing here.
@@ -220,7 +218,6 @@ def check_monitored_term(job: Job, model: Variant, batches: EvaluationStream) ->
     batch = next(iter(batches))
     samples = batch["sample"]
     ctx = SampleContext(seed=job.seed, samples=samples, device=batch["mask"].device)
-    batch = Inputs(job)(batch, ctx)
     model.eval()
     known = {"active_units"} if model.latent in ("vector", "map") else set()
     for phase in model.phases:
