@@ -1,8 +1,8 @@
-"""What of this machine is ours: the CPUs, GPUs and memory of the allocation, not those that the node happens to have.
+"""The CPUs, GPUs and memory that this process may use: those of its allocation, not all that the node has.
 
-Several parties limit a process, and each tells it in its own place. The smallest number holds:
+A process is limited by several parties, each in its own place. The smallest number counts:
 
-| party | CPUs | memory |
+| limited by | CPUs | memory |
 |---|---|---|
 | scheduler's affinity mask | `sched_getaffinity(0)` | |
 | cgroup v2 of this process and all above it | `cpu.max` | `memory.max` |
@@ -14,7 +14,7 @@ A limit lies in the cgroup of the process or any above it, so the path of `/proc
 (cgroups(7)). Ray 2.60 reads the mount's root alone and there finds the node; of CPU sets it knows only v1's.
 
 GPUs: `CUDA_VISIBLE_DEVICES` where it is set; in a Slurm job the number that Slurm names, and none if it names none,
-even where the node's GPUs can be seen; else the cards whose driver is loaded.
+even where it can see the node's GPUs; else the cards whose driver is loaded.
 
 Nothing here loads torch or Ray.
 """
@@ -179,14 +179,11 @@ class _Group:
 
     def limits(self, read: Callable[[Path], float | None]) -> Iterator[int]:
         """Of this group and of every one above it."""
-        folder = self.folder
-        while True:
-            limit = read(folder)
-            if limit is not None:
+        for folder in (self.folder, *self.folder.parents):
+            if (limit := read(folder)) is not None:
                 yield int(limit)
             if folder == self.mount:
                 return
-            folder = folder.parent
 
 
 def _groups(root: Path) -> list[_Group]:

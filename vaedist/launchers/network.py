@@ -1,8 +1,8 @@
 """The address at which the other nodes of a job reach this one, and the network interface that has it.
 
-A host name says little on a cluster: Debian gives a machine's own name the address 127.0.1.1, a node name of Slurm's
-need not resolve, and a node has several networks. So several sources are asked in turn, and an address counts only if
-this machine really has it and it is not a loopback one:
+A host name is not enough on a cluster: Debian gives a machine's own name the address 127.0.1.1, a node name of Slurm
+need not resolve, and a node has several networks. So several sources are tried in turn, and an address is taken only if
+this machine has it and it is not a loopback one:
 
 1. the interface that the user or the site names (`GLOO_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`), should it be here;
 2. the node name that Slurm gave, and the host name;

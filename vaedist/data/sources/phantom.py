@@ -51,9 +51,8 @@ def recognizes(_path: Path) -> int:
 
 def _generator(*identity: object) -> np.random.Generator:
     text = "\x1f".join(str(part) for part in identity).encode()
-    return np.random.Generator(
-        np.random.PCG64(int.from_bytes(hashlib.blake2b(text, digest_size=16).digest()))
-    )
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest)))
 
 
 @dataclass(frozen=True)

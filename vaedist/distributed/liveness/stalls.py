@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, Protocol
@@ -236,10 +237,8 @@ def _report_and_exit(thread: int, stacks: Path, report: StallReport, who: str, s
     sentence = (
         f"{who} stood still for {seconds:.0f} s{line} and was ended ({STACKS_FILE}: where its threads stood)"
     )
-    threads = [
-        threading.Thread(target=report, args=(sentence,), daemon=True),
-        threading.Thread(target=_write_stacks, args=(stacks, sentence), daemon=True),
-    ]
+    calls = partial(report, sentence), partial(_write_stacks, stacks, sentence)
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
     deadline = time.monotonic() + _REPORT_SECONDS
     for reporting in threads:
         reporting.start()

@@ -172,15 +172,13 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
     Raises:
         UserError: it would be too small; nothing has been started then.
     """
-    # Ray reads some once, when it is first loaded; a Ray that is loaded already turns tokens on by itself.
-    tokens = {} if "ray" in sys.modules else {"RAY_AUTH_MODE": "token"}
-    if "ray" in sys.modules:
-        import ray
-
-        if ray.is_initialized():
-            with temporary_environment(RAY_ENV | {"PYTHONPATH": python_path()}):
-                yield Cluster(private=False, description="found")
-            return
+    ray = sys.modules.get("ray")
+    # Ray reads some variables once, when it is first loaded; if it is loaded already, it turns tokens on by itself.
+    tokens = {} if ray else {"RAY_AUTH_MODE": "token"}
+    if ray and ray.is_initialized():
+        with temporary_environment(RAY_ENV | {"PYTHONPATH": python_path()}):
+            yield Cluster(private=False, description="found")
+        return
     if folder := os.environ.get("VAEDIST_RAY_CLUSTER"):
         from vaedist.launchers.ray.nodes import join_cluster
 
@@ -194,10 +192,8 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
     }
     if request is not None:
         request.fit([size], {} if cpus else {"CPU": ours.cpus_by, "GPU": ours.gpus_by})
-    variables = (
-        RAY_ENV | PRIVATE_RAY_ENV | _LOOPBACK | tokens | loopback_interface() | {"PYTHONPATH": python_path()}
-    )
-    with temporary_environment(variables), contextlib.ExitStack() as exits:
+    variables = RAY_ENV | PRIVATE_RAY_ENV | tokens | loopback_interface() | {"PYTHONPATH": python_path()}
+    with temporary_environment(variables | _LOOPBACK), contextlib.ExitStack() as exits:
         _start(size, ours, exits)
         yield Cluster(private=True, description="started on this machine")
 
@@ -205,11 +201,8 @@ def cluster(request: ResourceRequest | None = None, *, cpus: int | None = None) 
 def _start(size: Resources, ours: Allocation, exits: contextlib.ExitStack) -> None:
     import ray
 
-    for tries_left in (
-        2,
-        1,
-        0,
-    ):  # a machine under heavy load can miss Ray's time limit of 30 s, which is fixed
+    # A machine under heavy load can miss Ray's time limit of 30 s, which is fixed: try three times.
+    for tries_left in (2, 1, 0):
         folder = exits.enter_context(temporary_folder())
         exits.enter_context(_token(folder))
         exits.callback(ray.shutdown)
@@ -247,8 +240,7 @@ def current_node() -> str:
     """Ray's name of the node that this process is on."""
     import ray
 
-    name: str = ray.get_runtime_context().get_node_id()
-    return name
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def run_on_node(node: str, work: Callable[..., Any], *given: Any) -> None:

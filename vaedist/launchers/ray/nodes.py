@@ -1,7 +1,7 @@
 """A Ray cluster over the nodes of one Slurm job, in a step of that job.
 
 The supervisor (`vaedist.slurm.supervisor`) starts `srun python -m vaedist.launchers.ray.nodes FOLDER`, a process per
-node; the one with `SLURM_NODEID` 0 is the head. FOLDER (0700, seen by all nodes) is all they know of each other:
+node; the one with `SLURM_NODEID` 0 is the head. They exchange everything through FOLDER (0700, seen by all nodes):
 
 | file | written by | holds |
 |---|---|---|
@@ -51,6 +51,12 @@ GATHER_SECONDS = 180.0
 _TRIES = 3
 
 
+def _token(folder: Path) -> dict[str, str]:
+    """Variables with which Ray's processes find the cluster's token, and this package."""
+    path = str(folder / "token")
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path, "PYTHONPATH": python_path()}
+
+
 @cli_command
 def main(argv: list[str] | None = None) -> int:
     """One node of the cluster; returns when Ray ends here (1), is no longer needed (0), or on TERM (75)."""
@@ -70,47 +76,38 @@ def main(argv: list[str] | None = None) -> int:
     if head:
         replace_private(folder / "token", secrets.token_hex(32))
     gcs = None if head else _wait_for(folder / "head", "the head of the Ray cluster")
-    variables = (
-        RAY_ENV
-        | PRIVATE_RAY_ENV
-        | gloo_interface(address)
-        | {
-            "PYTHONPATH": python_path(),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-            "RAY_START_HOOK": f"{__spec__.name}.{without_client.__name__}",
-        }
-    )
+    variables = RAY_ENV | PRIVATE_RAY_ENV | gloo_interface(address) | _token(folder)
+    variables["RAY_START_HOOK"] = f"{__spec__.name}.{without_client.__name__}"
     os.environ.pop("RAY_AUTH_TOKEN", None)
     for left in reversed(range(_TRIES)):
-        with temporary_folder() as place, temporary_environment(variables):
-            started, code = _run(_command(place / "r", address, gcs), place, folder, head, lambda: ended)
+        with temporary_folder() as scratch, temporary_environment(variables):
+            started, code = _run(_command(scratch / "r", address, gcs), scratch, folder, head, lambda: ended)
             if code is not None:
                 return code
-            said = (place / "out").read_text(errors="replace").strip().splitlines()[-10:]
+            said = (scratch / "out").read_text(errors="replace").strip().splitlines()[-10:]
             over = started or not left
-            told = "Ray ended" if over else "Ray did not start, and is started once more"
-            print(f"vaedist: {told} on {address}:\n" + "\n".join(said), file=sys.stderr, flush=True)
+            what = "Ray ended" if over else "Ray did not start, and is started once more"
+            print(f"vaedist: {what} on {address}:\n" + "\n".join(said), file=sys.stderr, flush=True)
             if over:
                 return 1
     raise AssertionError
 
 
 def _run(
-    command: list[str], place: Path, folder: Path, head: bool, ended: Callable[[], bool]
+    command: list[str], scratch: Path, folder: Path, head: bool, ended: Callable[[], bool]
 ) -> tuple[bool, int | None]:
-    """Ray on this node, until it ends or is no longer wanted.
+    """Run Ray on this node, until it ends or the cluster is no longer needed.
 
     Args:
-        place: Where it runs, and what it prints goes.
+        scratch: Its temporary folder, which also takes what it prints.
         folder: The cluster's.
 
     Returns:
-        Whether it was up, and the exit code where it was we who ended it.
+        Whether it had started, and the exit code where this process ended it.
     """
-    up = place / "r" / "ray_current_cluster"  # written when this node is up
+    up = scratch / "r" / "ray_current_cluster"  # written when this node is up
     with (
-        (place / "out").open("wb") as out,
+        (scratch / "out").open("wb") as out,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT) as ray,
     ):
         started, code = False, None
@@ -137,7 +134,7 @@ def without_client(parameters: Any, head: bool) -> None:  # noqa: ARG001 - so Ra
     parameters.ray_client_server_port = None
 
 
-def _command(place: Path, address: str, gcs: str | None) -> list[str]:
+def _command(scratch: Path, address: str, gcs: str | None) -> list[str]:
     ours = allocation()
     role = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]
     return [
@@ -153,7 +150,7 @@ def _command(place: Path, address: str, gcs: str | None) -> list[str]:
         f"--num-gpus={ours.gpus}",
         f"--object-store-memory={ours.object_store}",
         f"--memory={max(ours.memory - ours.object_store, ours.memory // 2)}",
-        f"--temp-dir={place}",
+        f"--temp-dir={scratch}",
         *(f"--{name}-port=0" for name in ("min-worker", "max-worker", "node-manager", "object-manager")),
         *(f"--{name}=0" for name in ("dashboard-agent-listen-port", "metrics-export-port")),
         *(role if gcs is None else [f"--address={gcs}"]),
@@ -175,8 +172,7 @@ def join_cluster(folder: Path) -> Iterator[int]:
     deadline = time.monotonic() + GATHER_SECONDS
     gcs = _wait_for(folder / "head", "the head of this job's Ray cluster")
     names = (folder / "nodes").read_text().split("\n")
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    with temporary_environment(RAY_ENV | variables | {"PYTHONPATH": python_path()}):
+    with temporary_environment(RAY_ENV | _token(folder)):
         import ray  # now: it reads whether to use a token when it is loaded
 
         try:
