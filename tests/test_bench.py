@@ -14,15 +14,24 @@ from tests.run_commands import ROOT
 
 
 def test_a_question_becomes_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "tools/bench", "--only", "doors", "--repeats", "1", "--out", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "tools/bench",
+        "--only",
+        "commands",
+        "--repeats",
+        "1",
+        "--out",
+        tmp_path,
+    ]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["machine"]["cores"] >= 1
-    times = found["Start of the doors"]
+    times = found["Start of the commands"]
     assert {"vaedist-train --help", "vaedist-evaluate --help", "import torch"} < set(times)
     assert all(len(seen) == 1 and seen[0] > 0 for seen in times.values())
     text = (tmp_path / "bench.md").read_text()
-    assert "### Start of the doors" in text and "| python -c pass |" in text and "| 1.00 |" in text
+    assert "### Start of the commands" in text and "| python -c pass |" in text and "| 1.00 |" in text
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_the_site_is_printed_for_the_shell(capsys: pytest.CaptureFixture[str], t
     assert not Path("pwned").exists()
 
 
-def test_a_chain_runs_here_and_is_told_of(capfd: pytest.CaptureFixture[str], place: Path) -> None:
+def test_a_chain_runs_locally_and_status_shows_it(capfd: pytest.CaptureFixture[str], place: Path) -> None:
     shard = "phantom --size 16 --count train=32,validate=16,test=16 --out 'my shards'"
     words = ["tiny.yaml", "--local", "--chain", "shard,train", "--shard", shard, "--runs", "my runs"]
     assert launch.main(words) == 0
@@ -193,7 +193,7 @@ def test_ctrl_c_stops_a_local_chain_after_a_checkpoint(place: Path) -> None:
         os.killpg(process.pid, 0)
 
 
-def test_the_readme_of_the_door_holds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_in_the_help_parses(capsys: pytest.CaptureFixture[str]) -> None:
     """The example in the help is one that parses."""
     parser = launch_options.build_parser()
     assert parser.epilog is not None

@@ -63,7 +63,7 @@ def test_subject_maps_that_do_not_tell(tmp_path: Path, text: str, message: str) 
 
 def test_a_prefix_ends_at_a_word() -> None:
     item = Item("case_0010_slice_1", None, None, "", "case_0010_slice_1.png")
-    with pytest.raises(UserError, match=r"map tells no subject for case_0010_slice_1.png"):
+    with pytest.raises(UserError, match=r"map has no subject for case_0010_slice_1.png"):
         map_subjects([item], {"case_001": "P1"}, Path("map"))
     longest = {"case": "A", "case_0010": "B"}
     assert map_subjects([item], longest, Path("map"))[0].subject == "B"

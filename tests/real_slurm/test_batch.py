@@ -26,7 +26,7 @@ Note = Callable[[str, object], None]
 ROUNDS = 10
 SAME_SECOND = "ten times two jobs that start on two nodes in the same second"
 
-STRANGERS = {
+FOREIGN_ENV = {
     "RAY_ADDRESS": "192.0.2.1:6379",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_TOKEN": "no",
@@ -66,7 +66,7 @@ class Work:
             self.script,
             *chosen,
             *arguments,
-            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **STRANGERS, **variables},
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **FOREIGN_ENV, **variables},
             cwd=self.folder,
         )
 

@@ -108,7 +108,7 @@ def test_a_grid_of_runs_and_what_follows_them(desk: Desk) -> None:
     assert "finished after 4 steps" in desk.launch("logs", "--stage", "train")
 
 
-def test_a_failed_link_takes_its_successors_with_it_and_status_tells_why(desk: Desk) -> None:
+def test_a_failed_stage_takes_later_ones_with_it_and_status_says_why(desk: Desk) -> None:
     shard = "no-such-folder --out shards"
     told = desk.launch(
         *("tiny.yaml", "--site", "site.yaml", "--seeds", "0-1"),

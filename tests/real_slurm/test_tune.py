@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.stage import difference, state
 from tests.real_slurm.cluster import ENDED, until
-from tests.real_slurm.test_batch import STRANGERS, Work, work
+from tests.real_slurm.test_batch import FOREIGN_ENV, Work, work
 from tests.run_commands import ROOT, curve, last_step, train
 from tests.spaces import small_space, write_space
 from vaedist.tuning.trial_log import Record, Trial, run_folder
@@ -38,7 +38,7 @@ class Search:
             f"--output={work.folder}/%j.out",
             work.script,
             *("tune", "--space", "space.yaml", "--run-dir", "search", "--device", "cpu"),
-            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **STRANGERS},
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **FOREIGN_ENV},
             cwd=work.folder,
         )
 

@@ -68,7 +68,7 @@ def test_a_grid_and_seeds_make_a_run_each(plain: LaunchRequest) -> None:
     assert stage.tasks[1].arguments[-1] == runs[1]
 
 
-def test_a_chain_waits_link_by_link_and_runs_on_the_shards_that_it_makes(plain: LaunchRequest) -> None:
+def test_a_chain_waits_stage_by_stage_and_runs_on_the_shards_that_it_makes(plain: LaunchRequest) -> None:
     found = plan_stages(
         replace(
             plain,
@@ -135,11 +135,11 @@ def test_a_prior_that_names_no_data_reads_those_of_its_tokenizer(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "index.json").touch()
     monkeypatch.setenv("VAEDIST_DATA", str(tmp_path / "other"))
-    assert data() == [f"data.path={tmp_path}/other"], "what is said counts"
+    assert data() == [f"data.path={tmp_path}/other"], "what is given counts"
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"jobs": ()}, "nothing to launch"),
         ({"jobs": ("no.yaml",)}, "cannot read no.yaml"),
@@ -163,14 +163,14 @@ def test_a_prior_that_names_no_data_reads_those_of_its_tokenizer(
     ],
 )
 def test_a_mistake_is_found_before_anything_is_queued(
-    plain: LaunchRequest, changes: dict[str, object], told: str
+    plain: LaunchRequest, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError) as error:
         plan_stages(replace(plain, **changes))  # type: ignore[arg-type]
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_seeds() -> None:
+def test_parse_seeds() -> None:
     assert parse_seeds("0-4") == (0, 1, 2, 3, 4)
     assert parse_seeds("7, 1-2,7") == (7, 1, 2)
     for wrong in ("", "4-0", "a", "1-", "0-5000", "-1"):
@@ -178,7 +178,7 @@ def test_seeds() -> None:
             parse_seeds(wrong)
 
 
-def test_axis() -> None:
+def test_parse_grid_axis() -> None:
     assert parse_grid_axis("model.beta=0.5,1, 4") == ("model.beta", ("0.5", "1", "4"))
     assert parse_grid_axis("model.shape=[1,2],[3,4]") == ("model.shape", ("[1,2]", "[3,4]"))
     for wrong in ("model.beta", "=1", "a b=1", "model.beta=", "model.beta=1,,2", "seed=1,2"):

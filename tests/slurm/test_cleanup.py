@@ -1,6 +1,6 @@
-"""What is swept and, above all, what is not: real processes, and what Slurm may answer.
+"""What is removed and, above all, what is not: real processes, and what Slurm may answer.
 
-`squeue` is a stand-in here, for the answers that no Slurm gives on request; tests/real_slurm/test_sweep.py asks a
+`squeue` is a stand-in here, for the answers that no Slurm gives on request; tests/real_slurm/test_cleanup.py asks a
 real one.
 """
 
@@ -35,12 +35,12 @@ class Node:
     def answer(self, mine: str | None, *others: str, completing: str = "", code: int = 0) -> None:
         """What squeue says: of job 5, of others on the node (`JobID JobArrayID STATE RESTARTS`), of completing jobs."""
         lines = [*([f"5 5 {mine}"] if mine else []), *others]
-        told = "\\n".join(lines)
+        text = "\\n".join(lines)
         script = self.folder / "squeue"
         script.write_text(
             "#!/bin/sh\n"
             'test -z "$SQUEUE_PARTITION$SLURM_CLUSTERS" || exit 1\n'
-            f"case \"$*\" in *COMPLETING*) printf '{completing}';; *--nodelist=n1*) printf '{told}\\n';; esac\n"
+            f"case \"$*\" in *COMPLETING*) printf '{completing}';; *--nodelist=n1*) printf '{text}\\n';; esac\n"
             f"exit {code}\n"
         )
         script.chmod(0o755)
@@ -122,9 +122,9 @@ def test_a_job_that_slurm_no_longer_has_here_is_ended_and_nothing_else(node: Nod
         node.process(f"{node.cluster}.7.0", SLURM_JOB_ID="8", SLURM_CLUSTER_NAME=node.cluster),
     ]
     node.answer("RUNNING 0", "8 8 RUNNING 0", "11 9_2 SUSPENDED 0", "12 12+0 RUNNING 0")
-    told = node.clean()
-    assert told.startswith("killed ") and f"{dead.pid} " in told and f"{parent.pid} " in told
-    assert "processes of job 7:" in told and "2 processes of job 7 (restart 1):" in told
+    report = node.clean()
+    assert report.startswith("killed ") and f"{dead.pid} " in report and f"{parent.pid} " in report
+    assert "processes of job 7:" in report and "2 processes of job 7 (restart 1):" in report
     assert dead.wait(10) == parent.wait(10) == -9
     assert all(map(is_alive, living))
     assert node.clean() == ""
@@ -237,8 +237,8 @@ def test_temporary_folders_whose_owner_has_gone(node: Node) -> None:
     assert sorted(path.name for path in place.iterdir()) == [f"{prefix}held", "vd-other"]
 
 
-def test_two_that_start_at_once_leave_each_other_their_folder(node: Node) -> None:
-    """A folder has its name only when it is held: a sweep in that very moment must not take it."""
+def test_jobs_that_start_at_once_leave_each_other_their_folder(node: Node) -> None:
+    """A folder has its name only when it is held: a cleanup in that very moment must not take it."""
     make = """
 import sys
 from vaedist.core.temporary_folder import temporary_folder

@@ -1,4 +1,4 @@
-"""Handing in without Slurm, the launch folder, and the view of what has become of it."""
+"""Submitting without Slurm, the launch folder, and the view of what has become of it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def status(*tasks: LaunchedTask) -> list[TaskStatus]:
 # Without Slurm ----------------------------------------------------------------------------------------------
 
 
-def test_a_chain_runs_here_and_a_failed_link_keeps_its_successors_from_running(
+def test_a_chain_runs_locally_and_a_failed_stage_keeps_later_ones_from_running(
     launch: LaunchConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
@@ -134,19 +134,17 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-# What is handed in ------------------------------------------------------------------------------------------
+# What is submitted ------------------------------------------------------------------------------------------
 
 
-def test_without_sbatch_one_is_told_where_to_go(
-    launch: LaunchConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_sbatch_the_error_names_local(launch: LaunchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="login node, or add --local"):
         submit_stages([Stage("shard", (PHANTOM,))], launch, print)
     assert ScriptExecutor.affinity() == -1
 
 
-def test_variables_for_another_job_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sbatch_does_not_get_variables_of_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("SLURM", "SBATCH", "VAEDIST")):
             monkeypatch.delenv(name)
@@ -160,7 +158,7 @@ def test_variables_for_another_job_are_not_handed_on(monkeypatch: pytest.MonkeyP
     assert sbatch_command() == ["env", *(word for name in unset for word in ("-u", name)), "sbatch"]
 
 
-def test_links_wait_for_success_and_end_with_failure(launch: LaunchConfig) -> None:
+def test_stages_wait_for_success_and_end_with_failure(launch: LaunchConfig) -> None:
     verify = Task("verify", ("shard", "shards", "--verify"))
     stages = [
         Stage("shard", (PHANTOM,)),
@@ -248,7 +246,7 @@ def test_names_of_launches_are_never_used_twice(launch: LaunchConfig) -> None:
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"link": "train"}', "7"])
-def test_a_damaged_record_is_told(launch: LaunchConfig, damage: str) -> None:
+def test_a_damaged_record_is_refused(launch: LaunchConfig, damage: str) -> None:
     launch_record.append(launch.folder, [launched(launch.folder)])
     with (launch.folder / launch_record.RECORD).open("a") as file:
         file.write(f"{damage}\n")
@@ -276,7 +274,7 @@ def test_a_group_that_is_not_ones_own_is_refused(tmp_path: Path) -> None:
 # The view ---------------------------------------------------------------------------------------------------
 
 
-def test_what_slurm_has_forgotten_is_told_by_what_it_left(
+def test_the_state_of_a_job_that_slurm_has_forgotten_comes_from_its_files(
     launch: LaunchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -300,7 +298,7 @@ def test_what_slurm_has_forgotten_is_told_by_what_it_left(
     rows = status(failed, after)
     assert rows[1].note == "never ran, because train (7) did not finish"
     assert status_table(rows).splitlines()[0].split() == [
-        "STAGE",
+        "LINK",
         "RUN",
         "JOB",
         "STATE",
@@ -312,7 +310,7 @@ def test_what_slurm_has_forgotten_is_told_by_what_it_left(
         cancel_launch([failed], print)
 
 
-def test_what_scontrol_says_of_jobs_and_arrays() -> None:
+def test_parse_scontrol() -> None:
     lines = (
         "JobId=7 JobName=a b UserId=x(0) JobState=FAILED Reason=NonZeroExitCode Restarts=2 ExitCode=3:0 NodeList=n1\n"
         "JobId=9 ArrayJobId=9 ArrayTaskId=0,2-3%2 JobName=x JobState=PENDING Reason=Dependency ExitCode=0:0\n"

@@ -1,4 +1,4 @@
-"""What a batch job starts, without a Slurm: the plan is a function of the job's variables and the command line."""
+"""What a batch job starts, without a Slurm: the layout is a function of the job's variables and the command line."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def job_file(tmp_path: Path) -> str:
     return str(write_job(tmp_path / "job.yaml", small_job(tmp_path, steps=4)))
 
 
-def test_the_supervisor_reads_the_command_line_as_the_door_does(job_file: str) -> None:
-    """Every option of the door; those that make it answer instead of train are left to it."""
+def test_the_supervisor_parses_the_command_line_as_vaedist_train_does(job_file: str) -> None:
+    """Every option; those that make vaedist-train answer instead of train are left to it."""
     values = {
         "--run-dir": "r",
         "--engine": "ray",
@@ -60,14 +60,14 @@ def test_the_supervisor_reads_the_command_line_as_the_door_does(job_file: str) -
     for action in build_parser()._actions:
         for option in action.option_strings:
             value = [] if action.nargs == 0 else [values.get(option, "1")]
-            told = train_arguments([job_file, option, *value])
-            assert (told is None) == (option in answering), option
+            parsed = train_arguments([job_file, option, *value])
+            assert (parsed is None) == (option in answering), option
     asked = train_arguments([job_file])
-    assert asked is not None and asked.engine is None, "the door's default is not a wish"
+    assert asked is not None and asked.engine is None, "the default is not a wish"
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 6])
-def test_what_would_come_again_is_not_handed_in_again(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_final_exit_code_is_not_requeued(code: int, capsys: pytest.CaptureFixture[str]) -> None:
     job = SlurmJob.current(JOB)
     assert job is not None
     with supervisor._Signals() as signals:
@@ -107,15 +107,15 @@ def test_the_command_line_wins_over_the_supervisors_option_and_that_over_the_sit
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--new-run"], "--run-dir"),
         (["--workers=2"], "--ntasks-per-node"),
         (["--engine=local"], "2 nodes"),
     ],
 )
-def test_what_does_not_go_together_is_refused(job_file: str, words: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_does_not_go_together_is_refused(job_file: str, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         _command(JOB, "train", job_file, *words)
 
 
@@ -126,11 +126,11 @@ def test_settings_and_options_reach_the_ranks_whatever_their_order(job_file: str
     assert command[command.index("--device") + 1] == "cpu"
 
 
-def test_a_command_line_with_a_mistake_goes_to_the_door_as_it_is(job_file: str) -> None:
+def test_a_command_line_with_a_mistake_is_passed_on_unchanged(job_file: str) -> None:
     assert _command(JOB, "train", job_file, "--wokers=2")[-1] == "--wokers=2"
 
 
-def test_outside_a_job_the_verb_simply_runs() -> None:
+def test_outside_a_job_the_command_simply_runs() -> None:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     done = subprocess.run(
         [sys.executable, "-m", "vaedist.slurm.supervisor", "train", "--help"],

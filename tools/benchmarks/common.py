@@ -1,4 +1,4 @@
-"""What all benchmarks share: the data, the jobs, and how contestants take turns."""
+"""The data and jobs of all benchmarks, and how contestants take turns."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def ticks_of(job: Any) -> list[float]:
 
 
 def logged_rate(run: Path) -> float:
-    """Images/s that a run's log tells, the median of its lines but the first."""
+    """Images/s in a run's log, the median of its lines but the first."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median([row["images_per_second"] for row in rows if row["kind"] == "train"][1:])
 
@@ -134,8 +134,8 @@ def peak_mib(statement: str) -> float:
 
     Not by getrusage: its ru_maxrss is inherited, so a small child reports what its parent was when it forked.
     """
-    told = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    command = [sys.executable, "-c", f"{statement}\n{told}"]
+    report = "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    command = [sys.executable, "-c", f"{statement}\n{report}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.splitlines()[-1]) / 1024
@@ -149,13 +149,13 @@ def take_turns(question: Question, repeats: int) -> dict[str, list[float]]:
             value = rate()
             if turn:
                 found[name].append(value)
-            told = f"round {turn} of {repeats}" if turn else "warm-up"
-            print(f"{question.title}: {told}: {name}: {number(value)}", file=sys.stderr)
+            stage = f"round {turn} of {repeats}" if turn else "warm-up"
+            print(f"{question.title}: {stage}: {name}: {number(value)}", file=sys.stderr)
     return found
 
 
 def number(value: float) -> str:
-    """Whole where it is large, else with enough digits to tell."""
+    """Whole where it is large, else with two or more digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
@@ -177,7 +177,7 @@ def table(question: Question, found: Mapping[str, list[float]]) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a table says beside its numbers."""
+    """Where and when a table was measured."""
 
     commit: str | None
     processor: str

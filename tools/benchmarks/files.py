@@ -42,9 +42,13 @@ def one_step(folder: Path) -> Path:
 
     run = folder / "vae_phantom"
     if not run.exists():
-        told = [f"data.path={packed(folder, size=64, train=640)}", "train.epochs=null", "train.threads=1"]
-        told += [f"train.{name}=1" for name in ("steps", "log_every", "validate_every", "save_every")]
-        job = load_job(JOBS / "vae_phantom.yaml", told)
+        overrides = [
+            f"data.path={packed(folder, size=64, train=640)}",
+            "train.epochs=null",
+            "train.threads=1",
+        ]
+        overrides += [f"train.{name}=1" for name in ("steps", "log_every", "validate_every", "save_every")]
+        job = load_job(JOBS / "vae_phantom.yaml", overrides)
         fit(job, run, group=Group.join("cpu"), options=FitOptions(quiet=True))
     return run
 

@@ -170,10 +170,10 @@ class _Training:
     def job(self, options: list[str]) -> Any:
         from vaedist.config.job import load_job
 
-        told = [f"data.path={self.shards}", "data.cache=device", f"train.batch_size={self.batch}"]
-        told += [f"train.steps={self.steps}", "train.precision=fp32", "train.channels_last=false"]
-        told += [f"train.{when}_every={self.steps}" for when in ("validate", "save")]
-        return load_job(self.file, [*told, f"train.log_every={self.every}", *options])
+        settings = [f"data.path={self.shards}", "data.cache=device", f"train.batch_size={self.batch}"]
+        settings += [f"train.steps={self.steps}", "train.precision=fp32", "train.channels_last=false"]
+        settings += [f"train.{when}_every={self.steps}" for when in ("validate", "save")]
+        return load_job(self.file, [*settings, f"train.log_every={self.every}", *options])
 
     def ways(self) -> dict[str, Rate]:
         return {name: self.way(name) for name in WAYS}

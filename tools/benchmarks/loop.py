@@ -66,15 +66,15 @@ def loops(folder: Path, name: str, steps: int) -> dict[str, Rate]:
             if step == WARM:
                 start = time.perf_counter()
             for phase, adam in adams.items():
-                rivals = [one for other, own in trained.items() if other != phase for one in own]
-                _freeze(rivals, True)
+                others = [parameter for other, own in trained.items() if other != phase for parameter in own]
+                _freeze(others, True)
                 here = ctx(step, phase)
                 adam.zero_grad(set_to_none=True)
                 model(batches[step % len(batches)], here)["loss"].mean().backward()
                 adam.step()
                 with torch.no_grad():
                     model.after_step(here)
-                _freeze(rivals, False)
+                _freeze(others, False)
         return steps * BATCH / (time.perf_counter() - start)
 
     return {"vaedist fit": whole, "bare step": bare}

@@ -51,9 +51,9 @@ def first_step(path: Path, *options: str) -> Rate:
             command = [sys.executable, "-m", "vaedist.train", str(path), "--device", "cpu", *options]
             command += ["--run-dir", f"{scratch}/run"]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-        told = re.search(r"first step after ([\d.]+) s", done.stdout)
-        assert told, f"{done.stdout}\n{done.stderr}"
-        return float(told[1])
+        match = re.search(r"first step after ([\d.]+) s", done.stdout)
+        assert match, f"{done.stdout}\n{done.stderr}"
+        return float(match[1])
 
     return seconds
 

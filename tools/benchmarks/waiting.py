@@ -61,9 +61,9 @@ def share(path: Path, shards: Path) -> Rate:
 
     every = 4 if Index.open(shards).shape[1] >= LARGE else 20
     steps = 4 * every
-    told = [f"train.{name}={steps}" for name in ("steps", "validate_every", "save_every")]
-    told += ["train.epochs=null", f"train.log_every={every}", f"data.path={shards}", "init_from=null"]
-    job = load_job(path, told)
+    overrides = [f"train.{name}={steps}" for name in ("steps", "validate_every", "save_every")]
+    overrides += ["train.epochs=null", f"train.log_every={every}", f"data.path={shards}", "init_from=null"]
+    job = load_job(path, overrides)
 
     def percent() -> float:
         threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ from vaedist.cli.shared_options import add_fit, add_verbosity
 def build_parser() -> Parser:
     parser = Parser(
         prog="vaedist-shard",
-        description="Pack images into WebDataset tars with an index; check, mend or index packed folders.",
+        description="Pack images into WebDataset tars with an index; check, repair or index packed folders.",
         epilog="example: vaedist-shard phantom --out shards/phantom --size 64 --count "
         "train=9664,validate=1120,test=544",
     )

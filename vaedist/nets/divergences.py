@@ -5,15 +5,15 @@ For q = N(mu, diag(s^2)) and a prior p = N(m, diag(t^2)), per latent dimension a
     KL(q || p) = ((mu - m)^2 + s^2 - t^2) / (2 t^2) - log s + log t
 
 For the standard normal p this is (mu^2 + s^2 - 1) / 2 - log s. Kingma and Welling, "Auto-encoding variational Bayes",
-appendix B. A prior with a mean and a spread for each class, p(z | y), is another `DiagonalGaussian`, whose rows are
-those of the batch's labels: Sohn et al., "Learning structured output representation using deep conditional
+appendix B. A prior with a mean and a variance for each class, p(z | y), is another `DiagonalGaussian`, with a row for
+each label of the batch: Sohn et al., "Learning structured output representation using deep conditional
 generative models".
 
-The squared maximum mean discrepancy of two laws, from samples x_1..x_n and y_1..y_m and a kernel k,
+The squared maximum mean discrepancy of two distributions, from samples x_1..x_n and y_1..y_m and a kernel k,
 
     MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-is unbiased: 0 on average where the laws are equal, so single values may be negative. Gretton et al., "A kernel
+is unbiased: 0 on average where the distributions are equal, so single values may be negative. Gretton et al., "A kernel
 two-sample test", lemma 6. With r = |x - y| and D dimensions:
 
 | kernel | k(x, y) | |
@@ -22,14 +22,14 @@ two-sample test", lemma 6. With r = |x - y| and D dimensions:
 | `rbf` | exp(-r^2 / (2 D w^2)) | |
 | `legacy` | exp(-r^2 / D^2), and the means run over i = j too | of earlier systems, to compare with |
 
-2 D is the mean r^2 of two standard normal vectors, so w = 1 suits that prior at every D; several scales see faults near
-and far, and the inverse multiquadratic's tail leaves a gradient to vectors far away (Tolstikhin et al., "Wasserstein
-auto-encoders", section 4; the seven scales are those of its published code). `legacy` is nearly flat at D = 32 and
-more: its biased diagonal outweighs all that it can see of a posterior that is too narrow, and rewards it.
+2 D is the mean r^2 of two standard normal vectors, so w = 1 suits that prior at every D. Several scales detect
+differences at small and large distances, and the inverse multiquadratic's tail leaves a gradient to vectors far away
+(Tolstikhin et al., "Wasserstein auto-encoders", section 4; the seven scales are those of its published code). `legacy`
+is nearly constant at D = 32 and more: its biased diagonal outweighs the rest and rewards too narrow posteriors.
 
-`block: b` cuts both samples into blocks of b rows, or one more, and takes the mean of their MMD^2: still unbiased, in
+`block: b` splits both samples into blocks of b rows, or one more, and takes the mean of their MMD^2: still unbiased, in
 time n * b instead of n^2, with more variance (Zaremba et al., "B-test: a non-parametric, low variance kernel two-sample
-test"; b = 2 is all but the linear-time estimator of Gretton et al., section 6).
+test"; b = 2 is almost the linear-time estimator of Gretton et al., section 6).
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vaedist.core.errors import NotDefined
-from vaedist.nets.divergences_config import Imq, Legacy, Rbf
+from vaedist.nets.divergences_config import Imq, KernelConfig, Legacy
 
-# exp of these stays finite and non-zero in fp32, with room for products; a trained posterior is far inside.
+# exp of these stays finite and non-zero in fp32, products too; a trained posterior lies far inside.
 _LOG_VARIANCE = (-30.0, 20.0)
 
 _TILE = 1 << 18
-"""Values of a kernel made at once: a few of these lie in a core's cache."""
+"""Values of a kernel computed at once: a few tensors of this size fit into a core's cache."""
 
 
 class DiagonalGaussian:
-    """q(z | x) = N(mean, exp(log_variance)), every dimension on its own; also a prior p(z) or p(z | y).
+    """q(z | x) = N(mean, exp(log_variance)) with independent dimensions; also a prior p(z) or p(z | y).
 
     Args:
         mean: mu, (B, D) or (B, D, h, w).
-        log_variance: log s^2, the same shape; values outside [-30, 20] count as the nearer end.
-        prior: What `kl` measures against, of a shape that broadcasts to it; None: the standard normal.
+        log_variance: log s^2, the same shape; clamped to [-30, 20].
+        prior: p of `kl`, of a shape that broadcasts to q's; None: the standard normal.
     """
 
     def __init__(self, mean: Tensor, log_variance: Tensor, prior: DiagonalGaussian | None = None) -> None:
@@ -70,7 +70,7 @@ class DiagonalGaussian:
     def from_network(
         cls, features: Tensor, prior: DiagonalGaussian | None = None, sigma: float = 1.0
     ) -> DiagonalGaussian:
-        """From (B, 2D, ...) features: mean, and log-variance around that of `sigma`. Leaves half precision for fp32."""
+        """From (B, 2D, ...) features, in at least fp32: mean, and log-variance relative to that of `sigma`."""
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         mean, log_variance = features.chunk(2, dim=1)
         return cls(mean, log_variance + 2 * math.log(sigma), prior)
@@ -93,15 +93,15 @@ class DiagonalGaussian:
         if self.prior is None:
             return (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance) / 2
         ratio = self.log_variance - self.prior.log_variance
-        apart = (self.mean - self.prior.mean).square() * (-self.prior.log_variance).exp()
-        return (apart + ratio.exp() - 1 - ratio) / 2
+        distance = (self.mean - self.prior.mean).square() * (-self.prior.log_variance).exp()
+        return (distance + ratio.exp() - 1 - ratio) / 2
 
 
 class PointMass:
-    """q(z | x) of a deterministic encoder: all mass at `mean`. It has no density, so no rate either.
+    """q(z | x) of a deterministic encoder: all mass at `mean`, so neither a density nor a rate.
 
     Args:
-        mean: (B, D) or (B, D, h, w); leaves half precision for fp32.
+        mean: (B, D) or (B, D, h, w); half precision becomes fp32.
     """
 
     def __init__(self, mean: Tensor) -> None:
@@ -121,14 +121,14 @@ class PointMass:
 # Maximum mean discrepancy -------------------------------------------------------------------------------------
 
 
-def mmd(x: Tensor, y: Tensor, kernel: Imq | Rbf | Legacy = Imq()) -> Tensor:  # noqa: B008 - frozen
+def mmd(x: Tensor, y: Tensor, kernel: KernelConfig = Imq()) -> Tensor:  # noqa: B008 - frozen
     """MMD^2 of two samples, a scalar in fp32 (fp64 for fp64 samples), outside autocast, with gradient to both.
 
-    A term of a loss takes the rows of the global batch: `mmd(ctx.gather(z), ctx.gather(drawn), kernel)`.
+    In a loss it takes the rows of the global batch: `mmd(ctx.gather(z), ctx.gather(prior_samples), kernel)`.
 
     Args:
         x: (n, D) or (n, D, h, w): n latents.
-        y: (m, ...) of as many dimensions each; m = n where the kernel has blocks.
+        y: (m, ...) of the same dimensions; m = n where the kernel has blocks.
         kernel: See the module. Unbiased ones need n and m of at least 2.
     """
     assert x.shape[1:] == y.shape[1:] and min(len(x), len(y)) >= (1 if isinstance(kernel, Legacy) else 2)
@@ -143,41 +143,40 @@ def mmd(x: Tensor, y: Tensor, kernel: Imq | Rbf | Legacy = Imq()) -> Tensor:  # 
         assert len(x) == len(y), "blocks need samples of one size"
         blocks = max(1, len(x) // kernel.block)
         size, longer = divmod(len(x), blocks)
-        at = longer * (size + 1)
+        split = longer * (size + 1)
         total = x.new_zeros(())
-        for rows, start, stop in ((size + 1, 0, at), (size, at, len(x))):
-            if stop > start:
+        for rows, part in ((size + 1, slice(0, split)), (size, slice(split, None))):
+            if len(x[part]):
                 shape = (-1, rows, x.shape[1])
-                each = _mmd(x[start:stop].view(shape), y[start:stop].view(shape), kernel)
-                total = total + each.sum() / blocks
+                total = total + _mmd(x[part].view(shape), y[part].view(shape), kernel).sum() / blocks
         return total
 
 
-def _mmd(x: Tensor, y: Tensor, kernel: Imq | Rbf | Legacy) -> Tensor:
+def _mmd(x: Tensor, y: Tensor, kernel: KernelConfig) -> Tensor:
     """(G,) MMD^2 of G pairs of samples (G, n, D) and (G, m, D)."""
 
     def within(z: Tensor) -> Tensor:
         n = z.shape[1]
-        return _total(z, None, kernel) / (n * n if isinstance(kernel, Legacy) else n * (n - 1))
+        return _kernel_sum(z, None, kernel) / (n * n if isinstance(kernel, Legacy) else n * (n - 1))
 
-    return within(x) + within(y) - 2 * _total(x, y, kernel) / (x.shape[1] * y.shape[1])
+    return within(x) + within(y) - 2 * _kernel_sum(x, y, kernel) / (x.shape[1] * y.shape[1])
 
 
-def _total(x: Tensor, y: Tensor | None, kernel: Imq | Rbf | Legacy) -> Tensor:
-    found: Tensor = _KernelSum.apply(x, y, kernel)  # type: ignore[no-untyped-call]
-    return found
+def _kernel_sum(x: Tensor, y: Tensor | None, kernel: KernelConfig) -> Tensor:
+    total: Tensor = _KernelSum.apply(x, y, kernel)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _KernelSum(torch.autograd.Function):
-    """(G,) sums of k(x_i, y_j) over all pairs; without y those of x with itself, but for i = j where unbiased.
+    """(G,) sums of k(x_i, y_j) over all pairs; without y of x with itself, and i = j is left out where unbiased.
 
-    k depends on r^2 alone, so with w = dk/dr^2 the gradient to x_i is 2 sum_j w_ij (x_i - y_j), two matrix products. It
-    is made together with the sum, some rows at a time: neither the n x m values nor what autograd would keep of each
-    scale are ever in memory as a whole.
+    k depends only on r^2, so with w = dk/dr^2 the gradient to x_i is 2 sum_j w_ij (x_i - y_j), two matrix products. It
+    is computed with the sum, some rows at a time: neither the n x m values nor what autograd would save for each scale
+    are ever in memory as a whole.
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, y: Tensor | None, kernel: Imq | Rbf | Legacy) -> Tensor:
+    def forward(context: Any, x: Tensor, y: Tensor | None, kernel: KernelConfig) -> Tensor:
         other = x if y is None else y
         to_x, to_y = context.needs_input_grad[0], y is not None and context.needs_input_grad[1]
         gradient = torch.zeros_like(x) if to_x else None
@@ -188,18 +187,18 @@ class _KernelSum(torch.autograd.Function):
         for start in range(0, x.shape[1], rows):
             part = x[:, start : start + rows]
             squares = norms[:, start : start + rows] + others
-            apart = torch.baddbmm(squares, part, other.transpose(1, 2), alpha=-2).clamp_min_(0)
+            distances = torch.baddbmm(squares, part, other.transpose(1, 2), alpha=-2).clamp_min_(0)
             if y is None and not isinstance(kernel, Legacy):
-                apart.diagonal(start, 1, 2).fill_(math.inf)  # where every kernel and its slope are 0
-            found, slopes = _values_and_slopes(apart, x.shape[2], kernel, slopes=to_x or to_y)
-            sums += found
+                distances.diagonal(start, 1, 2).fill_(math.inf)  # where every kernel and its derivative are 0
+            total, slopes = _values_and_slopes(distances, x.shape[2], kernel, slopes=to_x or to_y)
+            sums += total
             if slopes is not None and gradient is not None:
                 step = slopes.sum(2)[:, :, None] * part - slopes @ other
                 gradient[:, start : start + rows] = 2 * step
             if slopes is not None and gradient_y is not None:
                 gradient_y += 2 * (slopes.sum(1)[:, :, None] * other - slopes.transpose(1, 2) @ part)
         if y is None and gradient is not None:
-            gradient *= 2  # each is x_i in one half of the pairs and x_j in the other
+            gradient *= 2  # each row is x_i in one half of the pairs and x_j in the other
         context.save_for_backward(gradient, gradient_y)
         return sums.to(x.dtype)
 
@@ -211,19 +210,19 @@ class _KernelSum(torch.autograd.Function):
 
 
 def _values_and_slopes(
-    apart: Tensor, d: int, kernel: Imq | Rbf | Legacy, *, slopes: bool
+    distances: Tensor, d: int, kernel: KernelConfig, *, slopes: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(G,) fp64 sums of the kernel over (G, n, m) squared distances, and its (G, n, m) slopes; `apart` is used up."""
+    """(G,) fp64 sums of the kernel over (G, n, m) squared `distances`, which are overwritten, and (G, n, m) slopes."""
     if not isinstance(kernel, Imq):
         width = float(d**2) if isinstance(kernel, Legacy) else 2 * d * kernel.bandwidth**2
-        values = apart.div_(-width).exp_()
+        values = distances.div_(-width).exp_()
         return values.sum((1, 2)).double(), values.div(-width) if slopes else None
-    sums = apart.new_zeros(len(apart), dtype=torch.float64)
-    slope = torch.zeros_like(apart) if slopes else None
-    held = torch.empty_like(apart)
+    sums = distances.new_zeros(len(distances), dtype=torch.float64)
+    slope = torch.zeros_like(distances) if slopes else None
+    buffer = torch.empty_like(distances)
     for scale in kernel.scales:
         width = 2 * d * kernel.bandwidth**2 * scale
-        values = torch.add(apart, width, out=held).reciprocal_().mul_(width)
+        values = torch.add(distances, width, out=buffer).reciprocal_().mul_(width)
         sums += values.sum((1, 2)).double()
         if slope is not None:
             slope.addcmul_(values, values, value=-1 / width)

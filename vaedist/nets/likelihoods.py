@@ -53,6 +53,7 @@ from vaedist.nets.likelihoods_config import (
     BernoulliLikelihood,
     GaussianLikelihood,
     LaplaceLikelihood,
+    LikelihoodConfig,
     LogisticLikelihood,
 )
 from vaedist.nets.ssim import WINDOW_SIDE
@@ -148,11 +149,7 @@ class ObservationModel(nn.Module):
     scale: Tensor
     steps: Tensor
 
-    def __init__(
-        self,
-        config: BernoulliLikelihood | GaussianLikelihood | LaplaceLikelihood | LogisticLikelihood,
-        spec: Spec,
-    ) -> None:
+    def __init__(self, config: LikelihoodConfig, spec: Spec) -> None:
         super().__init__()
         self.config, self.channels = config, spec.channels
         sigma = config.sigma if isinstance(config, GaussianLikelihood) else None

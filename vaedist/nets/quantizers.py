@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from vaedist.core.context import Context
 from vaedist.nets.gradient_estimators import apply_estimator, project_to_sphere
 from vaedist.nets.kmeans import flatten_positions, kmeans, nearest_vectors, ordered_index_add
-from vaedist.nets.quantizers_config import EmaCodebook, Fsq, GradientCodebook
+from vaedist.nets.quantizers_config import EmaCodebook, Fsq, GradientCodebook, QuantizerConfig
 
 
 class Quantized(NamedTuple):
@@ -364,8 +364,8 @@ class FsqQuantizer(Quantizer):
         return Quantized(values, codes, None, None)
 
 
-def quantizer(config: EmaCodebook | GradientCodebook | Fsq) -> Quantizer:
-    """The quantiser of a job's `codebook` section."""
+def quantizer(config: QuantizerConfig) -> Quantizer:
+    """The quantizer of a job's `codebook` section."""
     if isinstance(config, Fsq):
         return FsqQuantizer(config)
     books: list[_Codebook] = [

@@ -221,9 +221,8 @@ def _tune(request: LaunchRequest, space: str) -> Stage:
     needless = {"a job file": request.jobs, "--seeds": request.seeds, "--grid": request.grid}
     for name, value in needless.items():
         if value:
-            raise UserError(
-                f"--space names what a search varies, and {name} has no place beside it: leave it out"
-            )
+            reason = f"--space names what a search varies, and {name} has no place beside it"
+            raise UserError(f"{reason}: leave it out")
     if request.chain != ("train",):
         raise UserError("--space makes one job, the search: leave --chain out")
     name = Path(space).stem
@@ -276,9 +275,8 @@ def _check_request(request: LaunchRequest) -> None:
         if word.split("=")[0] in ("--run-dir", "--new-run"):
             raise UserError(f"{word} after -- would put all runs in one folder: use --runs DIR")
     if request.extra_arguments and "train" not in request.chain:
-        raise UserError(
-            "arguments after -- are those of vaedist-train, and the chain has no train: leave them out"
-        )
+        reason = "arguments after -- are those of vaedist-train, and the chain has no train"
+        raise UserError(f"{reason}: leave them out")
 
 
 def _check_run_folders(tasks: Sequence[Task]) -> None:

@@ -30,7 +30,7 @@ SUPERVISOR = "vaedist.slurm.supervisor"
 LAST_LINE = f'exec python -m {SUPERVISOR} "$@"'
 """The last line of every template."""
 
-_REGION = r"^# >>> {name}.*?^# <<<\n"
+_REGION = r"(?ms)^# >>> {name}.*?^# <<<\n"
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,8 @@ def container_lines(site: Site, folders: Sequence[Path], module: str) -> list[st
     binds = []
     for folder in folders:
         if re.search(r"[,:]", str(folder)):
-            raise UserError(
-                f"Apptainer cannot take {folder} into a container: choose a folder without , and :"
-            )
+            hint = "choose a folder without , and :"
+            raise UserError(f"Apptainer cannot take {folder} into a container: {hint}")
         binds += ["--bind", str(folder)]
     gpu = [] if site.gpu_syntax == "none" else ["--nv"]
     inside = ["apptainer", "exec", *gpu, *binds, site.container, "python", "-m", module]
@@ -254,18 +253,12 @@ def _with_options(text: str, wanted: Sequence[tuple[str, str]]) -> str:
     """`text` with these `#SBATCH` options in place of its own of the same name, in one block."""
     names = {name for name, _ in wanted} | {"requeue"}
     lines = text.splitlines()
-    marked = [number for number, line in enumerate(lines) if line.startswith("#SBATCH ")]
-    kept = [lines[number] for number in marked if (_option_name(lines[number])) not in names]
-    block = [_directive(name, value) for name, value in wanted] + kept
-    rest = [line for number, line in enumerate(lines) if number not in marked]
-    rest[marked[0] : marked[0]] = block
-    return "\n".join(rest) + "\n"
-
-
-def _option_name(directive: str) -> str:
-    match = re.match(r"#SBATCH --([a-z-]+)", directive)
-    assert match is not None, f"templates write options out: {directive}"
-    return match[1]
+    own = [line for line in lines if line.startswith("#SBATCH --")]
+    kept = [line for line in own if re.split("[= ]", line.removeprefix("#SBATCH --"))[0] not in names]
+    first = lines.index(own[0])
+    rest = [line for line in lines[first:] if line not in own]
+    block = [_directive(name, value) for name, value in wanted]
+    return "\n".join([*lines[:first], *block, *kept, *rest]) + "\n"
 
 
 def _directive(name: str, value: str) -> str:
@@ -276,8 +269,6 @@ def _directive(name: str, value: str) -> str:
 
 def _with_region(text: str, name: str, lines: Sequence[str]) -> str:
     content = "".join(f"{line}\n" for line in lines)
-    filled, count = re.subn(
-        _REGION.format(name=name), lambda _: content, text, count=1, flags=re.MULTILINE | re.DOTALL
-    )
+    filled, count = re.subn(_REGION.format(name=name), lambda _: content, text, count=1)
     assert count == 1, f"every template has a place for its {name}"
     return filled

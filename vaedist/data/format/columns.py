@@ -86,9 +86,8 @@ class StringColumn(Sequence[str]):
         """The strings of many rows at once."""
         starts = np.where(rows > 0, self._ends[rows - 1], 0).tolist() if len(rows) else []
         try:
-            return [
-                str(self._text[a:b], "utf-8") for a, b in zip(starts, self._ends[rows].tolist(), strict=True)
-            ]
+            ends = self._ends[rows].tolist()
+            return [str(self._text[a:b], "utf-8") for a, b in zip(starts, ends, strict=True)]
         except UnicodeDecodeError:
             raise DataError(f"{self._where}: a text in it is not UTF-8; pack the data again") from None
 
@@ -164,9 +163,8 @@ class Columns:
                 raise broken
         if n and int(self._subject.max()) >= m:
             raise broken
-        if (self.offset + self.size < self.offset).any() or (
-            self.offset[1:] < (self.offset + self.size)[:-1]
-        ).any():
+        ends = self.offset + self.size
+        if (ends < self.offset).any() or (self.offset[1:] < ends[:-1]).any():
             raise broken
         text = memoryview(data)[position:]
         self.keys = StringColumn(key_ends, text[:key_bytes], where)
@@ -181,9 +179,7 @@ class Columns:
 
     def row(self, i: int) -> SampleRow:
         """Sample `i` as `write_columns` takes it."""
-        offset, size, crc, label = (
-            int(column[i]) for column in (self.offset, self.size, self.crc, self.label)
-        )
+        offset, size, crc, label = map(int, (self.offset[i], self.size[i], self.crc[i], self.label[i]))
         return SampleRow(self.keys[i], offset, size, crc, label, self.subject(i), self.pixels[i].tobytes())
 
     @classmethod
@@ -225,9 +221,8 @@ def write_columns(path: Path, tar: Path, rows: Iterable[SampleRow]) -> str:
     assert all(len(row.digest) == 32 for row in rows), "a pixel digest has 32 bytes"
     table = {subject: number for number, subject in enumerate(dict.fromkeys(row.subject for row in rows))}
     keys, subjects = [row.key.encode() for row in rows], [subject.encode() for subject in table]
-    key_ends, subject_ends = (
-        np.cumsum([len(text) for text in texts], dtype="<u8") for texts in (keys, subjects)
-    )
+    key_ends = np.cumsum([len(key) for key in keys], dtype="<u8")
+    subject_ends = np.cumsum([len(subject) for subject in subjects], dtype="<u8")
     sections = [
         np.asarray((len(rows), len(table), sum(map(len, keys)), sum(map(len, subjects))), "<u8"),
         np.asarray([row.offset for row in rows], "<u8"),
@@ -255,8 +250,7 @@ def _lead_crcs(tar: Path, rows: Sequence[SampleRow]) -> list[int]:
             data = file.read(row.size)
             position = row.offset + row.size
             if len(data) != row.size or zlib.crc32(data) != row.crc:
-                raise DataError(
-                    f"{tar}: sample {row.key!r} at byte {row.offset} was not written as it should be"
-                )
+                sample = f"sample {row.key!r} at byte {row.offset}"
+                raise DataError(f"{tar}: {sample} was not written as it should be")
         leads.append(zlib.crc32(file.read()))
     return leads

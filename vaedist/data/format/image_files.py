@@ -44,10 +44,18 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one input file may ask for."""
+    """What one input file may ask for; the checks raise BadImage."""
 
     pixels: int = MAX_PIXELS
     bytes: int = MAX_BYTES
+
+    def check_pixels(self, width: int, height: int) -> None:
+        if width * height > self.pixels:
+            raise BadImage(f"announces {width} x {height} pixels, more than {self.pixels:,} (--max-pixels)")
+
+    def check_bytes(self, size: int) -> None:
+        if size > self.bytes:
+            raise BadImage(f"has more than {self.bytes:,} bytes (--max-bytes)")
 
 
 def read_file(path: str | Path, limits: Limits) -> bytes:
@@ -65,8 +73,7 @@ def read_file(path: str | Path, limits: Limits) -> bytes:
         raise BadImage(f"cannot be read ({error.strerror})") from None
     if not data:
         raise BadImage("is empty (0 bytes)")
-    if len(data) > limits.bytes:
-        raise BadImage(f"has more than {limits.bytes:,} bytes (--max-bytes)")
+    limits.check_bytes(len(data))
     return data
 
 
@@ -94,11 +101,7 @@ def decode(data: bytes, limits: Limits | None = None) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit below is ours
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > limits.pixels:
-                raise BadImage(
-                    f"announces {width} x {height} pixels, more than {limits.pixels:,} (--max-pixels)"
-                )
+            limits.check_pixels(*image.size)
             image.load()
             return _to_uint8(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:

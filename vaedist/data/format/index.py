@@ -130,21 +130,12 @@ class Index:
     @classmethod
     def _from_document(cls, folder: Path, document: IndexDocument) -> Index:
         content = document.content
-        channels, height, width = content.shape if len(content.shape) == 3 else (1, *content.shape)
-        info = DatasetInfo(
-            (channels, height, width),
-            content.codec,
-            document.classes,
-            document.source,
-            document.struck,
-            content.dtype,
-        )
+        shape = content.shape if len(content.shape) == 3 else (1, *content.shape)
+        classes, source, removed = document.classes, document.source, document.struck
+        info = DatasetInfo(shape, content.codec, classes, source, removed, content.dtype)
         splits = {}
         for name, split in document.splits.items():
-            shards = [
-                Shard(folder / s.tar, folder / s.columns, s.count, s.bytes, s.sha256, s.columns_sha256)
-                for s in split.shards
-            ]
+            shards = [Shard.of(folder / one.tar, folder / one.columns, vars(one)) for one in split.shards]
             splits[name] = Split(name, shards)
         return cls(folder, document.identity, info, splits)
 
@@ -187,6 +178,11 @@ def write_index(
         info: What all samples have in common.
         identity: As `data_identity` returns it.
     """
+
+    def entry(shard: Shard) -> dict[str, Any]:
+        paths = {"tar": shard.tar, "columns": shard.columns_path}
+        return {name: path.relative_to(folder).as_posix() for name, path in paths.items()} | shard.facts
+
     kind, shape = ("image", info.shape) if info.dtype == "uint8" else ("codes", info.shape[1:])
     content = {
         "format": FORMAT,
@@ -199,7 +195,7 @@ def write_index(
         "splits": {
             name: {
                 "count": sum(shard.count for shard in shards),
-                "shards": [_entry(folder, one) for one in shards],
+                "shards": [entry(shard) for shard in shards],
             }
             for name, shards in splits.items()
         },
@@ -208,14 +204,3 @@ def write_index(
     }
     parse(IndexDocument, content, where=str(folder / INDEX_NAME))  # what we write, we can read
     replace_file(folder / INDEX_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def _entry(folder: Path, shard: Shard) -> dict[str, Any]:
-    return {
-        "tar": shard.tar.relative_to(folder).as_posix(),
-        "columns": shard.columns_path.relative_to(folder).as_posix(),
-        "count": shard.count,
-        "bytes": shard.bytes,
-        "sha256": shard.sha256,
-        "columns_sha256": shard.columns_sha256,
-    }

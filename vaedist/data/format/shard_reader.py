@@ -100,9 +100,8 @@ class ShardReader:
         return self._damage(entry, row, size, f"the shard has {size} bytes and the index says {entry.bytes}")
 
     def _damage(self, entry: Shard, row: int, offset: int, what: str) -> DataError:
-        return DataError(
-            f"{entry.tar}: sample {self.columns.keys[row]!r} at byte {offset}: {what}; {_ADVICE}"
-        )
+        key = self.columns.keys[row]
+        return DataError(f"{entry.tar}: sample {key!r} at byte {offset}: {what}; {_ADVICE}")
 
     def decode(self, row: int, out: NDArray[Any]) -> None:
         """Write the image of `row` into `out`, (C, H, W) uint8; or its codes, (1, h, w) of any type that holds them.

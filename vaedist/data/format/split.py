@@ -6,9 +6,10 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from vaedist.data.format.columns import Columns
 
 _log = logging.getLogger("vaedist")
 
+FACTS = ("count", "bytes", "sha256", "columns_sha256")
+"""What `index.json` and receipts say of a shard besides the names of its files."""
 _COLUMNS_CACHED = 64  # shards per split whose columns stay in memory: about 20 MB at 3,000 samples each
 
 
@@ -34,6 +37,14 @@ class Shard:
     columns_sha256: str
     original: Shard | None = None
     """The shard in the shared folder of which the two files are copies (`vaedist.data.loading.staging`)."""
+
+    @classmethod
+    def of(cls, tar: Path, columns: Path, facts: Mapping[str, Any]) -> Shard:
+        return cls(tar, columns, **{name: facts[name] for name in FACTS})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FACTS}
 
 
 class Split:
@@ -73,9 +84,8 @@ class Split:
             entry = self.use_original(entry, entry.columns_path, error)
             columns = Columns.read(entry.columns_path, entry.columns_sha256)
         if len(columns) != entry.count or columns.offset[-1] + columns.size[-1] > entry.bytes:
-            raise DataError(
-                f"{entry.columns_path} does not fit {entry.tar.name}; pack or index the data again"
-            )
+            path, tar = entry.columns_path, entry.tar.name
+            raise DataError(f"{path} does not fit {tar}; pack or index the data again")
         with self._lock:
             self._cached[shard] = columns
             while len(self._cached) > _COLUMNS_CACHED:
@@ -131,5 +141,5 @@ class Split:
         return int(self.columns(shard).label[row])
 
     def subjects(self) -> set[str]:
-        """All subjects whose names are known."""
+        """All named subjects."""
         return {columns.subject(row) for columns in self.all_columns() for row in range(len(columns))} - {""}

@@ -106,9 +106,12 @@ def fill_cache(
     needed = split.count * index.sample_bytes
     first = group is None or group.local_rank == 0
     allowed = (int(available_memory() * _SHARE) if memory_limit is None else memory_limit) if first else 0
+    memory, part, parts = None, 0, 1
     if group is None or group.world == 1:
-        group, part, parts = None, 0, 1
-        memory = _new_memory(needed) if needed <= allowed else None
+        group = None
+        if needed <= allowed:
+            with _memfd(needed) as handle:
+                memory = mmap.mmap(handle, needed)
     else:
         part, parts = group.local_rank, group.local_world
         memory = _share(needed, allowed, group)
@@ -118,13 +121,8 @@ def fill_cache(
         images = np.frombuffer(memory, index.dtype).reshape(split.count, *index.shape)
         start, stop = split.count * part // parts, split.count * (part + 1) // parts
     elif first:
-        _log.warning(
-            "cache: memory needs %s for the split %r and %s may be used here: reading shards instead, as with "
-            "cache: none",
-            _size(needed),
-            split.name,
-            _size(allowed),
-        )
+        what = f"needs {_size(needed)} for the split {split.name!r} and {_size(allowed)} may be used here"
+        _log.warning("cache: memory %s: reading shards instead, as with cache: none", what)
     # In rounds, so that no process waits long for another (collectives have deadlines) and damage ends it early.
     rounds = -(-(stop - start) // _ROUND)
     if group is not None:
@@ -155,11 +153,9 @@ def copy_to_device(images: NDArray[Any], device: torch.device) -> Tensor | None:
     if device.type == "cuda":
         allowed = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE)
         if needed > allowed:
+            what = f"needs {_size(needed)} and {_size(allowed)} of the GPU may be used for it"
             _log.warning(
-                "cache: device needs %s and %s of the GPU may be used for it: the images stay in the node's memory, as "
-                "with cache: memory",
-                _size(needed),
-                _size(allowed),
+                "cache: device %s: the images stay in the node's memory, as with cache: memory", what
             )
             return None
     content = torch.empty(images.shape, dtype=dtype, device=device)
@@ -229,11 +225,12 @@ def _blocks(split: Split, start: int, stop: int) -> Iterator[tuple[int, int, int
 # Shared memory -------------------------------------------------------------------------------------------------
 
 
-def _new_memory(size: int) -> mmap.mmap:
+@contextlib.contextmanager
+def _memfd(size: int) -> Iterator[int]:
     handle = os.memfd_create("vaedist", os.MFD_CLOEXEC)
     try:
         os.ftruncate(handle, size)
-        return mmap.mmap(handle, size)
+        yield handle
     finally:
         os.close(handle)
 
@@ -251,22 +248,17 @@ def _share(needed: int, allowed: int, group: Collectives) -> mmap.mmap | None:
         try:
             listener.bind(address)
         except OSError as error:
-            raise UserError(
-                f"cache: memory cannot be shared on this node ({error}); set data.cache=none"
-            ) from None
+            what = f"cannot be shared on this node ({error})"
+            raise UserError(f"cache: memory {what}; set data.cache=none") from None
         listener.listen(group.local_world)
         listener.settimeout(_DEADLINE_S)
         group.barrier()
         if needed > allowed:
             _send_memory(listener, group.local_world - 1, None)
             return None
-        handle = os.memfd_create("vaedist", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(handle, needed)
+        with _memfd(needed) as handle:
             _send_memory(listener, group.local_world - 1, handle)
             return mmap.mmap(handle, needed)
-        finally:
-            os.close(handle)
 
 
 def _send_memory(listener: socket.socket, count: int, handle: int | None) -> None:
@@ -284,9 +276,8 @@ def _send_memory(listener: socket.socket, count: int, handle: int | None) -> Non
                 continue
             # A process that died here is noticed where all agree; the others still get theirs.
             with contextlib.suppress(OSError):
-                socket.send_fds(
-                    connection, [b"1" if handle is not None else b"0"], [] if handle is None else [handle]
-                )
+                answer, handles = (b"0", []) if handle is None else (b"1", [handle])
+                socket.send_fds(connection, [answer], handles)
             count -= 1
 
 

@@ -1,6 +1,6 @@
 """What a model receives of an image: binarized, augmented, and for a denoiser with noise that it has to remove.
 
-All of it happens on the device, on the uint8 images that the stream hands out, in this order:
+All of it happens on the device, on the uint8 images of the stream, in this order:
 
 | setting | law, x = value / 255 in [0, 1], n standard normal, u uniform |
 |---|---|
@@ -17,9 +17,9 @@ The result is rounded to uint8 once. `augment.denoise` keeps the image without t
 what the likelihood then scores: Vincent et al., "Extracting and composing robust features with denoising
 autoencoders".
 
-Training noise comes from the step's context, so it belongs to the sample: 1 and 8 processes see the same images, and
-a resumed run goes on with those that it would have seen. Outside training nothing is augmented and binarisation is
-static, so that numbers compare; only a denoiser, whose task the noise is, is measured with noise, fixed per
+Training noise comes from the step's context, by sample: 1 and 8 processes see the same images, and
+a resumed run continues with those that it would have seen. Outside training nothing is augmented and binarization is
+static, so that numbers compare; only a denoiser, whose task the noise is, is evaluated with noise, fixed per
 (seed, sample).
 
 What comes first and is the same at every step (`static`, `threshold`) is done once to the images that a cache holds,
@@ -27,7 +27,7 @@ where there is one (`Inputs.static_transform`).
 
 `static` uses one 24-bit number per value from the SplitMix64 generator (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators"), in integers: the same on every device, for every order and batch. Salakhutdinov and
-Murray, "On the quantitative analysis of deep belief networks", drew the binarised MNIST that way, once.
+Murray, "On the quantitative analysis of deep belief networks", drew the binarized MNIST that way, once.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Inputs:
     def __init__(self, job: Job, *, transformed: bool = False) -> None:
         self._transformed = transformed
         self.seed, self.binarization, self.augment = job.seed, job.data.binarise, job.augment
-        self._changes_images = self.binarization != "none" or bool(self.augment.flip or self.augment.shift)
-        self._changes_images |= bool(self.augment.noisy)
+        augmented = self.augment.flip or self.augment.shift or self.augment.noisy
+        self._changes_images = self.binarization != "none" or bool(augmented)
         tokenizer = getattr(job.model, "tokenizer", None)
         if tokenizer is not None and not isinstance(tokenizer, str):
-            # A prior's own images, of an evaluation, are binarised as those that its tokenizer was trained on.
+            # A prior's own images, of an evaluation, are binarized as those that its tokenizer was trained on.
             self.seed, self.binarization = tokenizer.seed, tokenizer.binarise
         self._counts: Tensor | None = None
 
@@ -99,7 +99,7 @@ class Inputs:
         return shown
 
     def binarize(self, image: Tensor, keys: Sequence[str], ctx: Context | None = None) -> Tensor:
-        """uint8 (B, C, H, W) of 0 and 255, or `image` itself where the job does not binarise.
+        """uint8 (B, C, H, W) of 0 and 255, or `image` itself where the job does not binarize.
 
         Args:
             image: uint8 (B, C, H, W).
@@ -113,9 +113,8 @@ class Inputs:
         elif self.binarization == "dynamic" and ctx is not None:
             white = ctx.uniform("binarise", image.shape) * 255 < image
         else:
-            white = static_bits(self.seed, keys, image[0].numel(), image.device).view(image.shape) * 255 < (
-                image.long() << BITS
-            )
+            bits = static_bits(self.seed, keys, image[0].numel(), image.device).view(image.shape)
+            white = bits * 255 < image.long() << BITS
         return white.to(torch.uint8) * 255
 
     @property
@@ -161,9 +160,8 @@ class EvaluationInputs:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
             device = batch["label"].device
-            yield self.inputs(
-                batch, SampleContext(seed=self._job.seed, samples=batch["sample"], device=device)
-            )
+            ctx = SampleContext(seed=self._job.seed, samples=batch["sample"], device=device)
+            yield self.inputs(batch, ctx)
 
 
 def rows_at_once(spec: Spec) -> int:
@@ -190,9 +188,8 @@ def whole_split(
 
 BITS = 24
 """Bits of each number that a static draw compares a gray value with."""
-_GOLDEN, _FIRST, _SECOND = (
-    constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_GOLDEN, _FIRST, _SECOND = (constant - (1 << 64) for constant in _CONSTANTS)
 
 
 def static_bits(seed: int, keys: Sequence[str], count: int, device: torch.device | str) -> Tensor:
@@ -224,21 +221,20 @@ def _shifted(image: Tensor, most: int, uniform: Tensor) -> Tensor:
 
 
 def poisson_table(photons: float) -> Tensor:
-    """(256, K) float64: g + P(N <= k) for a grey value g of mean g / 255 * photons; sorted when flattened.
+    """(256, K) float64: g + P(N <= k) for a gray value g of mean g / 255 * photons; sorted when flattened.
 
     P(N <= k) = Q(k + 1, mean), the upper regularised incomplete gamma function; k ends ten deviations above `photons`.
     """
-    grey = torch.arange(256, dtype=torch.float64)
+    gray = torch.arange(256, dtype=torch.float64)
     k = torch.arange(int(photons + 10 * photons**0.5) + 16, dtype=torch.float64)
-    below = torch.special.gammaincc(
-        (k + 1).expand(256, -1), (grey / 255 * photons)[:, None].expand(-1, len(k))
-    )
+    mean = (gray / 255 * photons)[:, None]
+    below = torch.special.gammaincc((k + 1).expand(256, -1), mean.expand(-1, len(k)))
     below[:, -1] = 1
-    return grey[:, None] + below
+    return gray[:, None] + below
 
 
 def poisson(image: Tensor, uniform: Tensor, table: Tensor) -> Tensor:
-    """Counts (float32) by inversion: the smallest k with P(N <= k) > u, found for all grey values in one search."""
+    """Counts (float32) by inversion: the smallest k with P(N <= k) > u, found for all gray values in one search."""
     wanted = image.to(torch.float64) + uniform
     place = torch.searchsorted(table.flatten(), wanted.contiguous(), right=True)
     count = place - image.long() * table.shape[1]

@@ -1,12 +1,12 @@
-"""A node's own disk, as a place for copies that may go at any time.
+"""A node's own disk, as a place for copies that may be removed at any time.
 
-In it every user has one folder, `vaedist-UID`, and in that lie sets: folders that are made whole once and then only
-read. Whoever uses a set holds a shared flock on its folder, which the kernel drops however the process ends; a set
-that nobody holds is removed where room is short, the longest unused first. It is renamed before it is removed, so
-nobody finds half of it, and who opened it in that very moment notices and makes it anew.
+Every user has one folder in it, `vaedist-UID`, and in that lie sets: folders that are written once and then only
+read. Each user of a set holds a shared flock on its folder, which the kernel releases when the process ends; a set
+without such a lock is removed where space is short, the least recently wanted first. It is renamed before it is
+removed, so no process sees half a set, and a process that has just opened it sees the rename and makes the set again.
 
-Medical images are private: a folder is 0700, or 2750 where a group may read it, and one that is a symbolic link,
-belongs to somebody else, or could be changed by others is refused.
+Medical images are private: a folder is 0700, or 2750 where a group may read it. One that is a symbolic link, belongs to
+another user, or could be changed by others is refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 from vaedist.core.files import TEMPORARY, temporary
 
 WORK = ".work"
-"""In a set: who holds its flock may write into the set, and its time is when the set was last wanted."""
+"""In a set: the holder of its flock may write into the set; its time is when the set was last wanted."""
 
-_SPARE, _MOST_SPARE = 0.05, 1 << 30  # of the disk, and in bytes: it is not ours alone
+_SPARE, _MOST_SPARE = 0.05, 1 << 30  # of the disk, and in bytes: left free for others
 _POLL_S = 0.2
 
 
 class CannotStage(Exception):
-    """Why there is no place, in words."""
+    """Nothing can be staged; the message says why."""
 
 
 def group_id(name: str) -> int | None:
@@ -69,7 +69,7 @@ def own_root(place: Path, gid: int | None) -> Path:
 
 @contextlib.contextmanager
 def in_use(folder: Path, gid: int | None, deadline: float) -> Iterator[None]:
-    """Hold a set, made if missing, so that nobody removes it.
+    """Lock a set, made if missing, so that no process removes it.
 
     Args:
         folder: In `own_root`.
@@ -77,7 +77,7 @@ def in_use(folder: Path, gid: int | None, deadline: float) -> Iterator[None]:
         deadline: On the monotonic clock.
 
     Raises:
-        CannotStage, OSError: it cannot be held.
+        CannotStage, OSError: it cannot be locked.
     """
     while True:
         descriptor = _own(folder, gid)
@@ -89,25 +89,25 @@ def in_use(folder: Path, gid: int | None, deadline: float) -> Iterator[None]:
             os.close(descriptor)
         if time.monotonic() > deadline:
             raise CannotStage(f"another process keeps on removing {folder}")
-        time.sleep(_POLL_S)  # it is just being removed; then it is made anew
+        time.sleep(_POLL_S)  # it is being removed; then it is made again
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a set into which nothing was put, unless somebody holds it."""
+    """Remove a set that holds no files, unless a process uses it."""
     with _if_unused(folder) as free, contextlib.suppress(OSError):
         if free and not {file.name for file in folder.iterdir()} - {WORK}:
             _remove(folder)
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Remove other sets until there is room for so many bytes; none at all if that would be too few.
+    """Remove other sets until so many bytes are free; none if all of them would not be enough.
 
     Args:
         folder: The set that is to grow.
         needed: Bytes.
 
     Raises:
-        CannotStage: there is too little room.
+        CannotStage: there is too little space.
     """
     disk = shutil.disk_usage(folder)
     wanted, free = needed + min(int(disk.total * _SPARE), _MOST_SPARE), disk.free
@@ -121,15 +121,14 @@ def make_room(folder: Path, needed: int) -> None:
                 removed.append(other)
                 free += sum(file.lstat().st_blocks * 512 for file in other.iterdir())
         if free < wanted:
-            raise CannotStage(
-                f"{size(needed)} do not fit into {folder.parent}, where {size(disk.free)} are free"
-            )
+            room = f"{folder.parent}, where {size(disk.free)} are free"
+            raise CannotStage(f"{size(needed)} do not fit into {room}")
         for other in removed:
             _remove(other)
 
 
 def locked(descriptor: int, kind: int) -> bool:
-    """Take the flock of that kind if nobody is in the way; it goes when the descriptor is closed."""
+    """Take the flock of that kind unless another process prevents it; closing the descriptor releases it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -146,10 +145,10 @@ def size(count: int) -> str:
 
 
 def _own(folder: Path, gid: int | None) -> int:
-    """A descriptor of a folder that is ours alone, or that a group may read; made if missing.
+    """A descriptor of a folder that only this user may write, and a group may read; made if missing.
 
     Raises:
-        CannotStage, OSError: it is somebody else's, or something else.
+        CannotStage, OSError: it belongs to another user, or is no folder.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -182,11 +181,11 @@ def _give(folder: Path, descriptor: int, gid: int) -> None:
 
 @contextlib.contextmanager
 def _if_unused(folder: Path) -> Iterator[bool]:
-    """Whether nobody holds a set; if so, nobody can before the end."""
+    """Whether no process uses a set; if so, none can until the context ends."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        yield False  # no folder, or gone
+        yield False  # no folder, or removed
         return
     try:
         yield locked(descriptor, fcntl.LOCK_EX) and _is_at(folder, descriptor)
@@ -195,7 +194,7 @@ def _if_unused(folder: Path) -> Iterator[bool]:
 
 
 def _is_at(folder: Path, descriptor: int) -> bool:
-    """Whether the open folder still has that name."""
+    """Whether the open folder still has this path."""
     try:
         return os.path.samestat(os.lstat(folder), os.fstat(descriptor))
     except OSError:

@@ -106,15 +106,11 @@ class TrainingOrder:
             begin = batch // steps * steps
             many = min(steps, self.steps_per_epoch - begin)
             order = self._of_epoch(epoch)
-            runs = [
-                order.take(*(lane * self.lane_length + self.width * place for place in (begin, begin + many)))
-                for lane in range(first, last)
-            ]
-            block = (
-                np.stack(runs).reshape(last - first, many, self.width)
-                if runs
-                else np.empty((0, many, 1), np.int64)
-            )
+            runs = np.empty((last - first, many * self.width), np.int64)
+            for i, lane in enumerate(range(first, last)):
+                place = lane * self.lane_length + self.width * begin
+                runs[i] = order.take(place, place + many * self.width)
+            block = runs.reshape(last - first, many, self.width)
             by_step = np.ascontiguousarray(block.transpose(1, 0, 2)).reshape(many, -1)
             self._block = name, by_step[:, start - first * self.width : stop - first * self.width]
         return self._block[1][batch % steps]

@@ -39,10 +39,8 @@ class ResidentShards:
             future = self._loaded.get(shard)
             mine = future is None
             if future is None:
-                while len(self._loaded) >= self._limit:
-                    self._loaded.popitem(
-                        last=False
-                    )  # only where shards are tiny: it is read again when needed
+                while len(self._loaded) >= self._limit:  # only where shards are tiny
+                    self._loaded.popitem(last=False)  # it is read again when needed
                 future = self._loaded[shard] = Future()
                 self.peak = max(self.peak, len(self._loaded))
             self._loaded.move_to_end(shard)

@@ -31,33 +31,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaedist.core.files import TEMPORARY
 from vaedist.data.format.index import Index
 from vaedist.data.format.split import Shard, Split
-from vaedist.data.loading.local_disk import (
-    WORK,
-    CannotStage,
-    group_id,
-    in_use,
-    locked,
-    make_room,
-    own_root,
-    remove_if_empty,
-    size,
-)
-from vaedist.data.loading.verified_copies import (
-    FileState,
-    StagedFile,
-    VerifiedFiles,
-    copy_file,
-    files_to_stage,
-    folder_name,
-    read_blocks,
-)
+from vaedist.data.loading import local_disk, verified_copies
+from vaedist.data.loading.local_disk import WORK, CannotStage, size
+from vaedist.data.loading.verified_copies import StagedFile, VerifiedFiles
 
 if TYPE_CHECKING:
     from vaedist.data.loading.cache import Collectives
@@ -108,32 +92,28 @@ def stage_shards(
         yield index
         return
     with contextlib.ExitStack() as held_open:
-        staging = _Staging(shards, index.folder, wanted, os.environ.get(GROUP, ""), report, stopped)
+        staging = _Staging(
+            shards, index.folder, wanted, os.environ.get(GROUP, ""), report, stopped, held_open
+        )
         folder: Path | None = None
         if group is None or group.local_rank == 0:
-            folder = staging.prepare(held_open)
+            folder = staging.prepare()
         if group is not None:
             group.barrier()
             if group.local_rank != 0:
-                folder = staging.adopt(held_open)
+                folder = staging.adopt()
         yield index if folder is None else _reading_copies(index, names, folder)
 
 
 def _reading_copies(index: Index, splits: Iterable[str], folder: Path) -> Index:
     """`index`, with these splits read from the copies in `folder`."""
-    moved = dict(index.splits)
-    for name in splits:
-        copies = (
-            replace(
-                shard,
-                tar=folder / f"{shard.sha256}.tar",
-                columns_path=folder / f"{shard.columns_sha256}.cols",
-                original=shard,
-            )
-            for shard in index.splits[name].shards
-        )
-        moved[name] = Split(name, list(copies))
-    return index.with_splits(moved)
+
+    def copied(shard: Shard) -> Shard:
+        tar, columns = folder / f"{shard.sha256}.tar", folder / f"{shard.columns_sha256}.cols"
+        return replace(shard, tar=tar, columns_path=columns, original=shard)
+
+    moved = {name: Split(name, [copied(shard) for shard in index.splits[name].shards]) for name in splits}
+    return index.with_splits({**index.splits, **moved})
 
 
 class _Paused(CannotStage):
@@ -144,69 +124,64 @@ class _OtherFailed(_Paused):
     """Another thread has failed, and has the reason."""
 
 
+@dataclass
 class _Staging:
     """One process's attempt to get a selection of shards onto the node's own disk."""
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        shared: Path,
-        wanted: str,
-        group: str,
-        report: Callable[[str], None],
-        stopped: Callable[[], bool],
-    ) -> None:
-        self.shards, self.shared, self.wanted, self.group = shards, shared, wanted, group
-        self.report, self.stopped = report, stopped
-        self.deadline = time.monotonic() + _LIMIT_S
-        self._touched = 0.0
+    shards: Sequence[Shard]
+    shared: Path
+    wanted: str
+    group: str
+    report: Callable[[str], None]
+    stopped: Callable[[], bool]
+    held_open: contextlib.ExitStack
+    deadline: float = field(default_factory=lambda: time.monotonic() + _LIMIT_S)
+    _touched: float = 0.0
 
-    def prepare(self, held_open: contextlib.ExitStack) -> Path | None:
+    def prepare(self) -> Path | None:
         """The folder of sound copies, in use until `held_open` closes; None, and a warning, if that cannot be."""
         before = time.monotonic()
         folder: Path | None = None
         try:
-            files = files_to_stage(self.shards)
-            folder = self._use(files, held_open)
+            files, folder = self._use()
             with self._sole_copier(folder):
                 copied = self._complete(folder, files)
         except (CannotStage, OSError) as error:
-            held_open.close()
+            self.held_open.close()
             if folder is not None:
-                remove_if_empty(folder)
+                local_disk.remove_if_empty(folder)
             if not (isinstance(error, _Paused) and self.stopped()):
-                _log.warning("staging: %s; reading %s itself", self._reason(error), self.shared)
+                reason = str(error)
+                if isinstance(error, OSError) and error.strerror:
+                    reason = f"{error.filename or self.wanted}: {error.strerror}"
+                _log.warning("staging: %s; reading %s itself", reason, self.shared)
             return None
         took = time.monotonic() - before
         how = f"{size(copied)} copied in {took:.1f} s" if copied else "copied before"
         self.report(f"staging: reading from {folder} ({how})")
         return folder
 
-    def adopt(self, held_open: contextlib.ExitStack) -> Path | None:
+    def adopt(self) -> Path | None:
         """The same folder, once another process of this node has prepared it; None if that failed."""
         with contextlib.suppress(CannotStage, OSError):
-            files = files_to_stage(self.shards)
-            folder = self._use(files, held_open)
+            files, folder = self._use()
             verified = VerifiedFiles(folder)
             if all(verified.is_verified(file) for file in files):
                 return folder
-        held_open.close()
+        self.held_open.close()
         return None
 
-    def _use(self, files: Sequence[StagedFile], held_open: contextlib.ExitStack) -> Path:
-        place, gid = Path(os.path.expandvars(self.wanted)), group_id(self.group)
+    def _use(self) -> tuple[list[StagedFile], Path]:
+        """The files and their folder, in use until `held_open` closes."""
+        files = verified_copies.files_to_stage(self.shards)
+        place, gid = Path(os.path.expandvars(self.wanted)), local_disk.group_id(self.group)
         if "$" in str(place) or not place.is_absolute():
             raise CannotStage(
                 f"{NODE_LOCAL} is {self.wanted!r}, which is no path from the root with variables that are set here"
             )
-        folder = own_root(place, gid) / folder_name(files)
-        held_open.enter_context(in_use(folder, gid, self.deadline))
-        return folder
-
-    def _reason(self, error: Exception) -> str:
-        if isinstance(error, OSError) and error.strerror:
-            return f"{error.filename or self.wanted}: {error.strerror}"
-        return str(error)
+        folder = local_disk.own_root(place, gid) / verified_copies.folder_name(files)
+        self.held_open.enter_context(local_disk.in_use(folder, gid, self.deadline))
+        return files, folder
 
     # Copying ------------------------------------------------------------------------------------------------
 
@@ -216,7 +191,7 @@ class _Staging:
         work = os.open(folder / WORK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             last_touched, since, reported = 0, time.monotonic(), False
-            while not locked(work, fcntl.LOCK_EX):
+            while not local_disk.locked(work, fcntl.LOCK_EX):
                 now, newest = time.monotonic(), os.fstat(work).st_mtime_ns
                 if newest != last_touched:
                     last_touched, since = newest, now
@@ -246,7 +221,7 @@ class _Staging:
             missing = [file for file in files if not self._is_sound(folder, file, verified)]
             needed = sum(file.size for file in missing)
             if missing:
-                make_room(folder, needed)
+                local_disk.make_room(folder, needed)
                 self.report(f"staging: copying {size(needed)} from {self.shared} to {folder}")
                 self._copy(folder, missing, verified)
         except _Paused:
@@ -264,12 +239,12 @@ class _Staging:
         if verified.is_verified(file):
             return True
         path = folder / file.name
-        state = FileState.of(path)
+        state = verified_copies.FileState.of(path)
         if state is not None and state.size == file.size:
             digest = hashlib.sha256()
-            for block in read_blocks(path):
+            for block in verified_copies.read_blocks(path):
                 digest.update(block)
-                self.go_on(folder)
+                self.keep_alive(folder)
             if digest.hexdigest() == file.sha256:
                 verified.add(file)
                 return True
@@ -280,7 +255,8 @@ class _Staging:
         progress = _Progress(self, folder, sum(file.size for file in files))
         mode = 0o440 if self.group else 0o400
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="vaedist-staging") as pool:
-            copies = [pool.submit(copy_file, file, folder, mode, progress.add) for file in files]
+            copy_file = partial(verified_copies.copy_file, folder=folder, mode=mode, add=progress.add)
+            copies = [pool.submit(copy_file, file) for file in files]
             try:
                 wait(copies, return_when=FIRST_EXCEPTION)
             finally:
@@ -296,12 +272,12 @@ class _Staging:
         # Raise a real failure before a stop or the deadline, and these before what only followed from them.
         failures.sort(key=lambda error: (isinstance(error, _Paused), isinstance(error, _OtherFailed)))
         if failures and not isinstance(failures[0], _Paused):
-            for file in files:  # they would fill the disk and serve nobody
+            for file in files:  # incomplete, they would only fill the disk
                 (folder / file.name).unlink(missing_ok=True)
         if failures:
             raise failures[0]
 
-    def go_on(self, folder: Path) -> None:
+    def keep_alive(self, folder: Path) -> None:
         """Show other jobs that this one makes progress; called from several threads.
 
         Raises:
@@ -311,9 +287,8 @@ class _Staging:
         if self.stopped():
             raise _Paused("asked to stop")
         if now > self.deadline:
-            raise _Paused(
-                f"copying takes more than {_LIMIT_S / 60:.0f} minutes (the next start goes on with it)"
-            )
+            minutes = _LIMIT_S / 60
+            raise _Paused(f"copying takes more than {minutes:.0f} minutes (the next start goes on with it)")
         if now - self._touched > 1:
             self._touched = now
             os.utime(folder / WORK)
@@ -337,7 +312,7 @@ class _Progress:
         """
         if self.over:
             raise _OtherFailed("another file could not be copied")
-        self.staging.go_on(self.folder)
+        self.staging.keep_alive(self.folder)
         with self._lock:
             self.done += count
             if time.monotonic() - self._reported > _REPORT_EVERY_S:

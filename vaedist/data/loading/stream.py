@@ -139,11 +139,9 @@ class _Stream:
 
     def _empty(self, rows: int) -> tuple[Tensor, NDArray[Any]]:
         """What a batch will hold, (rows, C, H, W) uint8 or (rows, h, w) int64, and a (rows, C, H, W) view to fill."""
-        codes = self._field == "codes"
-        shape, dtype = (
-            self.index.shape[1:] if codes else self.index.shape,
-            torch.int64 if codes else torch.uint8,
-        )
+        shape, dtype = self.index.shape, torch.uint8
+        if self._field == "codes":
+            shape, dtype = shape[1:], torch.int64
         content = torch.empty((rows, *shape), dtype=dtype, pin_memory=self._pinned)
         return content, content.numpy().reshape(rows, *self.index.shape)
 
@@ -152,11 +150,8 @@ class _Stream:
         shards = np.searchsorted(self.split.starts, samples, side="right") - 1
         inside = samples - self.split.starts[shards]
         numbers, firsts = np.unique(shards, return_index=True)
-        return [
-            (int(shard), places, inside[places])
-            for shard in numbers[np.argsort(firsts)]
-            for places in [np.flatnonzero(shards == shard)]
-        ]
+        rows = {shard: np.flatnonzero(shards == shard) for shard in numbers[np.argsort(firsts)].tolist()}
+        return [(shard, places, inside[places]) for shard, places in rows.items()]
 
     def _with_columns(self, content: Tensor, samples: Samples, parts: list[_Part]) -> Batch:
         """The content with its (B_r,) labels, keys and sample numbers, looked up shard by shard."""
@@ -173,10 +168,8 @@ class _Stream:
         self, content: Tensor, samples: Samples, label: NDArray[np.int64], keys: Sequence[str]
     ) -> Batch:
         labels = torch.from_numpy(label)
-        if self._pinned:
-            labels = labels.pin_memory()
-        batch: Batch = {"label": labels, "key": keys, "sample": samples.tolist()}
-        batch[self._field] = content
+        batch: Batch = {"label": labels.pin_memory() if self._pinned else labels, "key": keys}
+        batch["sample"], batch[self._field] = samples.tolist(), content
         return batch
 
 
@@ -275,9 +268,8 @@ class TrainingStream(_Stream):
         return self._run(self._batches(start))
 
     def _batches(self, start: int) -> Generator[Batch, None, None]:
-        order = TrainingOrder(
-            self.split.counts, seed=self._seed, batch_size=self.batch_size, lanes=self.lanes
-        )
+        batch_size, lanes = self.batch_size, self.lanes
+        order = TrainingOrder(self.split.counts, seed=self._seed, batch_size=batch_size, lanes=lanes)
         steps = (order.rows(step, self.start, self.stop) for step in itertools.count(start))
         if self._cached is not None:
             take = partial(self._from_memory, self._cached)

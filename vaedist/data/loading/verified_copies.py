@@ -32,11 +32,9 @@ def files_to_stage(shards: Sequence[Shard]) -> list[StagedFile]:
     files: dict[str, StagedFile] = {}
     for shard in shards:
         columns = os.stat(shard.columns_path).st_size
-        for file in (
-            StagedFile(f"{shard.sha256}.tar", shard.tar, shard.bytes, shard.sha256),
-            StagedFile(f"{shard.columns_sha256}.cols", shard.columns_path, columns, shard.columns_sha256),
-        ):
-            files[file.name] = file
+        tar = StagedFile(f"{shard.sha256}.tar", shard.tar, shard.bytes, shard.sha256)
+        name, sha256 = f"{shard.columns_sha256}.cols", shard.columns_sha256
+        files |= {tar.name: tar, name: StagedFile(name, shard.columns_path, columns, sha256)}
     return list(files.values())
 
 

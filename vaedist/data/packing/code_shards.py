@@ -66,7 +66,7 @@ class CodeWriter:
     """Writes the codes of one packed folder, shard by shard; a later start continues after the last whole shard.
 
     Args:
-        folder: Made if missing (0700: what images show, their codes show too).
+        folder: Made if missing (0700: codes show what their images show).
         images: The packed folder that the codes are of.
         num_codes: K; decides how wide a code is stored.
         stamp: JSON values that say what made them.
@@ -99,9 +99,8 @@ class CodeWriter:
         def samples() -> Iterator[Prepared]:
             for row, grid in enumerate(stored):
                 key, label = columns.keys[row], int(columns.label[row])
-                item = Item(
-                    key, split, self.images.classes[label] if label >= 0 else None, columns.subject(row), key
-                )
+                name = self.images.classes[label] if label >= 0 else None
+                item = Item(key, split, name, columns.subject(row), key)
                 member, skip = encode(grid, "npy")
                 data = memoryview(member)[skip:]
                 yield Prepared(item, member, skip, zlib.crc32(data), hashlib.sha256(data).digest())
@@ -122,11 +121,8 @@ class CodeWriter:
                 assert receipt is not None, f"{name} was never written"
                 splits[split.name].append(self._writer.shard(name, receipt))
                 grid = (receipt["grid"][0], receipt["grid"][1])
-        publish(
-            self.folder,
-            splits,
-            DatasetInfo((1, *grid), "npy", self.images.classes, self.stamp, dtype=self.dtype),
-        )
+        info = DatasetInfo((1, *grid), "npy", self.images.classes, self.stamp, dtype=self.dtype)
+        publish(self.folder, splits, info)
         shutil.rmtree(self.workspace, ignore_errors=True)
         return open_codes(self.folder, self.stamp, self.images)
 

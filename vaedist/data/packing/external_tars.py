@@ -12,29 +12,29 @@ palette) has to be unpacked and packed anew, and the message says so.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vaedist.core.errors import UserError
-from vaedist.data.format.columns import SampleRow, write_columns
+from vaedist.data.format.columns import SampleRow
 from vaedist.data.format.identity import pixel_digest
 from vaedist.data.format.image_files import BadImage, Limits
 from vaedist.data.format.index import INDEX_NAME, DatasetInfo, Index
 from vaedist.data.format.sample_codec import channels_first, decode_sample
 from vaedist.data.format.split import Shard
 from vaedist.data.packing.packing_plan import split_sort_key
-from vaedist.data.packing.publish import make_read_only, publish
+from vaedist.data.packing.publish import index_shard, publish
 from vaedist.data.packing.rejections import Rejections
 from vaedist.data.packing.subjects import keep_subjects_in_one_split
 from vaedist.data.sources import Item, clean_key, natural_key, split_name
@@ -108,7 +108,8 @@ def index_tars(
     splits: dict[str, list[Shard]] = defaultdict(list)
     for tar, several in samples.items():
         if several:
-            splits[several[0].item.split or "train"].append(_write_shard_columns(tar, several))
+            shard = index_shard(tar, tar.with_suffix(".cols"), [sample.row for sample in several])
+            splits[several[0].item.split or "train"].append(shard)
     rejections.write(folder)
     source = {"source": "tars", "rejected": len(problems)}
     info = DatasetInfo(kept[0].shape, kept[0].codec, classes, source)
@@ -152,8 +153,7 @@ class _TarReader:
             only = f", only {other}" if other else ""
             raise BadImage(f"has no png or npy member{only}: unpack the tars and pack the folder")
         member = members[codec]
-        if member.size > self.limits.bytes:
-            raise BadImage(f"has more than {self.limits.bytes:,} bytes (--max-bytes)")
+        self.limits.check_bytes(member.size)
         file.seek(member.offset_data)
         content = file.read(member.size)
         skip, shape = (_shape_png if codec == "png" else _shape_npy)(content, self.limits)
@@ -175,30 +175,23 @@ class _TarReader:
 
 
 def _grouped_members(tar: Path, shown: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Members grouped as WebDataset groups them: neighbours with one path up to the first dot of the name."""
-    current, members = None, dict[str, tarfile.TarInfo]()
+    """Members grouped as WebDataset groups them: neighbors with one path up to the first dot of the name."""
     size = tar.stat().st_size
+
+    def named_members() -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        for member in archive:
+            if member.offset_data + (member.size if member.isfile() else 0) > size:
+                raise tarfile.ReadError("it ends in the middle of a member")
+            named = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name, re.DOTALL)
+            if named and member.isfile() and not member.issparse():
+                yield named[1], named[2].lower(), member
+
     try:
         with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if member.offset_data + (member.size if member.isfile() else 0) > size:
-                    raise tarfile.ReadError("it ends in the middle of a member")
-                if not member.isfile() or member.issparse():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                if not dot or not stem:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current:
-                    if current is not None:
-                        yield current, members
-                    current, members = key, {}
-                members[extension.lower()] = member
+            for key, members in groupby(named_members(), key=itemgetter(0)):
+                yield key, {extension: member for _, extension, member in members}
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{shown} is damaged or not an uncompressed tar: {error}") from None
-    if current is not None:
-        yield current, members
 
 
 def _shape_png(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
@@ -206,16 +199,15 @@ def _shape_png(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
     if len(data) < 26 or not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise BadImage("is not a PNG" if data else "is empty (0 bytes)")
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    depth, colour = data[24], data[25]
-    if width * height > limits.pixels:
-        raise BadImage(f"announces {width} x {height} pixels, more than {limits.pixels:,} (--max-pixels)")
-    if depth != 8 or colour not in (0, 2):
+    depth, color = data[24], data[25]
+    limits.check_pixels(width, height)
+    if depth != 8 or color not in (0, 2):
         kinds = {0: "gray", 2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGBA"}
         raise BadImage(
-            f"is a {depth}-bit {kinds.get(colour, 'unknown')} PNG, and only 8-bit gray or RGB can be read in place: "
+            f"is a {depth}-bit {kinds.get(color, 'unknown')} PNG, and only 8-bit gray or RGB can be read in place: "
             "unpack the tars and pack the folder"
         )
-    return 0, (1 if colour == 0 else 3, height, width)
+    return 0, (1 if color == 0 else 3, height, width)
 
 
 def _shape_npy(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
@@ -223,10 +215,8 @@ def _shape_npy(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
     buffer = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(buffer)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, kind = read(buffer)
+        headers = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, fortran, kind = headers[version != (1, 0)](buffer)
     except (ValueError, EOFError, SyntaxError) as error:
         raise BadImage(f"is not an npy file: {error}") from None
     if kind != np.uint8 or (fortran and len(shape) > 1):
@@ -235,11 +225,8 @@ def _shape_npy(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
         shape = tuple(shape[1:] if shape[0] == 1 else shape[:2])
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or min(shape) < 1:
         raise BadImage(f"is an npy of shape {shape}, not (H, W) or (H, W, 3)")
-    if shape[0] * shape[1] > limits.pixels:
-        raise BadImage(
-            f"announces {shape[1]} x {shape[0]} pixels, more than {limits.pixels:,} (--max-pixels)"
-        )
-    skip = buffer.tell()
+    limits.check_pixels(shape[1], shape[0])
+    skip = len(data) - len(buffer.read())
     if len(data) - skip != int(np.prod(shape)):
         raise BadImage(f"is truncated: {len(data) - skip} bytes for an array of shape {shape}")
     return skip, (3 if len(shape) == 3 else 1, shape[0], shape[1])
@@ -289,12 +276,3 @@ def _reject_misfits(samples: dict[Path, list[_TarSample]], rejections: Rejection
             else:
                 origins[key] = origin
                 samples[tar].append(sample)
-
-
-def _write_shard_columns(tar: Path, samples: list[_TarSample]) -> Shard:
-    columns = tar.with_suffix(".cols")
-    columns_sha256 = write_columns(columns, tar, [sample.row for sample in samples])
-    make_read_only(columns)
-    with open(tar, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(tar, columns, len(samples), os.stat(tar).st_size, sha256, columns_sha256)

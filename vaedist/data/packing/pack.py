@@ -36,24 +36,10 @@ from vaedist.data.format.index import INDEX_NAME, DatasetInfo, Index
 from vaedist.data.format.resize import Fit
 from vaedist.data.format.sample_codec import Codec
 from vaedist.data.format.split import Shard
+from vaedist.data.packing import packing_plan, preparation
 from vaedist.data.packing.duplicates import count_duplicates
-from vaedist.data.packing.packing_plan import (
-    PackingOrder,
-    PackingPlan,
-    PlannedShard,
-    choose_splits,
-    make_plan,
-    samples_per_shard,
-    usable_items,
-)
-from vaedist.data.packing.preparation import (
-    Prepared,
-    Preparer,
-    Rejected,
-    choose_shape,
-    count_letterboxed,
-    prepare_in_order,
-)
+from vaedist.data.packing.packing_plan import PackingOrder, PackingPlan, PlannedShard
+from vaedist.data.packing.preparation import Prepared, Preparer, Rejected
 from vaedist.data.packing.publish import make_read_only, publish
 from vaedist.data.packing.rejections import REJECTED, Rejections
 from vaedist.data.packing.shard_writer import Receipt, ShardWriter, explain_write_errors
@@ -71,7 +57,7 @@ class PackingConfig:
     Attributes:
         input: A folder, or the word `phantom`.
         source: Name of a source; None: found by the layout.
-        channels: 1 or 3; None: 3 if any of the first images is in colour, else 1.
+        channels: 1 or 3; None: 3 if any of the first images is in color, else 1.
         samples_per_shard: Samples per shard; None: as many as keep a shard within 64 MB.
         subjects: A subject map file.
         validation_fraction, test_fraction: Shares to hold out where the source has no such split.
@@ -145,7 +131,7 @@ def _pack(config: PackingConfig, workspace: Path, finished: bool, progress: Prog
     name = config.source or ("phantom" if config.input == "phantom" else detect(Path(config.input)))
     source = _open(name, config, workspace)
     rejections = Rejections(config.skip_bad)
-    items = usable_items(source.items(), rejections)
+    items = packing_plan.usable_items(source.items(), rejections)
     if not items:
         match = config.settings.match
         advice = "no path in it fits --match" if match else "give another folder, or another --source"
@@ -153,16 +139,19 @@ def _pack(config: PackingConfig, workspace: Path, finished: bool, progress: Prog
     if config.subjects is not None:
         items = map_subjects(items, read_subject_map(config.subjects), config.subjects)
     items = keep_subjects_in_one_split(items, rejections)
-    items = choose_splits(items, config.validation_fraction, config.test_fraction, config.seed)
+    items = packing_plan.choose_splits(items, config.validation_fraction, config.test_fraction, config.seed)
 
     # How it is packed.
-    shape, convert = choose_shape(source, items, config.size, config.channels, config.skip_bad)
-    per_shard = config.samples_per_shard or samples_per_shard(shape[0] * shape[1] * shape[2])
+    shape = preparation.choose_shape(source, items, config.size, config.channels, config.skip_bad)
+    per_shard = config.samples_per_shard or packing_plan.samples_per_shard(shape[0] * shape[1] * shape[2])
     settings = _recorded_settings(name, config, shape, per_shard)
-    plan = make_plan(items, per_shard=per_shard, order=config.order, seed=config.seed, settings=settings)
+    plan = packing_plan.make_plan(
+        items, per_shard=per_shard, order=config.order, seed=config.seed, settings=settings
+    )
     if finished:
         return _report_finished(config.out, plan)
-    preparer = Preparer(source, config.size, config.fit or "pad", convert, shape, config.codec)
+    gray = config.channels == 1
+    preparer = Preparer(source, config.size, config.fit or "pad", gray, shape, config.codec)
     writer = ShardWriter(config.out, workspace, config.codec, plan.classes)
     _claim(writer, plan)
     receipts = _write_shards(plan, preparer, writer, config, progress)
@@ -184,7 +173,7 @@ def _pack(config: PackingConfig, workspace: Path, finished: bool, progress: Prog
     note = {**settings, "plan": plan.digest, "rejected": len(problems), "versions": _versions()}
     index = publish(config.out, splits, DatasetInfo(shape, config.codec, plan.classes, note))
     default_fit = config.size is not None and config.fit is None and "fit" in find(name).OPTIONS
-    letterboxed = count_letterboxed(source, items) if default_fit else (0, 0)
+    letterboxed = preparation.count_letterboxed(source, items) if default_fit else (0, 0)
     return PackingReport(index, len(problems), count_duplicates(index), letterboxed=letterboxed)
 
 
@@ -192,9 +181,8 @@ def _check_config(config: PackingConfig) -> None:
     """Refuse, before a folder is made, what is wrong whatever the source holds."""
     out, given = config.out.absolute(), Path(config.input).absolute()
     if config.input != "phantom" and given.is_dir() and given in out.parents:
-        raise UserError(
-            f"--out {config.out} lies in {config.input}, which is packed: give a folder beside it"
-        )
+        where = f"{config.input}, which is packed"
+        raise UserError(f"--out {config.out} lies in {where}: give a folder beside it")
     largest = config.settings.limits.pixels
     if config.size is not None and config.size**2 > largest:
         raise UserError(
@@ -221,30 +209,23 @@ def _open(name: str, config: PackingConfig, workspace: Path) -> ImageSource:
     return opened
 
 
+_RECORDED = (
+    "source input shape size fit codec samples_per_shard order seed subjects validation_fraction test_fraction "
+    "count match slices axis"
+).split()
+
+
 def _recorded_settings(
     name: str, config: PackingConfig, shape: tuple[int, ...], per_shard: int
 ) -> dict[str, Any]:
     """The settings that decide the bytes, for the plan and for `index.json`; no path of this machine."""
-    chosen = config.settings
-    settings = {
-        "source": name,
-        "input": Path(config.input).name,
-        "shape": list(shape),
-        "size": config.size,
-        "fit": (config.fit or "pad") if config.size is not None else None,
-        "codec": config.codec,
-        "samples_per_shard": per_shard,
-        "order": config.order,
-        "seed": config.seed,
-        "subjects": config.subjects.name if config.subjects else None,
-        "validation_fraction": config.validation_fraction,
-        "test_fraction": config.test_fraction,
-        "count": dict(chosen.count) if chosen.count else None,
-        "match": chosen.match,
-        "slices": list(chosen.slices) if chosen.slices else None,
-        "axis": chosen.axis,
-    }
-    return {key: value for key, value in settings.items() if value is not None}
+    settings = vars(config.settings) | vars(config)
+    settings |= {"source": name, "shape": shape, "samples_per_shard": per_shard}
+    settings["input"] = Path(config.input).name
+    settings["fit"] = (config.fit or "pad") if config.size is not None else None
+    settings["subjects"] = config.subjects.name if config.subjects else None
+    settings["count"] = dict(config.settings.count or {}) or None
+    return {key: settings[key] for key in _RECORDED if settings[key] is not None}
 
 
 def _versions() -> dict[str, str]:
@@ -298,9 +279,8 @@ def _write_shards(
     missing = [planned for planned in plan.shards if planned.name not in receipts]
     total = sum(len(planned.items) for planned in plan.shards)
     done = total - sum(len(planned.items) for planned in missing)
-    samples = prepare_in_order(
-        preparer, (item for planned in missing for item in planned.items), config.workers
-    )
+    items = (item for planned in missing for item in planned.items)
+    samples = preparation.prepare_in_order(preparer, items, config.workers)
     rejections = Rejections(config.skip_bad)
 
     def usable(planned: PlannedShard) -> Iterator[Prepared]:

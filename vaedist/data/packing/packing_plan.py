@@ -1,7 +1,7 @@
 """What will be packed, decided before anything is written: splits, classes, order, shards.
 
 Everything here is a pure function of the source's listing and the settings, so a run that was killed makes the
-same plan again and goes on with the first shard that is missing.
+same plan again and continues with the first shard that is missing.
 
 Where the packer chooses splits, it draws whole subjects; images without a subject are drawn one by one.
 """

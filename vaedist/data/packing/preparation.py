@@ -52,7 +52,7 @@ class Preparer:
 
     Attributes:
         size: Side in pixels of the fitted square; None: pictures keep their size, which must be `shape`.
-        convert: Whether colour may become gray.
+        convert: Whether color may become gray.
         shape: (C, H, W) that comes out.
     """
 
@@ -75,9 +75,8 @@ class Preparer:
             picture = fit_square(picture, self.size, self.fit)
         if picture.shape[:2] != (height, width):
             rows, columns = picture.shape[:2]
-            raise BadImage(
-                f"is {columns} x {rows} pixels and the first image of the set {width} x {height}: say --size"
-            )
+            first = f"the first image of the set {width} x {height}"
+            raise BadImage(f"is {columns} x {rows} pixels and {first}: say --size")
         return picture
 
     def prepare(self, item: Item) -> Prepared | Rejected:
@@ -86,32 +85,30 @@ class Preparer:
         except BadImage as error:
             return Rejected(item, str(error))
         member, skip = encode(picture, self.codec)
-        return Prepared(
-            item, member, skip, zlib.crc32(memoryview(member)[skip:]), pixel_digest(channels_first(picture))
-        )
+        crc, digest = zlib.crc32(memoryview(member)[skip:]), pixel_digest(channels_first(picture))
+        return Prepared(item, member, skip, crc, digest)
 
 
 def choose_shape(
     source: ImageSource, items: Sequence[Item], size: int | None, channels: int | None, skip_bad: bool = False
-) -> tuple[tuple[int, int, int], bool]:
-    """(C, H, W) of the set, and whether colour may become gray.
+) -> tuple[int, int, int]:
+    """(C, H, W) of the set.
 
     Args:
         source, items: What will be packed.
         size: Side of the fitted square; None: the first picture's, which must be a square.
-        channels: 1, 3, or None: 3 if any of 16 pictures, spread over the listing, is in colour.
+        channels: 1, 3, or None: 3 if any of 16 pictures, spread over the listing, is in color.
         skip_bad: Whether pictures of another size than the first may be left out.
 
     Raises:
         UserError: without a size, a rectangle or pictures of several sizes; or no picture can be loaded.
     """
-    convert = channels == 1
     if size is not None and channels is not None:
-        return (channels, size, size), convert
+        return channels, size, size
     some = _spread(source, items)
     channels = channels or (3 if any(picture.ndim == 3 for picture in some) else 1)
     if size is not None:
-        return (channels, size, size), convert
+        return channels, size, size
     height, width = some[0].shape[:2]
     other = next((one.shape[:2] for one in some if one.shape[:2] != (height, width)), None)
     least = min(min(one.shape[:2]) for one in some)
@@ -127,7 +124,7 @@ def choose_shape(
             f"the images are {width} x {height} pixels and models take squares: {advice}, and --fit pad, crop or "
             "stretch"
         )
-    return (channels, height, width), convert
+    return channels, height, width
 
 
 def count_letterboxed(source: ImageSource, items: Sequence[Item]) -> tuple[int, int]:
@@ -192,12 +189,8 @@ def prepare_in_order(
         return
     rest = iter(items)
     waiting: collections.deque[concurrent.futures.Future[list[Prepared | Rejected]]] = collections.deque()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(preparer,),
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (preparer,))
     try:
         while True:
             while len(waiting) < workers * _AHEAD and (chunk := list(islice(rest, _CHUNK))):

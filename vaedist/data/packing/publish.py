@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vaedist.data.format.columns import SampleRow, write_columns
 from vaedist.data.format.identity import data_identity, sample_digests
 from vaedist.data.format.index import INDEX_NAME, DatasetInfo, Index, write_index
 from vaedist.data.format.split import Shard, Split
@@ -31,6 +33,15 @@ def publish(folder: Path, splits: Mapping[str, Sequence[Shard]], info: DatasetIn
     write_index(folder, splits, info, identity)
     make_read_only(folder / INDEX_NAME)
     return Index.open(folder, "image" if images else "codes")
+
+
+def index_shard(tar: Path, columns: Path, rows: Sequence[SampleRow]) -> Shard:
+    """Write the columns of a tar that is already there."""
+    columns_sha256 = write_columns(columns, tar, rows)
+    make_read_only(columns)
+    with open(tar, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(tar, columns, len(rows), os.stat(tar).st_size, sha256, columns_sha256)
 
 
 def make_read_only(path: Path) -> None:

@@ -27,7 +27,7 @@ class Rejections:
         """
         if not self.skip_bad:
             raise UserError(
-                f"{origin} {reason}; mend or remove it, or leave out all such files with --skip-bad"
+                f"{origin} {reason}; repair or remove it, or leave out all such files with --skip-bad"
             )
         self.problems.append(Problem(origin, reason))
 

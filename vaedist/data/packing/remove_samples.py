@@ -11,7 +11,6 @@ remove a sample; every image that stays is checked first, so damage cannot get i
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from vaedist.core.errors import DataError, UserError
-from vaedist.data.format.columns import write_columns
 from vaedist.data.format.index import Index
 from vaedist.data.format.split import Shard, Split
-from vaedist.data.packing.publish import make_read_only, publish
+from vaedist.data.packing.publish import index_shard, publish
 from vaedist.data.packing.verify import Damage, Progress, sample_damage, verify
 
 
@@ -88,9 +86,8 @@ def remove_samples(index: Index, keys: Iterable[str], reason: str = "asked for")
     removed: list[Any] = list(before)
     splits: dict[str, list[Shard]] = {}
     for split in index.splits.values():
-        kept = [
-            _without(index, split, number, rows[split.name, number]) for number in range(len(split.shards))
-        ]
+        numbers = range(len(split.shards))
+        kept = [_without(index, split, number, rows[split.name, number]) for number in numbers]
         if not any(kept):
             raise UserError(f"nothing would be left of the split {split.name!r}: pack the data again instead")
         splits[split.name] = [shard for shard in kept if shard is not None]
@@ -121,11 +118,5 @@ def _without(index: Index, split: Split, number: int, rows: list[int]) -> Shard 
                     f"{Damage(shard.tar.name, sample.key, sample.offset, what)}; remove it as well "
                     "(`--verify --remove-samples` removes all damaged samples)"
                 )
-        file.seek(0)
-        tar_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.seek(0, os.SEEK_END)
     name = hashlib.sha256(columns.pixels[stay].tobytes()).hexdigest()[:8]
-    path = shard.tar.with_name(f"{shard.tar.stem}-{name}.cols")
-    columns_sha256 = write_columns(path, shard.tar, kept)
-    make_read_only(path)
-    return Shard(shard.tar, path, len(kept), size, tar_sha256, columns_sha256)
+    return index_shard(shard.tar, shard.tar.with_name(f"{shard.tar.stem}-{name}.cols"), kept)

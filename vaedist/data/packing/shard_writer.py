@@ -20,7 +20,7 @@ from vaedist.core.errors import UserError
 from vaedist.core.files import FULL, replace_file
 from vaedist.data.format.columns import SampleRow, write_columns
 from vaedist.data.format.sample_codec import Codec
-from vaedist.data.format.split import Shard
+from vaedist.data.format.split import FACTS, Shard
 from vaedist.data.packing.preparation import Prepared
 from vaedist.data.packing.publish import make_read_only
 
@@ -80,17 +80,13 @@ class ShardWriter:
             os.replace(temporary, self.folder / f"{name}.tar")
         finally:
             temporary.unlink(missing_ok=True)
-        return {
-            "count": len(rows),
-            "bytes": stream.count,
-            "sha256": stream.sha256.hexdigest(),
-            "columns_sha256": columns_sha256,
-        }
+        return dict(
+            zip(FACTS, (len(rows), stream.count, stream.sha256.hexdigest(), columns_sha256), strict=True)
+        )
 
     def shard(self, name: str, receipt: Receipt) -> Shard:
         """The shard that was written, for the index."""
-        numbers = (receipt[key] for key in ("count", "bytes", "sha256", "columns_sha256"))
-        return Shard(self.folder / f"{name}.tar", self.folder / f"{name}.cols", *numbers)
+        return Shard.of(self.folder / f"{name}.tar", self.folder / f"{name}.cols", receipt)
 
     def record(self, name: str, receipt: Receipt) -> None:
         """Keep the receipt for a later run."""
@@ -113,15 +109,10 @@ class ShardWriter:
     def _members(self, sample: Prepared) -> dict[str, str | bytes]:
         """The sample as `webdataset.TarWriter` takes it."""
         item = sample.item
-        note = {"origin": item.origin, "class": item.label, "subject": item.subject or None}
-        note_json = json.dumps(
-            {key: value for key, value in note.items() if value is not None}, sort_keys=True
-        )
-        members: dict[str, str | bytes] = {
-            "__key__": item.key,
-            self.codec: sample.member,
-            "json": note_json.encode(),
-        }
+        fields = {"origin": item.origin, "class": item.label, "subject": item.subject or None}
+        note = {key: value for key, value in fields.items() if value is not None}
+        members: dict[str, str | bytes] = {"__key__": item.key, self.codec: sample.member}
+        members["json"] = json.dumps(note, sort_keys=True).encode()
         if item.label is not None:
             members["cls"] = str(self._class_numbers[item.label]).encode()
         return members
@@ -159,12 +150,10 @@ def explain_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or out
         if error.errno in FULL:
             raise UserError(
                 f"no space left for {out} ({error.strerror}); whole shards are kept: make room, and the same "
                 "command continues"
             ) from None
-        raise UserError(
-            f"cannot use {place}: {error.strerror or error}; give another folder with --out"
-        ) from None
+        place, reason = error.filename or out, error.strerror or error
+        raise UserError(f"cannot use {place}: {reason}; give another folder with --out") from None

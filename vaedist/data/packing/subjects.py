@@ -1,4 +1,4 @@
-"""Whose image an item is: subject maps, and no subject in two splits.
+"""Subjects: maps from keys to subjects, and no subject in two splits.
 
 Where the source has splits of its own and a subject occurs in two of them, that is an error; with `--skip-bad` the
 subject stays where it has most images, and its others are left out.
@@ -41,12 +41,9 @@ def read_subject_map(path: Path) -> dict[str, str]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        words = (
-            next(csv.reader([line.lstrip("# ")], delimiter=delimiter))
-            if delimiter
-            else line.strip("# ").split()
-        )
-        words = [word.strip() for word in words]
+        words = line.strip("# ").split()
+        if delimiter:
+            words = [word.strip() for word in next(csv.reader([line.lstrip("# ")], delimiter=delimiter))]
         if not subjects and column is None:
             named = [i for i, word in enumerate(words) if _is_subject_column(word)]
             if named:
@@ -64,9 +61,8 @@ def read_subject_map(path: Path) -> dict[str, str]:
             raise UserError(f"{path}, line {number}: no subject in {line.strip()!r}")
         key, subject = clean_key(words[0]), words[place]
         if subjects.setdefault(key, subject) != subject:
-            raise UserError(
-                f"{path}, line {number}: {words[0]} has two subjects, {subjects[key]} and {subject}"
-            )
+            both = f"{subjects[key]} and {subject}"
+            raise UserError(f"{path}, line {number}: {words[0]} has two subjects, {both}")
     if not subjects:
         raise UserError(f"the subject map {path} is empty")
     return subjects
@@ -92,7 +88,7 @@ def map_subjects(items: Sequence[Item], table: Mapping[str, str], where: Path) -
         names += [clean_key(item.origin.rsplit("/", 1)[-1].split(".")[0])]
         subject = next((table[name] for name in names if name in table), None)
         if subject is None:
-            raise UserError(f"{where} tells no subject for {item.origin} (key {item.key})")
+            raise UserError(f"{where} has no subject for {item.origin} (key {item.key})")
         mapped.append(replace(item, subject=subject))
     return mapped
 
@@ -107,7 +103,7 @@ def keep_subjects_in_one_split(items: Sequence[Item], rejections: Rejections) ->
     if not crossing:
         return list(items)
     home = {
-        subject: min(counts, key=lambda split: (-counts[split], split))
+        subject: min(counts.items(), key=lambda one: (-one[1], one[0]))[0]
         for subject, counts in crossing.items()
     }
     kept = []

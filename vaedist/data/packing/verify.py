@@ -97,15 +97,14 @@ def _shard_damage(index: Index, shard: Shard, columns: Columns) -> Iterator[Dama
         while rest := file.read(2**20):
             digest.update(rest)
     if not bad and size != shard.bytes:
-        yield Damage(
-            name, None, min(size, shard.bytes), f"it has {size} bytes and the index says {shard.bytes}"
-        )
+        what = f"it has {size} bytes and the index says {shard.bytes}"
+        yield Damage(name, None, min(size, shard.bytes), what)
     elif not bad and digest.hexdigest() != shard.sha256:
         yield Damage(name, None, position, "bytes after the last image changed (SHA-256 differs)")
 
 
 def sample_damage(index: Index, columns: Columns, row: int, data: bytes) -> str | None:
-    """What is wrong with the image of one row, whose bytes are `data`; None: nothing."""
+    """What is wrong with `data`, the bytes of the image of one row; None: nothing."""
     length = int(columns.size[row])
     if len(data) != length:
         return f"the shard ends after {len(data)} of its {length} bytes"

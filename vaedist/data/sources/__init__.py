@@ -108,10 +108,10 @@ def find(name: str) -> ModuleType:
 
 
 def detect(path: Path) -> str:
-    """Name of the source whose layout `path` has.
+    """Name of the source that recognizes the layout of `path`.
 
     Raises:
-        UserError: there is nothing at `path`, or no source recognises it.
+        UserError: there is nothing at `path`, or no source recognizes it.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder of images, idx files or volumes, or `phantom`")
@@ -123,9 +123,8 @@ def detect(path: Path) -> str:
     if scores[best] <= 0:
         if path.is_file():
             raise UserError(f"{path} is a file: give the folder that holds it")
-        raise UserError(
-            f"{path} holds nothing that can be packed (images, idx files or volumes): give another folder"
-        )
+        what = "nothing that can be packed (images, idx files or volumes)"
+        raise UserError(f"{path} holds {what}: give another folder")
     return best
 
 
@@ -153,7 +152,7 @@ def natural_key(text: str) -> list[tuple[bool, int, str]]:
 
 
 def split_name(folder: str) -> str | None:
-    """The split that a folder's name stands for (`val`, `valid_data`, `Validation` are `validate`), or None."""
+    """The split that a folder's name means (`val`, `valid_data`, `Validation` are `validate`), or None."""
     known = {
         "train": ("train", "training"),
         "validate": ("validate", "validation", "valid", "val", "dev"),
@@ -175,10 +174,13 @@ class FoundFile:
 def walk(top: Path, folder: Path | None = None, *, deep: bool = True) -> Iterator[FoundFile | Problem]:
     """All regular files below `folder` (default: `top`), in natural order; links are followed, loops are reported.
 
-    With `deep=False` only those directly in it.
+    With `deep=False` only those directly in it; of a file, itself.
 
     Hidden files and those of desktops (`Thumbs.db`, `desktop.ini`) are passed over.
     """
+    if top.is_file():
+        yield FoundFile(top, top.name, top.stat().st_size)
+        return
     folder = folder or top
     above = [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
     yield from _walk(top, folder, tuple(os.path.realpath(path) for path in above), deep)
@@ -219,9 +221,8 @@ def folders(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     inner = [path / name for name in os.listdir(path) if not name.startswith(".")]
-    return sorted(
-        (folder for folder in inner if folder.is_dir()), key=lambda folder: natural_key(folder.name)
-    )
+    inner = [folder for folder in inner if folder.is_dir()]
+    return sorted(inner, key=lambda folder: natural_key(folder.name))
 
 
 def relative_to(top: Path, path: Path) -> str:

@@ -20,18 +20,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vaedist.core.errors import UserError
+from vaedist.data import sources
 from vaedist.data.format.image_files import Picture, read_picture
-from vaedist.data.sources import (
-    FoundFile,
-    Item,
-    Problem,
-    SourceSettings,
-    clean_key,
-    folders,
-    relative_to,
-    split_name,
-    walk,
-)
+from vaedist.data.sources import FoundFile, Item, Problem, SourceSettings, folders, split_name, walk
 
 OPTIONS = frozenset({"fit", "match"})
 
@@ -57,9 +48,8 @@ class FolderSource:
         if any(splits.values()):
             for one in inner:
                 if splits[one.name] is None:
-                    yield Problem(
-                        one.name, "lies beside the split folders and is none (train, validate, test)"
-                    )
+                    reason = "lies beside the split folders and is none (train, validate, test)"
+                    yield Problem(one.name, reason)
                 else:
                     yield from self._classes(one, splits[one.name])
             yield from self._loose(self._top, "lies beside the split folders")
@@ -75,7 +65,7 @@ class FolderSource:
                 there = True
                 yield from self._item(found, split, one.name)
             if not there:
-                yield Problem(relative_to(self._top, one), "is an empty class folder")
+                yield Problem(sources.relative_to(self._top, one), "is an empty class folder")
         if classes:
             yield from self._loose(folder, "lies beside the class folders and has no class")
             return
@@ -92,7 +82,7 @@ class FolderSource:
                 yield Problem(found.relative, "is empty (0 bytes)")
                 return
             shown = None if label is None else label.encode("utf-8", "backslashreplace").decode()
-            key = clean_key(os.path.splitext(found.relative)[0])
+            key = sources.clean_key(os.path.splitext(found.relative)[0])
             yield Item(key, split, shown, "", found.relative, str(found.path), found.size)
 
     def _loose(self, folder: Path, reason: str) -> Iterator[Problem]:

@@ -35,9 +35,8 @@ def recognizes(path: Path) -> int:
 def _files(path: Path) -> dict[tuple[str, str], Path]:
     """(`train` or `t10k`, `images` or `labels`) to file, the plain one where both are there."""
     found: dict[tuple[str, str], Path] = {}
-    for file in sorted(
-        path.iterdir() if path.is_dir() else [], key=lambda file: len(file.name), reverse=True
-    ):
+    files = path.iterdir() if path.is_dir() else ()
+    for file in sorted(files, key=lambda file: len(file.name), reverse=True):
         name = _NAME.fullmatch(file.name)
         if name:
             found[name[1], name[2]] = file
@@ -58,9 +57,8 @@ def read_idx(path: Path, axes: int, limits: Limits) -> NDArray[np.uint8]:
             shape = struct.unpack(f">{axes}I", head[4:])
             size = int(np.prod(shape, dtype=np.float64))
             if size > limits.bytes * _IMAGES_PER_FILE:
-                raise UserError(
-                    f"{path} announces {size:,} values {shape}, more than is allowed (--max-bytes)"
-                )
+                values = f"{size:,} values {shape}"
+                raise UserError(f"{path} announces {values}, more than is allowed (--max-bytes)")
             data = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read or is damaged ({error})") from None
@@ -95,9 +93,8 @@ class MnistSource:
             if (part, "labels") in self._files:
                 labels = [str(label) for label in read_idx(self._files[part, "labels"], 1, self._limits)]
                 if len(labels) != len(images):
-                    raise UserError(
-                        f"{self._files[part, 'labels']} has {len(labels)} labels for {len(images)} images"
-                    )
+                    counts = f"{len(labels)} labels for {len(images)} images"
+                    raise UserError(f"{self._files[part, 'labels']} has {counts}")
             for i in range(len(images)):
                 label = labels[i] if labels else None
                 yield Item(f"{split}_{i:05d}", split, label, "", f"{file.name}[{i}]", (part, i))

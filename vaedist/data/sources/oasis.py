@@ -1,7 +1,7 @@
 """The preprocessed OASIS slices: `keras_png_slices_{train,validate,test}/case_NNN_slice_M.nii.png`.
 
 The three folders lie in the input or one level below it. The key keeps case and slice (`case_001_slice_0`),
-and the subject is the case, unless a subject map (`--subjects`) tells which cases are scans of one patient.
+and the subject is the case, unless a subject map (`--subjects`) says which cases are scans of one patient.
 The segmentations of the same archive (`keras_png_slices_seg_*`) are not read.
 """
 

@@ -76,9 +76,8 @@ def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
         if voxels > _LARGEST or voxels * kind.itemsize > limits.bytes * 16:
             raise BadImage(f"announces {voxels:,} voxels, more than is allowed (--max-bytes)")
         turned = nibabel.as_closest_canonical(image)
-        data = np.asarray(turned.dataobj, np.float32).reshape(
-            turned.shape[:3] if len(turned.shape) >= 3 else shape
-        )
+        kept = turned.shape[:3] if len(turned.shape) >= 3 else shape
+        data = np.asarray(turned.dataobj, np.float32).reshape(kept)
         zooms = [float(zoom) or 1.0 for zoom in turned.header.get_zooms()[:3]]
     except BadImage:
         raise
@@ -96,9 +95,8 @@ def read_volume(path: Path, axis: int, limits: Limits) -> NDArray[np.uint8]:
         finer = min(tall, wide)
         height, width = round(height * tall / finer), round(width * wide / finer)
         if height * width > limits.pixels:
-            raise BadImage(
-                f"has voxels of {tall:g} x {wide:g} mm, which make slices of {width} x {height} pixels"
-            )
+            made = f"slices of {width} x {height} pixels"
+            raise BadImage(f"has voxels of {tall:g} x {wide:g} mm, which make {made}")
         return np.stack([resize(cut, height, width) for cut in slices])
     return np.ascontiguousarray(slices)
 
@@ -151,15 +149,13 @@ def _stem(name: str) -> str:
 class VolumeSource:
     def __init__(self, path: Path, settings: SourceSettings, spool: Path) -> None:
         self._path, self._match, self._limits = path, settings.match, settings.limits
-        self._slices, self._axis = (
-            settings.slices or (0.0, 1.0),
-            2 if settings.axis is None else settings.axis,
-        )
+        self._slices = settings.slices or (0.0, 1.0)
+        self._axis = 2 if settings.axis is None else settings.axis
         self._spool = spool
 
     def items(self) -> Iterator[Item | Problem]:
         files: list[FoundFile] = []
-        for found in self._files():
+        for found in walk(self._path):
             if isinstance(found, Problem):
                 yield found
             elif found.path.name.endswith(_SUFFIXES):
@@ -179,12 +175,6 @@ class VolumeSource:
             except BadImage as error:
                 yield Problem(found.relative, str(error))
 
-    def _files(self) -> Iterator[FoundFile | Problem]:
-        if self._path.is_file():
-            yield FoundFile(self._path, self._path.name, self._path.stat().st_size)
-        else:
-            yield from walk(self._path)
-
     def _volume(self, found: FoundFile, key: str, subject: str) -> Iterator[Item]:
         if found.size == 0:
             raise BadImage("is empty (0 bytes)")
@@ -203,15 +193,8 @@ class VolumeSource:
             raise BadImage("has no slice with anything in it")
         split = split_name(found.relative.split("/")[0]) if "/" in found.relative else None
         for i in numbers:
-            yield Item(
-                f"{key}_slice_{i}",
-                split,
-                None,
-                subject,
-                f"{found.relative}[{i}]",
-                (str(kept), i),
-                found.size,
-            )
+            origin, location = f"{found.relative}[{i}]", (str(kept), i)
+            yield Item(f"{key}_slice_{i}", split, None, subject, origin, location, found.size)
 
     def load(self, item: Item) -> Picture:
         path, number = item.location

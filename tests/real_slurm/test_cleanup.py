@@ -1,4 +1,4 @@
-"""What dead jobs left on a node is swept by the next one there: a real Slurm, which loses what escapes to process 1."""
+"""What dead jobs left on a node the next job there removes: a real Slurm loses what escapes to process 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.run_commands import ROOT
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 MARK = "export VAEDIST_JOB=$SLURM_CLUSTER_NAME.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}\n"
-SWEEP = f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -m vaedist.slurm.cleanup\n"
+CLEAN = f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -m vaedist.slurm.cleanup\n"
 
 
 class Jobs:
@@ -68,7 +68,7 @@ def test_a_dead_jobs_leftovers_go_and_a_neighbours_stay(jobs: Jobs, slurm: Slurm
     jobs.wait_for(8103, 8104)
     node("n1", "mkdir", "-m", "700", "/tmp/vd-0-left")
     node("n1", "touch", "-d", "yesterday", "/dev/shm/nccl-left", "/dev/shm/nccl-used", "/dev/shm/mine")
-    sweeper = jobs.submit(MARK + SWEEP + "( setsid sleep 8105 >/dev/null 2>&1 & )\n" + SWEEP)
+    sweeper = jobs.submit(MARK + CLEAN + "( setsid sleep 8105 >/dev/null 2>&1 & )\n" + CLEAN)
     slurm.wait(sweeper, "COMPLETED")
     [told] = slurm.output(sweeper).splitlines()
     assert told.startswith(f"vaedist: n1: left behind by dead jobs: killed 1 processes of job {dead}: ")
@@ -84,7 +84,7 @@ def test_a_dead_jobs_leftovers_go_and_a_neighbours_stay(jobs: Jobs, slurm: Slurm
     # The sweeper left something itself; a job array is told apart from others too.
     array = slurm.sbatch(
         "--array=3", "--nodelist=n1", f"--output={jobs.folder}/array.out", "--wrap",
-        MARK.replace("$SLURM_JOB_ID", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID") + SWEEP,
+        MARK.replace("$SLURM_JOB_ID", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID") + CLEAN,
         cwd=jobs.folder,
     )  # fmt: skip
     slurm.wait(array, "COMPLETED")
@@ -98,7 +98,7 @@ def test_a_requeued_job_ends_what_its_first_start_left(jobs: Jobs, slurm: Slurm)
     job = jobs.submit(
         MARK + "if [ -z $SLURM_RESTART_COUNT ]; then\n"
         "( setsid sleep 8201 >/dev/null 2>&1 & )\nsleep 8202\nelse\n"
-        f"( setsid sleep 8203 >/dev/null 2>&1 & )\n{SWEEP}fi\n"
+        f"( setsid sleep 8203 >/dev/null 2>&1 & )\n{CLEAN}fi\n"
     )
     jobs.wait_for(8201, 8202)
     slurm.run("scontrol", "requeue", job)
