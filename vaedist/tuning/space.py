@@ -217,8 +217,8 @@ class Space(Strict):
         train = content.setdefault("train", {})
         if isinstance(train, dict) and train.get("threads") is None:
             train["threads"] = self.resources.cpus
-        told = ", ".join(f"{key}={setting}" for key, setting in settings.items())
-        return parse(Job, content, where=f"the space {self.name!r} with {told or 'its base alone'}")
+        described = ", ".join(f"{key}={setting}" for key, setting in settings.items())
+        return parse(Job, content, where=f"the space {self.name!r} with {described or 'its base alone'}")
 
 
 def _put(content: dict[str, Any], key: str, value: Any) -> None:
