@@ -36,7 +36,7 @@ def results(run: Path, split: str = "test") -> dict[str, object]:
 
 def test_a_vqvae_is_evaluated_whole(vqvae: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(vqvae)]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     document = results(vqvae)
     assert (document["images"], document["step"], document["weights"]) == (21, 4, "ema")
     assert document["data"]["identity"] == Index.open(data).identity
@@ -58,10 +58,10 @@ def test_a_vqvae_is_evaluated_whole(vqvae: Path, data: Path, capsys: pytest.Capt
     assert [line["key"] for line in lines] == batch["key"]
 
     # What is printed and what is written.
-    assert f"{document['metrics']['ssim']['mean']:.4f} ±{document['metrics']['ssim']['std']:.4f}" in told
-    assert f"codes used {document['codes']['used']} of 8" in told
+    assert f"{document['metrics']['ssim']['mean']:.4f} ±{document['metrics']['ssim']['std']:.4f}" in output
+    assert f"codes used {document['codes']['used']} of 8" in output
     for name in ("metrics.json", "images.jsonl", "pairs.png"):
-        assert f"wrote {vqvae / 'evaluation' / 'test' / name}" in told
+        assert f"wrote {vqvae / 'evaluation' / 'test' / name}" in output
     with Image.open(vqvae / "evaluation/test/pairs.png") as picture:
         assert picture.width > picture.height > 300
     assert stat.S_IMODE((vqvae / "evaluation/test").stat().st_mode) == 0o700
@@ -76,7 +76,7 @@ def test_groups_by_subject_class_and_file(
     table = "# case ward scanner\n" + "".join(f"{s} ward{i} one\n" for i, s in enumerate(subjects))
     (tmp_path / "groups.txt").write_text(table)
     assert main([str(vae), "--groups", str(tmp_path / "groups.txt"), "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     document = json.loads((tmp_path / "out" / "metrics.json").read_text())
     groups = document["groups"]
     assert groups.keys() == {"subject", "class", "ward", "scanner"}
@@ -84,20 +84,20 @@ def test_groups_by_subject_class_and_file(
     assert [*groups["ward"].values()] == [*groups["subject"].values()]
     assert groups["scanner"]["one"]["metrics"] == document["metrics"]
     assert sum(group["images"] for group in groups["class"].values()) == 21
-    assert "per ward" in told
-    assert "codes is not defined, because" in told
+    assert "per ward" in output
+    assert "codes is not defined, because" in output
 
 
 def test_baselines_stand_in_the_same_table(
     vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(vae), "--split", "train", "--out", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     document = json.loads((tmp_path / "metrics.json").read_text())
     assert document["baselines"]["nearest training image"]["mae"]["mean"] == 0
     assert document["baselines"]["nearest training image"]["psnr"]["count"] == 0
     for name in ("this run", "black", "training mean", "nearest training image", "PCA-3"):
-        assert any(line.startswith(f"{name} ") for line in told.splitlines()), name
+        assert any(line.startswith(f"{name} ") for line in output.splitlines()), name
 
 
 def test_a_vae_has_a_likelihood_and_latents(
@@ -105,7 +105,7 @@ def test_a_vae_has_a_likelihood_and_latents(
 ) -> None:
     command = [str(vae), "--limit", "9", "--no-baselines", "--rounds", "2", "--out", str(tmp_path)]
     assert main([*command, "--importance", "60", "--chunk", "7"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     document = json.loads((tmp_path / "metrics.json").read_text())
     found = document["likelihood"]
     assert (found["name"], found["images"], found["importance_samples"]) == ("surrogate", 9, 60)
@@ -117,9 +117,9 @@ def test_a_vae_has_a_likelihood_and_latents(
     split = document["latents"]["split"]
     assert split["rate"] == pytest.approx(document["terms"]["rate"]["mean"], rel=0.2)
     assert document["baselines"] == {}
-    assert "surrogate " in told
-    assert "units active" in told
-    assert "mutual information" in told
+    assert "surrogate " in output
+    assert "units active" in output
+    assert "mutual information" in output
 
     assert main([*command, "--importance", "60"]) == 0
     again = json.loads((tmp_path / "metrics.json").read_text())["likelihood"]["nll"]
@@ -150,7 +150,7 @@ def test_runs_stand_in_one_table(
     fit(saved.model_copy(update={"seed": 1, "name": "vae-1"}), other, options=FitOptions(quiet=True))
     out = tmp_path / "out"
     assert main([str(vae), str(vqvae), str(other), "--importance", "5", "--out", str(out)]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     (table,) = json.loads((out / "comparison.json").read_text())["tables"]
     experiments = {experiment["name"]: experiment for experiment in table["experiments"]}
     assert experiments.keys() == {"vae (2 seeds)", "vqvae"}
@@ -164,7 +164,7 @@ def test_runs_stand_in_one_table(
     assert repeated["numbers"]["SSIM"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert experiments["vqvae"]["numbers"]["SSIM"]["std"] is None
     text = (out / "comparison.txt").read_text()
-    assert text in told
+    assert text in output
     assert "none beats another: that takes 3 seeds of each" in text
     assert "nearest training image" in text
 
@@ -172,7 +172,7 @@ def test_runs_stand_in_one_table(
 def test_samples_and_the_audit(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(vae), "--importance", "0", "--out", str(tmp_path)]
     assert main([*command, "--samples", "12", "--audit"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     document = json.loads((tmp_path / "metrics.json").read_text())
     found = document["samples"]
     assert (found["real"], found["generated"]) == (21, 12)
@@ -184,8 +184,8 @@ def test_samples_and_the_audit(vae: Path, tmp_path: Path, capsys: pytest.Capture
     assert "frechet_extrapolated" in document["not_defined"]
     assert document["audit"]["counts"]["samples"] == 12
     assert (tmp_path / "memorisation.png").exists()
-    assert f"memorisation {document['audit']['verdict']}" in told
-    assert f"kid[{label}]" in told
+    assert f"memorisation {document['audit']['verdict']}" in output
+    assert f"kid[{label}]" in output
 
 
 def test_samples_from_the_density_after_training(
@@ -237,7 +237,7 @@ def test_a_prior_stands_beside_counts(
     job = Job(name="prior", data={"path": str(data)}, model=model, train=train)
     fit(job, run, options=FitOptions(quiet=True))
     assert main([str(run), "--samples", "6"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     document = results(run)
     found = document["prior"]
     assert (found["tokens"], found["codes"], found["images"]) == (16, 8, 21)
@@ -268,9 +268,9 @@ def test_a_prior_stands_beside_counts(
     assert document["codes"]["vectors"] == 21 * 16
     assert document["tokenizer"] == opened.job.model.tokenizer.sha256
     assert set(document["samples"]["metrics"]) == {"this run", "per-position draws", "training images"}
-    assert "neighbour bigram" in told
-    assert "image: codes + decoder" in told
-    assert "PCA-16" in told
+    assert "neighbour bigram" in output
+    assert "image: codes + decoder" in output
+    assert "PCA-16" in output
 
 
 def test_what_does_not_sample_says_so(
@@ -280,8 +280,8 @@ def test_what_does_not_sample_says_so(
     document = json.loads((tmp_path / "metrics.json").read_text())
     assert "sample is not defined, because" in document["not_defined"]["samples"]
     assert "encode is not defined, because" in document["not_defined"]["likelihood"]
-    told = capsys.readouterr().out
-    assert "likelihood, latents: encode is not defined, because" in told
+    output = capsys.readouterr().out
+    assert "likelihood, latents: encode is not defined, because" in output
 
 
 def test_limit_weights_and_a_checkpoint_folder(vae: Path, tmp_path: Path) -> None:
@@ -311,10 +311,10 @@ def test_other_data_is_refused_unless_allowed(
 ) -> None:
     other = packed(tmp_path / "other", seed=1)
     assert main([str(vae), "--data", str(other), "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert Index.open(other).identity[:12] in told
-    assert Index.open(data).identity[:12] in told
-    assert "--other-data" in told
+    output = capsys.readouterr().err
+    assert Index.open(other).identity[:12] in output
+    assert Index.open(data).identity[:12] in output
+    assert "--other-data" in output
     assert not (tmp_path / "out").exists()
     assert main([str(vae), "--data", str(other), "--other-data", "--out", str(tmp_path / "out")]) == 0
     assert "not the data that the run was trained from" in capsys.readouterr().out
@@ -348,7 +348,7 @@ def test_damaged_data_end_with_exit_code_3(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--limit", "0"], "--limit is 0"),
         (["--importance", "-1"], "--importance is -1"),
@@ -363,11 +363,11 @@ def test_damaged_data_end_with_exit_code_3(
     ],
 )
 def test_mistakes_are_one_sentence(
-    vae: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    vae: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(vae), *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 
@@ -385,11 +385,11 @@ def test_data_without_a_test_split_are_measured_on_validate_and_it_is_said(
     """A folder of one's own has no test split unless it was asked for; a chain must not end in an error over it."""
     own = tmp_path / "own"
     shutil.copytree(data, own)
-    told = json.loads((own / "index.json").read_text())
-    assert "test" in told["splits"]
-    del told["splits"]["test"]
+    index = json.loads((own / "index.json").read_text())
+    assert "test" in index["splits"]
+    del index["splits"]["test"]
     (own / "index.json").chmod(0o644)
-    (own / "index.json").write_text(json.dumps(told))
+    (own / "index.json").write_text(json.dumps(index))
     arguments = [
         str(vae),
         "--data",

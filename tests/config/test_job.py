@@ -93,17 +93,17 @@ def test_a_length_on_the_command_line_replaces_the_files(
         load_job(job_file, ["train.steps=7", "train.epochs=3"])
 
 
-@pytest.mark.parametrize(("override", "told"), MISTAKES, ids=[override for override, _ in MISTAKES])
-def test_a_wrong_setting_is_one_sentence(job_file: Path, override: str, told: str) -> None:
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_a_wrong_setting_is_one_sentence(job_file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_job(job_file, [override])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith(f"{job_file}: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("x", "'x' is not a setting: write key.sub=value"),
         ("=3", "'=3' is not a setting"),
@@ -111,20 +111,20 @@ def test_a_wrong_setting_is_one_sentence(job_file: Path, override: str, told: st
         ("train.steps=[1", "the value is not valid YAML"),
     ],
 )
-def test_a_malformed_override_is_named(job_file: Path, override: str, told: str) -> None:
+def test_a_malformed_override_is_named(job_file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_job(job_file, [override])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert repr(override) in str(caught.value)
 
 
-def test_several_mistakes_are_told_at_once(job_file: Path) -> None:
+def test_several_mistakes_are_reported_at_once(job_file: Path) -> None:
     with pytest.raises(UserError, match=r"seed: .*; data\.lanes: "):
         load_job(job_file, ["data.lanes=0", "seed=x"])
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (
             "model: {kind: vae}\ntrain: {steps: 1, steps: 2}\n",
@@ -141,12 +141,12 @@ def test_several_mistakes_are_told_at_once(job_file: Path) -> None:
         ("train: {steps: 10}\n", "the key 'model' is missing"),
     ],
 )
-def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_job(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
@@ -213,13 +213,14 @@ def test_which_weights_everything_downstream_uses() -> None:
     assert Train(steps=1, ema_half_life=10, weights="raw").chosen_weights == "raw"
 
 
-def test_marks_cover_every_field_and_the_contract_of_resume() -> None:
-    told = dict(resume_policy(Job))
-    by_mark = {
-        mark: {key for key, held in told.items() if held == mark} for mark in ("free", "override", "fixed")
+def test_resume_policies_cover_every_field_and_the_contract_of_resume() -> None:
+    policies = dict(resume_policy(Job))
+    by_policy = {
+        policy: {key for key, held in policies.items() if held == policy}
+        for policy in ("free", "override", "fixed")
     }
     # What may never differ, exactly: this set may only change together with the resume rules in the README.
-    assert by_mark["fixed"] == {
+    assert by_policy["fixed"] == {
         "seed",
         "model",
         "data.binarise",
@@ -228,14 +229,16 @@ def test_marks_cover_every_field_and_the_contract_of_resume() -> None:
         "data.lanes",
         "train.batch_size",
     }
-    assert {"train.optim.*.learning_rate", "train.weights", "train.precision"} <= by_mark["override"]
-    assert {"train.steps", "data.path", "data.cache", "train.save_every", "train.log_every"} <= by_mark[
+    assert {"train.optim.*.learning_rate", "train.weights", "train.precision"} <= by_policy["override"]
+    assert {"train.steps", "data.path", "data.cache", "train.save_every", "train.log_every"} <= by_policy[
         "free"
     ]
     sections = {"data": config.Data, "train": config.Train}
     for name, section in sections.items():
         for field in section.model_fields:
-            assert any(key == f"{name}.{field}" or key.startswith(f"{name}.{field}.") for key in told), field
+            assert any(key == f"{name}.{field}" or key.startswith(f"{name}.{field}.") for key in policies), (
+                field
+            )
 
 
 def test_expand_names_the_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_weights_change_by_optimizer_step(
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         (-1, "model.beta: input should be greater than or equal to 0 (it is -1)"),
         (
@@ -86,7 +86,7 @@ def test_weights_change_by_optimizer_step(
         ),
     ],
 )
-def test_a_wrong_weight_is_one_sentence(section: object, told: str) -> None:
+def test_a_wrong_weight_is_one_sentence(section: object, message: str) -> None:
     with pytest.raises(UserError) as caught:
         weight(section)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

@@ -38,7 +38,7 @@ def test_a_file_names_its_site_unless_it_says_otherwise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("partitoin: gpu", "did you mean 'partition'"),
         ("time: 12:00:00", "write it in quotes"),
@@ -66,10 +66,10 @@ def test_a_file_names_its_site_unless_it_says_otherwise(tmp_path: Path) -> None:
         ("{container: x.sif, continue_by: resubmit}", "container"),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, told: str) -> None:
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         site(tmp_path, text)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "mine.yaml: " in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""What a user is told, and the exit code that goes with it."""
+"""Errors that a user can mend, and the exit code that goes with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vaedist.core.errors import DataError, Diverged, NotDefined, UserError, cli_
 
 
 @pytest.mark.parametrize(
-    ("name", "valid", "told"),
+    ("name", "valid", "message"),
     [
         ("vqave", ["vae", "vqvae"], "; did you mean 'vqvae'? Valid: vae, vqvae"),
         ("zzz", ["vae", "vqvae"], "; Valid: vae, vqvae"),
@@ -17,8 +17,8 @@ from vaedist.core.errors import DataError, Diverged, NotDefined, UserError, cli_
         ("b", ["c", "b", "a"], "; did you mean 'b'? Valid: a, b, c"),
     ],
 )
-def test_nearest(name: str, valid: list[str], told: str) -> None:
-    assert did_you_mean(name, valid) == told
+def test_did_you_mean(name: str, valid: list[str], message: str) -> None:
+    assert did_you_mean(name, valid) == message
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def test_a_user_error_is_one_line_and_its_exit_code(
         raise error("the shard train-000003.tar is missing; copy it back")
 
     assert main([]) == code
-    told = capsys.readouterr().err
-    assert told.endswith(": error: the shard train-000003.tar is missing; copy it back\n")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.endswith(": error: the shard train-000003.tar is missing; copy it back\n")
+    assert message.count("\n") == 1
 
 
 def test_the_exit_codes_are_the_documented_ones() -> None:
@@ -64,7 +64,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         main([])
 
 
-def test_the_door_hands_its_code_and_arguments_through() -> None:
+def test_a_cli_command_passes_its_code_and_arguments_through() -> None:
     @cli_command
     def main(argv: list[str] | None = None) -> int:
         return len(argv or [])

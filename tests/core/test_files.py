@@ -13,7 +13,7 @@ from vaedist.core.files import disk_errors
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "message"),
     [
         (
             errno.ENOSPC,
@@ -26,8 +26,8 @@ from vaedist.core.files import disk_errors
         (errno.EPERM, r"cannot write the log in .*\(Operation not permitted\)"),
     ],
 )
-def test_what_a_person_can_mend_is_one_sentence(code: int, told: str, tmp_path: Path) -> None:
-    with pytest.raises(CannotWrite, match=told) as raised, disk_errors("the log", tmp_path):
+def test_what_a_person_can_mend_is_one_sentence(code: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match=message) as raised, disk_errors("the log", tmp_path):
         raise OSError(code, os.strerror(code))
     assert "checkpoints written before are intact" in str(raised.value)
     assert "run the same command again" in str(raised.value)

@@ -109,7 +109,7 @@ def test_a_gif_may_be_one_frame() -> None:
         assert picture.n_frames == 1
 
 
-def test_a_code_has_one_colour_everywhere() -> None:
+def test_a_code_has_one_color_everywhere() -> None:
     codes = np.arange(512).reshape(2, 16, 16)
     maps = code_maps(codes, 32, 48)
     assert maps.shape == (2, 32, 48, 3)

@@ -126,7 +126,7 @@ def test_other_images_have_another_table() -> None:
     assert comparison.text().count("test of /data") == 2
 
 
-def test_experiments_of_one_name_are_told_apart() -> None:
+def test_experiments_of_one_name_are_numbered() -> None:
     found = [RunEvaluation("run", 0, number, document(metrics={"ssim": summary(0.5)})) for number in (0, 1)]
     names = [experiment["name"] for experiment in Comparison(found).document()[0]["experiments"]]
     assert names == ["1: run", "2: run"]

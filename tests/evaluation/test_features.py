@@ -53,7 +53,7 @@ def test_the_batch_does_not_enter() -> None:
     assert np.abs(whole.values - single).max() < 1e-4
 
 
-def test_a_small_change_in_a_tile_is_seen_at_full_resolution() -> None:
+def test_a_small_change_in_a_tile_changes_features_at_full_resolution() -> None:
     """A one-pixel checkerboard: gone at 64x64, so the whole view cannot see it, and the tiles do."""
     plain = np.full((1, 1, 256, 256), 128, np.uint8)
     checked = plain.copy()
@@ -123,18 +123,18 @@ def saved(folder: Path, kind: type[nn.Module], name: str = "radimagenet v1.pt") 
 
 def test_a_torchscript_file(tmp_path: Path) -> None:
     path = saved(tmp_path, Pooled)
-    told: list[str] = []
-    extractor = Extractor.from_torchscript(path, tell=told.append)
+    lines: list[str] = []
+    extractor = Extractor.from_torchscript(path, echo=lines.append)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert extractor.label == f"radimagenet-v1-{digest[:8]}"
-    (line,) = told
+    (line,) = lines
     assert "holds code, and it runs" in line and digest in line
     found = extractor(images(5, 1, 16, 16))
     assert found.values.shape == (5, 12) and found.logits is None
 
 
 def test_a_torchscript_file_with_classes(tmp_path: Path) -> None:
-    found = Extractor.from_torchscript(saved(tmp_path, Classifier), tell=print)(images(5, 3, 16, 16))
+    found = Extractor.from_torchscript(saved(tmp_path, Classifier), echo=print)(images(5, 3, 16, 16))
     assert found.logits is not None and found.logits.shape == (5, 5)
 
 

@@ -53,7 +53,7 @@ def test_the_data_range_is_a_constant() -> None:
     assert pair_metrics(x, y)["ssim_default"] > own + 0.02
 
 
-def test_colour_is_the_mean_over_channels_and_foreground_is_any_channel() -> None:
+def test_color_is_the_mean_over_channels_and_foreground_is_any_channel() -> None:
     x, y = pair(channels=3)
     x[:, :12] = 0
     x[1, 4:12] = 9  # foreground in one channel alone

@@ -35,7 +35,7 @@ def made(
     labels: Tensor | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
 ) -> Latents:
-    """Latents with draws, a standard normal prior unless told otherwise."""
+    """Latents with draws, a standard normal prior by default."""
     mean = mean.double()
     noise = torch.randn(mean.shape, generator=generator("test"), dtype=torch.float64)
     return Latents(
@@ -80,7 +80,7 @@ def test_gaussian_codes_have_a_known_split() -> None:
     assert found["mutual_information"] == pytest.approx(float(information), abs=0.05)
 
 
-def test_posteriors_that_tell_every_image_apart_carry_log_n() -> None:
+def test_posteriors_that_separate_every_image_carry_log_n() -> None:
     found = rate_split(made(torch.arange(64.0)[:, None] * 100, torch.tensor([1e-4])))
     assert found["mutual_information"] == pytest.approx(math.log(64), abs=1e-9)
     assert found["mutual_information"] == pytest.approx(found["mutual_information_limit"], abs=1e-9)
@@ -95,7 +95,7 @@ def test_a_collapsed_posterior_has_no_part() -> None:
 
 
 def test_with_a_prior_per_class_the_mixtures_are_those_of_the_classes() -> None:
-    """Posteriors equal to their class's prior say nothing beyond the class; without it they tell the two apart."""
+    """Posteriors equal to their class's prior carry nothing beyond the class; without it they separate the two."""
     labels = torch.arange(200) % 2
     place = 6.0 * labels[:, None].double().expand(200, 2)
     latents = made(place, torch.ones(2), labels, (place, 0 * place))

@@ -88,7 +88,7 @@ def test_smooth_samples_are_close_to_many_and_not_flagged(heads: dict[str, np.nd
 
 
 def test_odd_held_out_patients_do_not_accuse(heads: dict[str, np.ndarray]) -> None:
-    """Held-out images far from all others put the level too high; whole training patients tell."""
+    """Held-out images far from all others put the level too high; whole training patients show it."""
     odd = {**heads, "test": 255 - heads["test"]}
     pixels = audited(odd, heads["other"]).spaces["pixels"]
     assert pixels.close.share > 0.9

@@ -1,4 +1,4 @@
-"""The alarm: what counts as used, over ranks and padding, and that it is told wherever a collapsed model goes."""
+"""The alarm: what counts as used, over ranks and padding, and that it shows wherever a collapsed model goes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_encoder_without_a_density_is_judged_by_its_mean() -> None:
     assert alarm is not None and alarm.kl is None and "nats" not in str(alarm)
 
 
-def test_a_strangers_record_is_refused() -> None:
+def test_a_foreign_record_is_refused() -> None:
     assert Collapse.from_json(None, "x") is None
     for wrong in ("total", {"extent": "total"}, {"extent": "big", "what": "dimensions", "kl": 1}, [1]):
         with pytest.raises(UserError, match=r"^CKPT: its record of posterior collapse"):
@@ -146,13 +146,13 @@ def test_a_collapsed_run_says_so_in_its_folder_and_its_checkpoints(
     rows = [json.loads(line) for line in (collapsed / "latents.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [30, 60]
     assert len(rows[-1]["kl"]) == len(rows[-1]["variance"]) == 4 and max(rows[-1]["variance"]) < 0.01
-    told = [json.loads(line) for line in (collapsed / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in told if row["kind"] == "validate"][-1]
+    logged = [json.loads(line) for line in (collapsed / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in logged if row["kind"] == "validate"][-1]
     assert last["active_units"] == 0 and last["rate"] == pytest.approx(
         sum(rows[-1]["kl"]), rel=1e-4, abs=1e-6
     )
 
-    # Continued, the record comes from the checkpoint, and an alarm that was told is not told again.
+    # Continued, the record comes from the checkpoint, and an alarm that was logged is not logged again.
     longer = tmp_path / "longer"
     shutil.copytree(collapsed, longer)
     (longer / "collapse.json").unlink()
@@ -171,7 +171,7 @@ def test_a_run_that_uses_its_latent_raises_no_alarm(phantom: Path, tmp_path: Pat
     assert open_run(tmp_path / "run").collapse is None
 
 
-def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_path: Path) -> None:
+def test_the_alarm_is_logged_when_it_changes_and_when_it_ends(phantom: Path, tmp_path: Path) -> None:
     settings = resolved(job(phantom, beta=1.0))
     run = RunFolder.make(tmp_path / "run")
     run.record_start(settings, step=None)
@@ -184,10 +184,10 @@ def test_the_alarm_is_told_when_it_changes_and_when_it_ends(phantom: Path, tmp_p
         usage = Usage(variance, [one / 2 for one in variance], "dimensions")
         watch.update(step, model, ValidationSamples({}, {}, usage))
         assert run.collapse.exists() == (min(variance) == 0)
-    told = console.getvalue().splitlines()
-    assert [line.partition(":")[0] for line in told] == ["ALARM", "ALARM", "step 3"]
-    assert "(total) at step 0" in told[0] and "(partial) at step 2: 1 of 2 latent dimensions" in told[1]
-    assert told[2] == "step 3: all 2 latent dimensions are active again"
+    lines = console.getvalue().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["ALARM", "ALARM", "step 3"]
+    assert "(total) at step 0" in lines[0] and "(partial) at step 2: 1 of 2 latent dimensions" in lines[1]
+    assert lines[2] == "step 3: all 2 latent dimensions are active again"
     log.close()
 
 

@@ -95,7 +95,7 @@ def test_kid_rises_as_digits_are_dropped_blurred_and_made_noisy(
     assert_rising(reference, [noisy(later[:600], sigma) for sigma in (0, 0.05, 0.1, 0.2)])
 
 
-def test_every_metric_tells_equal_laws_from_a_worse_one(extractor: Extractor) -> None:
+def test_every_metric_separates_equal_laws_from_a_worse_one(extractor: Extractor) -> None:
     reference = Reference(phantom(32, 600, "train"), extractor)
     other = phantom(32, 600, "test")
     good = sample_metrics(reference, other, extractor, seed=0)

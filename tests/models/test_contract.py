@@ -314,12 +314,12 @@ def test_capabilities(section: dict[str, Any]) -> None:
             drawn = model.decode_codes(model.sample_codes(3, seed=1, label=label[:3])).mean
             torch.testing.assert_close(drawn, model.sample(3, seed=1, label=label[:3]))
         if model.latent in ("vector", "map") and model.samples:
-            told = label[:3] if model.conditional else None
+            classes = label[:3] if model.conditional else None
             z = torch.stack(
                 [torch.randn(model.latent_shape, generator=generator("sample", 1, i)) for i in range(3)]
             )
-            drawn = model.decode(model.prior(told).sample(0.5 * z), told).mean
-            torch.testing.assert_close(drawn, model.sample(3, seed=1, label=told, temperature=0.5))
+            drawn = model.decode(model.prior(classes).sample(0.5 * z), classes).mean
+            torch.testing.assert_close(drawn, model.sample(3, seed=1, label=classes, temperature=0.5))
 
 
 @case

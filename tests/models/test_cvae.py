@@ -71,14 +71,14 @@ def test_dropped_labels_are_the_unconditional_model() -> None:
     assert 0 < int(dropped.sum()) < ROWS
     with torch.no_grad():
         terms = model({"image": image, "label": LABEL}, ctx)
-        told, untold = model.encode(image, LABEL).kl().sum(1), model.encode(image).kl().sum(1)
+        known, unknown = model.encode(image, LABEL).kl().sum(1), model.encode(image).kl().sum(1)
         shown = model({"image": image, "label": LABEL}, SampleContext(seed=0, samples=range(ROWS)))
-    assert float((told - untold).abs().min()) > 1e-3
-    torch.testing.assert_close(terms["rate"], torch.where(dropped, untold, told))
-    torch.testing.assert_close(shown["rate"], told)  # validation drops none
+    assert float((known - unknown).abs().min()) > 1e-3
+    torch.testing.assert_close(terms["rate"], torch.where(dropped, unknown, known))
+    torch.testing.assert_close(shown["rate"], known)  # validation drops none
 
 
-def test_without_dropout_a_label_must_be_told() -> None:
+def test_without_dropout_a_label_must_be_given() -> None:
     model = make(condition={})
     for refused in (
         lambda: model.encode(images()),
@@ -128,9 +128,9 @@ def test_training_learns_what_a_class_looks_like() -> None:
     drawn = model.sample(ROWS, label=LABEL)
     assert float((drawn - pictures[LABEL] / 255).abs().mean()) < 0.05
     with torch.no_grad():
-        told = model.encode(pictures, torch.arange(3)).kl().sum(1)
-        untold = model.encode(pictures).kl().sum(1)
-    assert float(told.max()) < 0.3 < float(untold.min())
+        known = model.encode(pictures, torch.arange(3)).kl().sum(1)
+        unknown = model.encode(pictures).kl().sum(1)
+    assert float(known.max()) < 0.3 < float(unknown.min())
     # Without a label each sample is still one of the bars.
     drawn = model.sample(30, label=torch.full((30,), -1))
     nearest = (drawn[:, None] - pictures / 255).abs().flatten(2).mean(2).min(1).values

@@ -125,7 +125,7 @@ def test_one_image_has_no_mmd() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         ({"alpha": 0.5, "mmd_weight": 0.2}, "weight alpha + mmd_weight - 1 is negative (0.5 + 0.2 - 1)"),
         ({"alpha": 1.5}, "model.alpha: input should be less than or equal to 1 (it is 1.5)"),
@@ -137,7 +137,7 @@ def test_one_image_has_no_mmd() -> None:
         ({"beta": 2}, "unknown key 'model.beta'"),
     ],
 )
-def test_weights_that_make_no_sense_are_refused(section: dict[str, Any], told: str) -> None:
+def test_weights_that_make_no_sense_are_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         make(**section)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

@@ -53,18 +53,18 @@ def expected(model: Variant, image: Tensor, phase: str) -> dict[str, Tensor]:
 def test_each_phase_minimises_what_the_paper_says() -> None:
     model, batch = make(beta=2.0, style=0.3), {"image": images()}
     by_hand = expected(model, batch["image"], "discriminator")
-    told = model(batch, lanes("discriminator"))
+    terms = model(batch, lanes("discriminator"))
     fake = 0.5 * (softplus(by_hand["rebuilt"]) + softplus(by_hand["painted"]))
-    torch.testing.assert_close(told["loss"], softplus(-by_hand["real"]) + fake, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms["loss"], softplus(-by_hand["real"]) + fake, rtol=1e-6, atol=0)
 
     by_hand = expected(model, batch["image"], "encoder")
-    told = model(batch, lanes("encoder"))
-    torch.testing.assert_close(told["loss"], 2 * by_hand["rate"] + by_hand["similarity"], rtol=1e-6, atol=0)
+    terms = model(batch, lanes("encoder"))
+    torch.testing.assert_close(terms["loss"], 2 * by_hand["rate"] + by_hand["similarity"], rtol=1e-6, atol=0)
 
     by_hand = expected(model, batch["image"], "decoder")
-    told = model(batch, lanes("decoder"))
+    terms = model(batch, lanes("decoder"))
     game = 0.5 * (softplus(-by_hand["rebuilt"]) + softplus(-by_hand["painted"]))
-    torch.testing.assert_close(told["loss"], 0.3 * by_hand["similarity"] + game, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms["loss"], 0.3 * by_hand["similarity"] + game, rtol=1e-6, atol=0)
 
 
 def test_phases_share_the_parameters_out() -> None:

@@ -122,10 +122,10 @@ def test_a_refused_step_and_an_evaluation_leave_the_codebook_and_accumulation_co
         image, once, twice = images(seed=step), lanes(step), lanes(step)
         with torch.no_grad():
             whole({"image": image}, once)
-            told = whole.after_step(once)
+            reported = whole.after_step(once)
             for start, stop in [(0, 3), (3, 8)]:
                 parts({"image": image[start:stop]}, twice.micro_batch(start, stop))
-            torch.testing.assert_close(parts.after_step(twice), told)
+            torch.testing.assert_close(parts.after_step(twice), reported)
         torch.testing.assert_close(
             parts.quantizer.state_dict(), whole.quantizer.state_dict(), rtol=1e-10, atol=1e-12
         )

@@ -298,7 +298,7 @@ def test_the_state_of_a_job_that_slurm_has_forgotten_comes_from_its_files(
     rows = status(failed, after)
     assert rows[1].note == "never ran, because train (7) did not finish"
     assert status_table(rows).splitlines()[0].split() == [
-        "STAGE",
+        "LINK",
         "RUN",
         "JOB",
         "STATE",

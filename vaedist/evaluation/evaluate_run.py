@@ -168,7 +168,7 @@ def evaluate(
     Args:
         run: Opened on the device that is to be used.
         index: The data to measure on.
-        config: What to measure. How run and data are opened is no longer asked.
+        config: What to measure; its `weights`, `data` and `device` were used to open `run` and `index`.
         bar: Starts a progress bar.
         features: The extractor of sample quality; needed where `config.samples` is not 0.
 

@@ -3,8 +3,7 @@
 Every number comes from `vaedist.evaluation.metrics.sample_metrics`, of images as picture files would hold them. Two
 rows give the scale. `training images` are as many real ones of the training split: what a perfect model of the
 training data would score on this split, whose patients it has not seen either. `per-position draws`, for a prior
-over codes, decodes codes drawn at each position on its own: what the decoder alone makes of codes that do not know
-of each other.
+over codes, decodes codes drawn at each position on its own: what the decoder alone makes of independent codes.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def draw_samples(
         count: How many.
         seed: Of the noise.
         mixture: Where latents come from; None: the prior.
-        labels: Class of each; None: no class is told.
+        labels: Class of each; None: no class is given.
         progress: Called with the number of images done.
 
     Raises:

@@ -33,7 +33,7 @@ ENDED = frozenset(
 
 _SUCCEEDED = ("COMPLETED", "FINISHED")
 _ANSWER_SECONDS = 15.0
-_COLUMNS = ("STAGE", "RUN", "JOB", "STATE", "STEP", "RESTARTS", "NOTE")
+_COLUMNS = ("LINK", "RUN", "JOB", "STATE", "STEP", "RESTARTS", "NOTE")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def encode(picture: Picture, codec: Codec) -> tuple[bytes, int]:
     buffer = io.BytesIO()
     if codec == "npy":
         np.lib.format.write_array(buffer, np.ascontiguousarray(picture), version=(1, 0))
-        return buffer.getvalue(), buffer.tell() - picture.nbytes
+        member = buffer.getvalue()
+        return member, len(member) - picture.nbytes
     Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue(), 0
 

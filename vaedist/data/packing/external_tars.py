@@ -226,7 +226,7 @@ def _shape_npy(data: bytes, limits: Limits) -> tuple[int, tuple[int, int, int]]:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or min(shape) < 1:
         raise BadImage(f"is an npy of shape {shape}, not (H, W) or (H, W, 3)")
     limits.check_pixels(shape[1], shape[0])
-    skip = buffer.tell()
+    skip = len(data) - len(buffer.read())
     if len(data) - skip != int(np.prod(shape)):
         raise BadImage(f"is truncated: {len(data) - skip} bytes for an array of shape {shape}")
     return skip, (3 if len(shape) == 3 else 1, shape[0], shape[1])

@@ -57,7 +57,7 @@ class PackingConfig:
     Attributes:
         input: A folder, or the word `phantom`.
         source: Name of a source; None: found by the layout.
-        channels: 1 or 3; None: 3 if any of the first images is in colour, else 1.
+        channels: 1 or 3; None: 3 if any of the first images is in color, else 1.
         samples_per_shard: Samples per shard; None: as many as keep a shard within 64 MB.
         subjects: A subject map file.
         validation_fraction, test_fraction: Shares to hold out where the source has no such split.

@@ -111,7 +111,7 @@ def detect(path: Path) -> str:
     """Name of the source that recognizes the layout of `path`.
 
     Raises:
-        UserError: there is nothing at `path`, or no source recognises it.
+        UserError: there is nothing at `path`, or no source recognizes it.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder of images, idx files or volumes, or `phantom`")

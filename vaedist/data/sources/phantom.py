@@ -1,7 +1,7 @@
 """The built-in phantom: brain-like axial slices made from formulas, so that everything can be tried without data.
 
 A head is a set of smooth functions of (x, y, z), x to the left-right, y to the front, z up, the head about
-[-1, 1] wide. One subject is one draw of their parameters; its slices are cuts at rising z, so neighbouring
+[-1, 1] wide. One subject is one draw of their parameters; its slices are cuts at rising z, so neighboring
 slices resemble each other as real ones do.
 
 - The outline is an egg (rounder behind, narrower in front) with a few low harmonics, shrinking towards the

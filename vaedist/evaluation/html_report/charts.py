@@ -18,19 +18,8 @@ from vaedist.core.imaging import figure
 
 Points = Sequence[tuple[float, float]]
 
-COLOURS = (
-    "#3b7dd8",
-    "#d1495b",
-    "#2a9d6f",
-    "#b07d12",
-    "#8a63d2",
-    "#1f9aa8",
-    "#c2568f",
-    "#6b8e23",
-    "#a0522d",
-    "#708090",
-)
-"""Told apart on white and on near-black."""
+COLORS = "#3b7dd8 #d1495b #2a9d6f #b07d12 #8a63d2 #1f9aa8 #c2568f #6b8e23 #a0522d #708090".split()
+"""Distinct on white and on near-black."""
 _INK = "#010203"
 _MOST_POINTS = 600
 
@@ -48,11 +37,11 @@ def lines(
     """
     with _ink():
         sheet, axes = _sheet(x, y)
-        for colour, (name, points) in zip(_colours(), series.items(), strict=False):
+        for color, (name, points) in zip(COLORS * 3, series.items(), strict=False):
             every = max(1, -(-len(points) // _MOST_POINTS))
             shown = [*points[::every], *([points[-1]] if (len(points) - 1) % every else [])]
             marker = "o" if len(shown) < 3 else None
-            axes.plot(*zip(*shown, strict=True), color=colour, linewidth=1.4, marker=marker, label=name)
+            axes.plot(*zip(*shown, strict=True), color=color, linewidth=1.4, marker=marker, label=name)
         if level is not None:
             axes.axhline(level, color=_INK, linewidth=0.8, linestyle=":")
         if logarithmic and all(value > 0 for points in series.values() for _, value in points):
@@ -66,7 +55,7 @@ def bars(heights: Sequence[float], *, x: str, y: str, level: float | None = None
     """A bar for each value, in the given order."""
     with _ink():
         sheet, axes = _sheet(x, y)
-        axes.bar(np.arange(len(heights)), heights, width=1.0 if len(heights) > 40 else 0.8, color=COLOURS[0])
+        axes.bar(np.arange(len(heights)), heights, width=1.0 if len(heights) > 40 else 0.8, color=COLORS[0])
         if level is not None:
             axes.axhline(level, color=_INK, linewidth=0.8, linestyle=":")
         axes.margins(x=0.01)
@@ -74,25 +63,21 @@ def bars(heights: Sequence[float], *, x: str, y: str, level: float | None = None
 
 
 def scatter(points: NDArray[Any], groups: Sequence[str], *, x: str, y: str) -> str:
-    """(N, 2) points, coloured by group, the most frequent groups first; further ones share the last colour."""
+    """(N, 2) points, colored by group, the most frequent groups first; further ones share the last colour."""
     names, counts = np.unique(np.asarray(groups, dtype=object).astype(str), return_counts=True)
-    ranked = [str(names[place]) for place in np.argsort(-counts, kind="stable")]
-    shown = ranked if len(ranked) <= len(COLOURS) else [*ranked[: len(COLOURS) - 1], "others"]
-    held = [name if name in shown else "others" for name in map(str, groups)]
+    ranked = [str(name) for name in names[np.argsort(-counts, kind="stable")]]
+    shown = ranked if len(ranked) <= len(COLORS) else [*ranked[: len(COLORS) - 1], "others"]
+    labels = [name if name in shown else "others" for name in map(str, groups)]
     with _ink():
         sheet, axes = _sheet(x, y)
-        for colour, name in zip(COLOURS, shown, strict=False):
-            mine = points[[other == name for other in held]]
-            axes.scatter(mine[:, 0], mine[:, 1], s=7, alpha=0.7, linewidths=0, color=colour, label=name)
+        for color, name in zip(COLORS, shown, strict=False):
+            mine = points[[label == name for label in labels]]
+            axes.scatter(mine[:, 0], mine[:, 1], s=7, alpha=0.7, linewidths=0, color=color, label=name)
         if len(shown) > 1:
             axes.legend(
                 frameon=False, fontsize=7, markerscale=1.6, loc="center left", bbox_to_anchor=(1.0, 0.5)
             )
         return _svg(sheet, f"{y} against {x}")
-
-
-def _colours() -> Sequence[str]:
-    return COLOURS * 3
 
 
 def _ink() -> Any:

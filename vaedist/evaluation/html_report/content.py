@@ -50,9 +50,13 @@ class Section:
     def __bool__(self) -> bool:
         return bool(self.charts or self.pictures or self.tables or self.pairs or self.text)
 
+    def add_png(self, caption: str, content: bytes) -> None:
+        """Add a PNG file."""
+        self.pictures.append((caption, _png_uri(content)))
+
     def add_grid(self, caption: str, images: Any, columns: int) -> None:
         """Add uint8 (N, C, H, W) as one picture."""
-        self.pictures.append((caption, picture_uri(grid(channels_last(images), columns))))
+        self.add_png(caption, png_bytes(grid(channels_last(images), columns)))
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ class RunReport:
 
 def picture_uri(pixels: Any) -> str:
     """A data URI of uint8 (H, W) or (H, W, 3)."""
-    return png_uri(png_bytes(pixels))
+    return _png_uri(png_bytes(pixels))
 
 
-def png_uri(content: bytes) -> str:
+def _png_uri(content: bytes) -> str:
     """A data URI of a PNG file."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"

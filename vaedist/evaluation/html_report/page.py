@@ -67,8 +67,8 @@ def _made_by(runs: Sequence[Run]) -> Iterator[HtmlTable]:
             libraries |= start.get("libraries", {})
             commit = start.get("git_commit") or f"version {start.get('vaedist', 'unknown')}"
             engine = f"{start.get('engine', '')}, {start.get('workers', '')} processes"
-            told = [start.get(name) or "" for name in ("time", "command")]
-            rows.append([run.job.name, *told, commit, engine, start.get("host") or ""])
+            when, command, host = (start.get(name) or "" for name in ("time", "command", "host"))
+            rows.append([run.job.name, when, command, commit, engine, host])
     rows.append(["this page", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "", "", ""])
     yield HtmlTable(rows, "Each start of each run, oldest first.", words=True)
     if libraries:

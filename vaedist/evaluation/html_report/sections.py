@@ -11,18 +11,11 @@ import numpy as np
 import torch
 import yaml
 
-from vaedist.core.imaging import Pixels, as_numpy, channels_last, grid, to_uint8
+from vaedist.core.imaging import Pixels, as_numpy, channels_last, grid, png_bytes, to_uint8
 from vaedist.data.format.index import Index
 from vaedist.evaluation.evaluate_run import EvaluationResult
 from vaedist.evaluation.html_report import charts
-from vaedist.evaluation.html_report.content import (
-    HtmlTable,
-    ImagePair,
-    RunReport,
-    Section,
-    picture_uri,
-    png_uri,
-)
+from vaedist.evaluation.html_report.content import HtmlTable, ImagePair, RunReport, Section, picture_uri
 from vaedist.evaluation.html_report.latent_section import latent_section
 from vaedist.evaluation.html_report.training_curves import training_curves
 from vaedist.evaluation.metrics.per_image import ImageMetrics, pairs, pick_evenly, with_codes, without_padding
@@ -49,13 +42,13 @@ def run_report(result: EvaluationResult, document: Mapping[str, Any]) -> RunRepo
     run, data = result.run, document["data"]
     size = " x ".join(str(axis) for axis in data["shape"])
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    measured_on = (
+        f"{document['images']:,} of {data['split_images']:,} images of {size}, split {data['split']}"
+    )
     facts = [
         ("variant", f"{document['kind']}, {parameters:,} parameters"),
         ("weights", f"step {document['step']:,}, {document['weights']}, {document['checkpoint']}"),
-        (
-            "measured on",
-            f"{document['images']:,} of {data['split_images']:,} images of {size}, split {data['split']}",
-        ),
+        ("measured on", measured_on),
     ]
     sections = (
         _reconstructions(result, document),
@@ -79,24 +72,21 @@ def _reconstructions(result: EvaluationResult, document: Mapping[str, Any]) -> S
     section, model = Section("Reconstructions"), result.run.model
     if not model.reconstructs:
         return section
-    rows = pick_evenly(result.images.rows, PAIRS)
-    originals, others = pairs(model, result.batches, [row.sample for row in rows])
+    shown = pick_evenly(result.images.rows, PAIRS)
+    originals, others = pairs(model, result.batches, [row.sample for row in shown])
     section.note = (
-        f"{len(rows)} images from the worst reconstruction to the best, evenly over the split. The difference is the "
+        f"{len(shown)} images from the worst reconstruction to the best, evenly over the split. The difference is the "
         "mean over channels, on one scale for all."
     )
     gaps = np.abs(originals.astype(np.float64) - others).mean(axis=1)
     pictures = (channels_last(originals), channels_last(others), map(_heat, gaps / (gaps.max() or 1.0)))
-    for row, *shown in zip(rows, *pictures, strict=True):
-        section.pairs.append(ImagePair(row.key, _numbers(row), *map(picture_uri, shown)))
+    for row, *three in zip(shown, *pictures, strict=True):
+        section.pairs.append(ImagePair(row.key, _numbers(row), *map(picture_uri, three)))
     images = document["images"]
     measured = {"this run": document["metrics"], **document["baselines"]}
-    section.tables.append(
-        HtmlTable(
-            metrics_rows({name: (images, metrics) for name, metrics in measured.items()}),
-            "Mean ± standard deviation over images; foreground: where the original is above 0.",
-        )
-    )
+    note = "Mean ± standard deviation over images; foreground: where the original is above 0."
+    rows = metrics_rows({name: (images, metrics) for name, metrics in measured.items()})
+    section.tables.append(HtmlTable(rows, note))
     for name, members in document["groups"].items():
         values = {str(group): (part["images"], part["metrics"]) for group, part in members.items()}
         if len(values) > 1:
@@ -116,12 +106,9 @@ def _samples(run: Run, document: Mapping[str, Any]) -> Section:
         drawn = [sampler.draw(16, first).images for first in range(0, SAMPLES, 16)]
         section.add_grid(caption, np.concatenate(drawn), 8)
     if "samples" in document:
-        measured = document["samples"]
-        note = (
-            f"{measured['generated']:,} samples from {measured['latents_from']} against {measured['real']:,} real "
-            "images"
-        )
-        section.tables.append(HtmlTable(sample_rows(measured["metrics"]), note))
+        found = document["samples"]
+        note = f"{found['generated']:,} samples from {found['latents_from']} against {found['real']:,} real images"
+        section.tables.append(HtmlTable(sample_rows(found["metrics"]), note))
     return section
 
 
@@ -139,7 +126,7 @@ def _codes(result: EvaluationResult, document: Mapping[str, Any]) -> Section:
     with torch.no_grad():
         batch = with_codes(model, without_padding(next(iter(result.batches))))
     both = with_code_maps(to_uint8(batch["image"][:MAPS]), as_numpy(batch["codes"][:MAPS]))
-    section.pictures.append(("images and their codes, a colour for each code", picture_uri(grid(both, 8))))
+    section.add_png("images and their codes, a colour for each code", png_bytes(grid(both, 8)))
     return section
 
 
@@ -148,7 +135,7 @@ def _audit(result: EvaluationResult, document: Mapping[str, Any]) -> Section:
     if "audit" in document:
         section.note = f"Memorisation audit: {document['audit']['verdict']}."
         caption = "the samples that lie nearest to a training image, and those images"
-        section.pictures.append((caption, png_uri(result.pictures["memorisation.png"])))
+        section.add_png(caption, result.pictures["memorisation.png"])
     return section
 
 

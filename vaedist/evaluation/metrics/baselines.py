@@ -12,7 +12,7 @@ bottleneck of the same width; of a map of codes it is the number of codes, altho
 component. Fewer training images than components span fewer: k is then what they span. The name says k.
 
 Where the training images are few, or their pixels, the components are exact: eigenvectors of X X^T or X^T X, whichever
-is smaller. Else they are 256 at most, from a randomised subspace iteration (Halko, Martinsson, Tropp: Finding structure
+is smaller. Else they are 256 at most, from a randomized subspace iteration (Halko, Martinsson, Tropp: Finding structure
 with randomness, 2011): Q = orth((X^T X)^q X^T Omega) with a fixed Gaussian Omega, then the eigenvectors of the small
 matrix (X Q)^T (X Q). Both read the training images a chunk at a time, so that memory stays at the uint8
 images plus one chunk, whatever their number and size.
@@ -65,7 +65,7 @@ class Baselines:
         self.shape = training.shape[1:]
         self._training = training.reshape(len(training), -1)
         self._mean = self._training.mean(axis=0, dtype=np.float64).astype(np.float32) / 255
-        self._squares = np.concatenate([(chunk**2).sum(axis=1) for chunk in self._centred()])
+        self._squares = np.concatenate([(chunk**2).sum(axis=1) for _, chunk in self._centered()])
         self._components = self._principal_components(min(components, len(training) - 1, self._mean.size))
         self.names = ("black", "training mean", "nearest training image", f"PCA-{self._components.shape[1]}")
 
@@ -79,16 +79,17 @@ class Baselines:
         named = zip(self.names, found, strict=True)
         return {name: pictures.reshape(images.shape) for name, pictures in named}
 
-    def _centred(self) -> Iterator[_Floats]:
-        """The training images minus their mean, float32 (n, D), a chunk at a time."""
+    def _centered(self) -> Iterator[tuple[slice, _Floats]]:
+        """The training images minus their mean, float32 (n, D), and their numbers, a chunk at a time."""
         rows = max(1, _CHUNK_BYTES // (4 * self._training.shape[1]))
         for start in range(0, len(self._training), rows):
-            yield self._training[start : start + rows].astype(np.float32) / 255 - self._mean
+            part = self._training[start : start + rows]
+            yield slice(start, start + len(part)), part.astype(np.float32) / 255 - self._mean
 
     def _nearest(self, flat: _Floats) -> NDArray[np.intp]:
         """Row number of the nearest training image; the first one where several are equally near."""
         # |x - t|^2 = |x|^2 - 2 x.t + |t|^2, and |x|^2 is the same for every t.
-        products = np.concatenate([flat @ chunk.T for chunk in self._centred()], axis=1)
+        products = np.concatenate([flat @ chunk.T for _, chunk in self._centered()], axis=1)
         return np.argmin(self._squares - 2 * products, axis=1)
 
     def _principal_components(self, kept: int) -> _Floats:
@@ -115,32 +116,24 @@ class Baselines:
             _, vectors = np.linalg.eigh(self._scatter(np.eye(size, dtype=np.float32)))
             return np.ascontiguousarray(vectors[:, ::-1][:, :kept])
         gram = np.zeros((count, count), np.float64)
-        for start, part in self._starts():
-            for other, rows in self._starts():
-                if other > start:
+        for rows, part in self._centered():
+            for columns, other in self._centered():
+                if columns.start > rows.start:
                     break
-                block = part @ rows.T
-                gram[start : start + len(part), other : other + len(rows)] = block
-                gram[other : other + len(rows), start : start + len(part)] = block.T
+                gram[rows, columns] = part @ other.T
+                gram[columns, rows] = gram[rows, columns].T
         _, vectors = np.linalg.eigh(gram)
         chosen = vectors[:, ::-1][:, :kept].astype(np.float32)
         total = np.zeros((size, kept), np.float32)
-        for start, part in self._starts():
-            total += part.T @ chosen[start : start + len(part)]
+        for rows, part in self._centered():
+            total += part.T @ chosen[rows]
         # Columns of the smallest eigenvalues would carry rounding alone: made orthonormal again, they cannot harm.
         basis, _ = np.linalg.qr(total)
         return basis
 
-    def _starts(self) -> Iterator[tuple[int, _Floats]]:
-        """Each chunk of centred training images with its first row's number."""
-        start = 0
-        for part in self._centred():
-            yield start, part
-            start += len(part)
-
     def _scatter(self, basis: _Floats) -> _Floats:
-        """X^T X basis for the centred training images X (N, D)."""
+        """X^T X basis for the centered training images X (N, D)."""
         total = np.zeros_like(basis)
-        for chunk in self._centred():
+        for _, chunk in self._centered():
             total += chunk.T @ (chunk @ basis)
         return total

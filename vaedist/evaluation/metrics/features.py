@@ -13,8 +13,8 @@ changes features more than many models do (Parmar, Zhang, Zhu: On aliased resizi
 evaluation, 2022). But a slice of 256x256 shrunk to 64x64 has no texture left to judge, so from 128 pixels a side it
 also sees the tiles of 64x64, at the largest multiple of 64 up to 256, and appends their mean features. Training asks
 of its 128 features three things at once: what the picture is (class logits), how blurred and how noisy it is, and
-its content at 16x16; so they see damage, which a classifier alone learns to overlook, and missing content. Over the
-training images they have mean 0, variance 1 and little correlation.
+its content at 16x16; so they respond to damage, which a classifier alone learns to overlook, and to missing content.
+Over the training images they have mean 0, variance 1 and little correlation.
 
 Another network (Inception, RadImageNet) comes as a TorchScript file: `Extractor.from_torchscript`.
 """
@@ -75,34 +75,35 @@ class Extractor:
 
     @classmethod
     def from_torchscript(
-        cls, path: str | Path, device: str | torch.device = "cpu", tell: Callable[[str], None] = print
+        cls, path: str | Path, device: str | torch.device = "cpu", echo: Callable[[str], None] = print
     ) -> Extractor:
         """A TorchScript file's network. If its `forward` has an argument `return_features`, that is set.
 
         Args:
             path: The file; its name, without the ending, becomes the extractor's.
-            tell: Receives one sentence before anything is loaded: such a file holds code, and it is run.
+            echo: Gets one sentence before anything is loaded: such a file holds code, and it is run.
 
         Raises:
             UserError: there is no such file, or it is not TorchScript.
         """
         path = Path(path)
         try:
-            digest = _sha256(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(
                 f"cannot read the feature extractor {path}: {error.strerror}; give a TorchScript file"
             ) from None
-        tell(f"{path} holds code, and it runs in this process as you: use files you trust (sha256 {digest})")
+        echo(f"{path} holds code, and it runs in this process as you: use files you trust (sha256 {digest})")
         try:
             with warnings.catch_warnings():
                 # torch has deprecated TorchScript, and it is still the one form in which others publish these.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 module = torch.jit.load(str(path), map_location=device)
         except (RuntimeError, ValueError, OSError) as error:
-            told = str(error).strip().split(". ")[0].splitlines()  # torch goes on with what may be the cause
+            lines = str(error).strip().split(". ")[0].splitlines()  # torch goes on with what may be the cause
             raise UserError(
-                f"{path} is not a TorchScript file ({told[0] if told else 'unreadable'}): "
+                f"{path} is not a TorchScript file ({lines[0] if lines else 'unreadable'}): "
                 "save one with torch.jit.script(module).save(path)"
             ) from None
         name = re.sub(r"[^A-Za-z0-9_.]+", "-", path.stem).strip("-.")[:32] or "file"
@@ -228,8 +229,3 @@ def _resize(x: Tensor, height: int, width: int) -> Tensor:
     if x.shape[2:] == (height, width):
         return x
     return functional.interpolate(x, (height, width), mode="bilinear", antialias=True, align_corners=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

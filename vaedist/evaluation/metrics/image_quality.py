@@ -38,16 +38,7 @@ from torch import Tensor
 from vaedist.core.imaging import Pixels
 from vaedist.nets.ssim import MS_SSIM_SIDE, Window, crop_border, ms_ssim, window_statistics
 
-NAMES = (
-    "ssim",
-    "ssim_foreground",
-    "ssim_default",
-    "ssim_default_foreground",
-    "ms_ssim",
-    "psnr",
-    "mse",
-    "mae",
-)
+NAMES = tuple("ssim ssim_foreground ssim_default ssim_default_foreground ms_ssim psnr mse mae".split())
 WINDOWS = {"ssim": 11, "ssim_default": 7}
 """SSIM variant to the side of its window in pixels; smaller images have no such value."""
 

@@ -5,11 +5,11 @@
 Burda, Grosse, Salakhutdinov: Importance weighted autoencoders (2016), eq. 8. k = 1 is the evidence bound (ELBO); the
 bound rises with k and tends to log p(x). It stays a bound at every k: the negative log-likelihood (NLL) printed is an
 upper bound in expectation. Two numbers show how tight it is: the ELBO from the same draws, and the effective number
-of samples (sum w)^2 / sum w^2 of the k weights w, which near 1 says that one draw decided.
+of samples (sum w)^2 / sum w^2 of the k weights w; near 1, one draw has almost all the weight.
 
 What the number means depends on what the likelihood's `log_prob` is (its `evidence`), not on the variant:
 
-| evidence | images | called | bits/dim |
+| evidence | images | name | bits/dim |
 |---|---|---|---|
 | `discrete` | any | `discrete`: log-probability of the stored bytes | NLL / (P ln 2) |
 | `binary` | every value 0 or 255 | `binary`: log-probability of black-and-white images | NLL / (P ln 2) |
@@ -18,8 +18,8 @@ What the number means depends on what the likelihood's `log_prob` is (its `evide
 | none, or `surrogate` | any | `surrogate` | not defined |
 
 P = C*H*W. Theis, van den Oord, Bethge: A note on the evaluation of generative models (2016), section 3.1, for the
-dequantisation. Numbers of different names are never in one column of a comparison, and surrogates of different
-likelihoods neither.
+dequantization. A comparison never puts numbers of different names in one row, nor surrogates of different
+likelihoods.
 
 Noise belongs to (seed, sample, number of the draw), in blocks of `BLOCK` draws: neither the batch, nor how many
 draws are decoded at once, nor the number of draws asked for changes the i-th draw. The weights are kept in fp64.

@@ -84,16 +84,16 @@ class SplitMetrics:
     def lines(self) -> Iterator[dict[str, Any]]:
         """One JSON object per image; null where a value is not defined."""
 
-        def plain(values: dict[str, float]) -> dict[str, float | None]:
+        def as_json(values: dict[str, float]) -> dict[str, float | None]:
             return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
         for row in self.rows:
             yield {
                 "key": row.key,
                 "label": row.label,
-                "metrics": plain(row.metrics),
-                "terms": plain(row.terms),
-                "baselines": {name: plain(values) for name, values in row.baselines.items()},
+                "metrics": as_json(row.metrics),
+                "terms": as_json(row.terms),
+                "baselines": {name: as_json(values) for name, values in row.baselines.items()},
             }
 
 
@@ -135,7 +135,7 @@ def evaluate_images(
         found.not_defined["codes"] = str(model.not_defined("codes"))
     if not model.reconstructs:
         found.not_defined["reconstruct"] = str(model.not_defined("reconstruct"))
-    batch_terms: dict[str, list[tuple[float, int]]] = {}
+    batch_terms: dict[str, list[float]] = {}
     for batch in images_of(batches, progress):
         count = len(batch["sample"])
         if not found.rows and model.reconstructs:
@@ -158,17 +158,14 @@ def evaluate_images(
             counter.add(batch["codes"])
         terms, per_batch = _terms(model, batch, seed, step)
         for name, value in per_batch.items():
-            batch_terms.setdefault(name, []).append((value, count))
+            batch_terms.setdefault(name, []).append(value * count)
         columns = (batch["sample"], batch["key"], batch["label"].tolist(), metrics, terms, others)
         found.rows += [ImageMetrics(*row) for row in zip(*columns, strict=True)]
     if not found.rows:
         raise UserError("there is no image to evaluate: the split is empty")
     if counter is not None:
         found.codes, found.code_counts = counter.result(), counter.counts
-    found.batch_terms = {
-        name: math.fsum(value * count for value, count in values) / len(found.rows)
-        for name, values in batch_terms.items()
-    }
+    found.batch_terms = {name: math.fsum(sums) / len(found.rows) for name, sums in batch_terms.items()}
     return found
 
 
@@ -290,7 +287,8 @@ def pairs(model: Variant, batches: Iterable[Batch], samples: Sequence[int]) -> t
     wanted = set(samples)
     found: dict[int, tuple[Pixels, Pixels]] = {}
     for batch in map(without_padding, batches):
-        chosen = select(batch, wanted)
+        mask = torch.tensor([sample in wanted for sample in batch["sample"]], device=batch["image"].device)
+        chosen = without_padding(Batch(**{**batch, "mask": mask}))
         if chosen["sample"]:
             both = zip(to_uint8(clean(chosen)), reconstruct(model, chosen), strict=True)
             found.update(zip(chosen["sample"], both, strict=True))
@@ -300,19 +298,11 @@ def pairs(model: Variant, batches: Iterable[Batch], samples: Sequence[int]) -> t
     return np.stack(originals), np.stack(others)
 
 
-def select(batch: Batch, wanted: set[int]) -> Batch:
-    """The rows whose sample number is wanted."""
-    mask = torch.tensor([sample in wanted for sample in batch["sample"]], device=batch["image"].device)
-    return without_padding(Batch(**{**batch, "mask": mask}))
-
-
 def training_images(batches: Iterable[Batch], every: int = 1) -> Pixels:
     """uint8 (N, C, H, W): every n-th image of a split, what the baselines are fitted on."""
-
-    def images() -> Iterator[Pixels]:
-        for batch in map(without_padding, batches):
-            kept = [i for i, sample in enumerate(batch["sample"]) if sample % every == 0]
-            if kept:
-                yield to_uint8(clean(batch))[kept]
-
-    return np.concatenate(list(images()))
+    parts = []
+    for batch in map(without_padding, batches):
+        rows = [row for row, sample in enumerate(batch["sample"]) if sample % every == 0]
+        if rows:
+            parts.append(to_uint8(clean(batch))[rows])
+    return np.concatenate(parts)

@@ -1,6 +1,6 @@
-"""How much of a latent is used, and the alarm where an encoder says nothing with all or part of it.
+"""How much of a latent is used, and the alarm where all or part of it carries no information on the image.
 
-A variational autoencoder may find it cheaper to let the posterior equal the prior and to decode without looking at z
+The loss of a variational autoencoder may be smallest where the posterior equals the prior and the decoder ignores z
 (posterior collapse): wholly, or in some dimensions. Per unit j, over a whole split:
 
     KL_j = mean over x of KL(q(z_j | x) || p(z_j))          in nats
@@ -8,7 +8,7 @@ A variational autoencoder may find it cheaper to let the posterior equal the pri
 
 Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", section 5, count active units so. For a standard
 normal prior KL_j >= mean of mu_j^2 / 2 >= V_j / 2, so a unit with KL_j <= 0.005 is inactive by that rule already; it
-is asked for as well, because with a prior per class the mean varies with the class although nothing is said.
+counts as well, because with a prior per class the mean varies with the class although z carries nothing.
 
 A unit is one number of a vector, or one channel of a map: its KL is then summed over positions, and its V is that of
 the position where it is largest.
@@ -26,6 +26,8 @@ from vaedist.distributed.process_group import Group
 from vaedist.evaluation.metrics.latents import by_unit, is_active
 from vaedist.models.contract import Posterior
 
+Units = Literal["dimensions", "channels"]
+
 
 class Collapse(NamedTuple):
     """The alarm: which part of a latent carries nothing."""
@@ -34,7 +36,7 @@ class Collapse(NamedTuple):
     extent: Literal["total", "partial"]
     active: int
     units: int
-    what: Literal["dimensions", "channels"]
+    what: Units
     kl: float | None
     """Of the whole latent, in nats per image; None for an encoder without a density."""
 
@@ -66,11 +68,10 @@ class Collapse(NamedTuple):
         if content is None:
             return None
         try:
+            step, active, units = (int(content[name]) for name in ("step", "active", "units"))
             extent, what, kl = content["extent"], content["what"], content["kl"]
-            numbers = (int(content[name]) for name in ("step", "active", "units"))
             if extent not in ("total", "partial") or what not in ("dimensions", "channels"):
                 raise ValueError
-            step, active, units = numbers
             return cls(step, extent, active, units, what, None if kl is None else float(kl))
         except (TypeError, KeyError, ValueError):
             raise UserError(
@@ -83,11 +84,11 @@ class Usage(NamedTuple):
 
     variance: list[float]
     kl: list[float] | None
-    what: Literal["dimensions", "channels"]
+    what: Units
 
     @property
     def active(self) -> int:
-        """Units that say something."""
+        """Units that carry information."""
         kl = None if self.kl is None else torch.tensor(self.kl, dtype=torch.float64)
         return int(is_active(torch.tensor(self.variance, dtype=torch.float64), kl).sum())
 
@@ -127,10 +128,10 @@ class UsageCounter:
     def result(self, group: Group) -> Usage:
         """Over all ranks; the same bits on each. Every rank has added a batch."""
         assert self._sums is not None
-        held = self._sums.cpu()
+        sums = self._sums.cpu()
         count = torch.tensor([self._rows], dtype=torch.float64)
-        total = group.total(torch.cat([count, held.flatten()]))
-        mean, square, rate = (total[1:] / total[0]).view(held.shape)
-        what: Literal["dimensions", "channels"] = "channels" if mean.ndim > 1 else "dimensions"
+        total = group.total(torch.cat([count, sums.flatten()]))
+        mean, square, rate = (total[1:] / total[0]).view(sums.shape)
+        what: Units = "channels" if mean.ndim > 1 else "dimensions"
         variance, kl = by_unit((square - mean.square()).clamp(min=0), rate if self._has_kl else None)
         return Usage(variance.tolist(), None if kl is None else kl.tolist(), what)
