@@ -104,7 +104,9 @@ def test_a_job_is_measured_and_kept(tmp_path: Path, phantom: Path) -> None:
     measured = run(job, "--steps", "3", "--save", inputs)
     assert (measured.returncode, measured.stderr) == (0, "")
     kept = json.loads(inputs.read_text())
-    assert kept["batch"] == 8 and kept["image"] > 0 and kept["gradient"] % 4 == 0 < kept["gradient"]
+    assert kept["batch"] == 8 and kept["gradient"] % 4 == 0 < kept["gradient"]
+    # On a busy machine a small batch may take as long as the whole one: an image then costs nothing.
+    assert kept["image"] >= 0 and kept["fixed"] + kept["image"] > 0
     assert "| 8 | 1 |" in measured.stdout
     assert "| 16 | | | | | | a batch of 8 has no image for every rank |" in measured.stdout
     again = run("--inputs", inputs)

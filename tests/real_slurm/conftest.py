@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.real_slurm.cluster import Slurm
+from tests.real_slurm.cluster import KILL_WAIT, Slurm
+from tests.real_slurm.work import SAVE, STEPS, Work
+from tests.run_commands import small_job, train, write_job
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,3 +53,30 @@ def slurm(testbed: Slurm) -> Iterator[Slurm]:
     """The test cluster: two idle nodes, n1 and n2, with 4 CPUs and 2 (pretended) GPUs each."""
     yield testbed
     testbed.quiet()
+
+
+@pytest.fixture
+def work(slurm: Slurm, tmp_path: Path, phantom: Path) -> Iterator[Work]:
+    made = Work(slurm, tmp_path, phantom)
+    yield made
+    slurm.quiet()
+    deadline = time.monotonic() + KILL_WAIT + 5
+    while found := [f"{node}: {one}" for node in slurm.nodes for one in slurm.left(node)]:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def whole(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The same training without Slurm, by number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = write_job(folder / "job.yaml", small_job(phantom, steps=STEPS, save_every=SAVE, validate_every=500))
+
+    def of(workers: int) -> Path:
+        run = folder / str(workers)
+        if not run.exists():
+            code, _, err = train(job, run, "--workers", str(workers), "--device=cpu")
+            assert (code, err) == (0, "")
+        return run
+
+    return of

@@ -7,126 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.stage import difference, state
-from tests.real_slurm.cluster import ENDED, KILL_WAIT, Slurm, until
-from tests.run_commands import ROOT, curve, last_step, small_job, train, write_job
+from tests.real_slurm.cluster import KILL_WAIT, Slurm, until
+from tests.real_slurm.work import ONE, SAVE, STEPS, TWO, Note, Work
+from tests.run_commands import curve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS, SAVE = 1000, 200
-Note = Callable[[str, object], None]
-
 ROUNDS = 10
 SAME_SECOND = "ten times two jobs that start on two nodes in the same second"
-
-FOREIGN_ENV = {
-    "RAY_ADDRESS": "192.0.2.1:6379",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_TOKEN": "no",
-}
-"""Every job inherits these from the shell that it is submitted from, and must not care."""
-
-
-class Work:
-    """A folder to submit from, with a job file and a batch script."""
-
-    def __init__(self, slurm: Slurm, folder: Path, data: Path) -> None:
-        self.slurm, self.folder = slurm, folder
-        self.run = folder / "run"
-        job = small_job(data, steps=STEPS, save_every=SAVE, validate_every=500)
-        write_job(folder / "job.yaml", job)
-        self.script = folder / "batch.sh"
-        self.script.write_text(
-            "#!/usr/bin/env bash\n"
-            "#SBATCH --open-mode=append --signal=B:USR1@180 --requeue --time=01:00:00\n"
-            f'exec {sys.executable} -m vaedist.slurm.supervisor "$@"\n'
-        )
-
-    def submit(
-        self,
-        *options: str,
-        engine: str | None = None,
-        run: Path | None = None,
-        settings: tuple[str, ...] = (),
-        **variables: str,
-    ) -> str:
-        """Hand in the training; the job's number."""
-        chosen = [f"--engine={engine}"] if engine else []
-        arguments = ["train", "job.yaml", *settings, "--run-dir", str(run or self.run), "--device=cpu"]
-        return self.slurm.sbatch(
-            *options,
-            f"--output={self.folder}/%j.out",
-            self.script,
-            *chosen,
-            *arguments,
-            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **FOREIGN_ENV, **variables},
-            cwd=self.folder,
-        )
-
-    def wait_for_step(self, step: int, job: str) -> None:
-        def there() -> bool:
-            assert self.slurm.state(job) not in ENDED, self.slurm.output(job)
-            return last_step(self.run) >= step
-
-        until(f"step {step}", there, 240)
-
-    def steps_redone(self, job: str) -> int:
-        """Steps that the log tells of more than once."""
-        told = re.findall(rf" step (\d+)/{STEPS} ", self.slurm.output(job))
-        assert {int(step) for step in told} == set(range(1, STEPS + 1))
-        return len(told) - STEPS
-
-    def goes_on(self, job: str, whole: Path, note: Note) -> int:
-        """Let a job that was queued again end as if nothing had been; how many steps were done more than once."""
-        self.slurm.release(job)
-        since = time.monotonic()
-        self.slurm.wait(job, "RUNNING", seconds=60)
-        last_start = lambda: self.slurm.output(job).rpartition("vaedist: Slurm job")[2]  # noqa: E731
-        until("training again", lambda: "from step" in last_start(), 180)
-        note("recovery", time.monotonic() - since)
-        self.slurm.wait(job, "COMPLETED", seconds=300)
-        self.equals(whole)
-        redone = self.steps_redone(job)
-        note("told", f"{redone} steps done again (a checkpoint every {SAVE})")
-        return redone
-
-    def equals(self, whole: Path) -> None:
-        assert curve(self.run) == curve(whole)
-        assert difference(state(self.run, STEPS), state(whole, STEPS)) == []
-
-
-@pytest.fixture
-def work(slurm: Slurm, tmp_path: Path, phantom: Path) -> Iterator[Work]:
-    made = Work(slurm, tmp_path, phantom)
-    yield made
-    slurm.quiet()
-    deadline = time.monotonic() + KILL_WAIT + 5
-    while found := [f"{node}: {one}" for node in slurm.nodes for one in slurm.left(node)]:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.5)
-
-
-@pytest.fixture(scope="module")
-def whole(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The same training without Slurm, by number of processes."""
-    folder = tmp_path_factory.mktemp("whole")
-    job = write_job(folder / "job.yaml", small_job(phantom, steps=STEPS, save_every=SAVE, validate_every=500))
-
-    def of(workers: int) -> Path:
-        run = folder / str(workers)
-        if not run.exists():
-            code, _, err = train(job, run, "--workers", str(workers), "--device=cpu")
-            assert (code, err) == (0, "")
-        return run
-
-    return of
 
 
 @pytest.mark.parametrize("engine", ["srun", pytest.param("ray", marks=pytest.mark.ray)])
@@ -140,9 +33,6 @@ def test_two_nodes_with_two_ranks_give_the_curve_of_four_local_processes(
     assert told.count(f" step 1/{STEPS} ") == 1, "only rank 0 talks"
     assert work.run.stat().st_mode & 0o777 == 0o700
     work.equals(whole(4))
-
-
-ONE, TWO = ("--nodes=1", "--ntasks-per-node=2"), ("--nodes=2", "--ntasks-per-node=1")
 
 
 def _preempted(slurm: Slurm, job: str) -> None:

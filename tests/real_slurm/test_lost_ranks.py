@@ -12,11 +12,10 @@ import pytest
 
 from tests.faults.stage import INSIDE
 from tests.real_slurm.cluster import until
-from tests.real_slurm.test_batch import SAVE, TWO, Note, Work, whole, work
+from tests.real_slurm.work import SAVE, TWO, Note, Work
 from tests.run_commands import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-__all__ = ["whole", "work"]  # fixtures
 
 ROWS = {
     # row: what happens to rank 1, and what is told of it

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.real_slurm.cluster import until
-from tests.real_slurm.test_batch import SAVE, TWO, Note, Work, whole, work
+from tests.real_slurm.work import SAVE, TWO, Note, Work
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-__all__ = ["whole", "work"]  # fixtures
 
 
 def handed_in(work: Work, *options: str) -> str:

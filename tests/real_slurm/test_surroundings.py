@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.stage import read_only
-from tests.real_slurm.test_batch import TWO, Note, Work, whole, work
+from tests.real_slurm.work import TWO, Note, Work
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-__all__ = ["whole", "work"]  # fixtures
 
 PROBE = """#!/usr/bin/env bash
 # 192.0.2.1 is an address of the outside that nobody has.

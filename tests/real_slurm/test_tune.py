@@ -13,13 +13,12 @@ import pytest
 
 from tests.faults.stage import difference, state
 from tests.real_slurm.cluster import ENDED, until
-from tests.real_slurm.test_batch import FOREIGN_ENV, Work, work
+from tests.real_slurm.work import FOREIGN_ENV, Work
 from tests.run_commands import ROOT, curve, last_step, train
 from tests.spaces import small_space, write_space
 from vaedist.tuning.trial_log import Record, Trial, run_folder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
-__all__ = ["work"]  # a fixture
 
 Note = Callable[[str, object], None]
 STEPS, SAVE, TRIALS = 1500, 100, 6

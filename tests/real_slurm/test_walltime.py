@@ -11,11 +11,10 @@ import pytest
 
 from tests.faults.stage import INSIDE
 from tests.real_slurm.cluster import until
-from tests.real_slurm.test_batch import ONE, TWO, Note, Work, whole, work
+from tests.real_slurm.work import ONE, TWO, Note, Work
 from tests.run_commands import ROOT, last_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200)]
-__all__ = ["whole", "work"]  # fixtures
 
 HOLD = 300
 """The step before which training waits until time is up, however fast the machine is."""

@@ -1,13 +1,12 @@
-"""Memory that is kept between steps, and a lack of it, told as what it is.
+"""Keep freed memory for the next step, and report a lack of memory as one error.
 
-A training step on the CPU frees as many megabytes as it allocates, and the next step asks for the same again. glibc
-gives what is freed back to the system, and the system hands it out again page by page, each filled with zeros: 2,700
-page faults a step of a small MLP and 25,000 of a small convolutional VQ-VAE were counted, a third and a fifth of their
-CPU time. `keep_freed_memory` lets the process keep what it will ask for again.
+A training step on the CPU frees as much memory as it allocates, and the next step asks for the same again. By default
+glibc returns it to the system, which hands it out again page by page, each filled with zeros: up to a third of the CPU
+time of a small model. `keep_freed_memory` lets the process keep it.
 
-A lack of memory is told by Python, by torch on the CPU or on a GPU, or by a thread that cannot start. Only a memory
-that is refused can be told (`ulimit -v`, Slurm's and batch systems' limits on address space, a GPU). Where the kernel
-ends a process instead, its launcher sees the death and says that memory is the likely reason.
+A lack of memory is reported by Python, by torch on the CPU or on a GPU, or by a thread that cannot start:
+`enough_memory` turns all of these into `OutOfMemory`. That works where memory is refused (`ulimit -v`, limits of batch
+systems on the address space, a GPU). Where the kernel kills a process instead, its launcher reports the death.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from vaedist.distributed.process_group import Group
 _REFUSED = re.compile(
     r"can.t allocate memory|[Cc]annot allocate memory|can.t start new thread|std::bad_alloc"
 )
-"""How torch's CPU allocator, the system and Python's threads say it, all in a RuntimeError or OSError."""
+"""The words of torch's CPU allocator, the system and Python's threads, all in a RuntimeError or OSError."""
 _ASKED = re.compile(r"tried to allocate (\d+) bytes|[Tt]ried to allocate ([\d.]+ [KMG]iB)")
 
 

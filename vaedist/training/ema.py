@@ -7,7 +7,7 @@ StyleGAN", 2020, section B; the same rule in "Elucidating the Design Space of Di
 Models", 2022). Being a function of images, it means the same at every batch size.
 
 Buffers (codebook counts, data variance) and parameters that the variant excludes are copied, never averaged:
-the mean of two codebooks is no codebook. What the variant borrows is frozen; the twin holds the same tensors.
+the mean of two codebooks is no codebook. What the variant borrows is frozen; the average holds the same tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RAMP = 0.05
 
 
 class WeightAverage:
-    """The averaged twin of a model.
+    """The averaged copy of a model.
 
     Args:
-        model: The trained model; its twin starts as a copy.
+        model: The trained model; the average starts as a copy of it.
         half_life: In images.
     """
 
@@ -35,14 +35,14 @@ class WeightAverage:
         borrowed = {id(module): module for name in model.pretrained for module in [model.get_submodule(name)]}
         self.model = copy.deepcopy(model, borrowed).requires_grad_(False).eval()
         pairs: list[tuple[str, Tensor, Tensor]] = [
-            (name, twin, source)
-            for (name, twin), source in zip(self.model.named_parameters(), model.parameters(), strict=True)
+            (name, average, source)
+            for (name, average), source in zip(self.model.named_parameters(), model.parameters(), strict=True)
         ]
-        self._averaged = [(twin, source) for name, twin, source in pairs if model.averaged(name)]
-        self._copied = [(twin, source) for name, twin, source in pairs if not model.averaged(name)]
+        self._averaged = [(average, source) for name, average, source in pairs if model.averaged(name)]
+        self._copied = [(average, source) for name, average, source in pairs if not model.averaged(name)]
         self._copied += list(zip(self.model.buffers(), model.buffers(), strict=True))
         self._averaged, self._copied = (
-            [(twin, source) for twin, source in both if twin is not source]
+            [(average, source) for average, source in both if average is not source]
             for both in (self._averaged, self._copied)
         )
 
@@ -53,7 +53,10 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, images: int, batch_size: int) -> None:
         """After an accepted step; `images` counts this step's."""
-        twins, sources = [twin for twin, _ in self._averaged], [source for _, source in self._averaged]
-        torch._foreach_lerp_(twins, sources, 1 - self.decay(images, batch_size))
-        for twin, source in self._copied:
-            twin.copy_(source)
+        averages, sources = (
+            [average for average, _ in self._averaged],
+            [source for _, source in self._averaged],
+        )
+        torch._foreach_lerp_(averages, sources, 1 - self.decay(images, batch_size))
+        for average, source in self._copied:
+            average.copy_(source)

@@ -9,7 +9,7 @@
 The other's are asked for with `init_from.optimizer`, or with `reset_optimizer: never`. Counters and schedules go on
 only in a resumed run.
 
-`init_from` counts at step 0 only. It copies tensor by tensor, tells of every one, and is strict unless told otherwise:
+`init_from` counts at step 0 only. It copies tensor by tensor, reports every one, and is strict by default:
 within each mapped submodule every tensor must have its counterpart of the same shape. The source is written down
 with the sha256 of its checkpoint.
 
@@ -110,7 +110,9 @@ def init_weights(model: Variant, job: Job, found: LoadedCheckpoint | None, group
     beside = ""
     if borrowed:
         record["borrowed"] = {name: _record(source) for name, source in borrowed.items()}
-        beside = "".join(f"; {name} frozen, from {_told(source)}" for name, source in borrowed.items())
+        beside = "".join(
+            f"; {name} frozen, from {_describe_source(source)}" for name, source in borrowed.items()
+        )
     wanted = job.init_from
     if wanted is None:
         return Initialization("start", f"from nothing, seed {job.seed}{beside}", record)
@@ -124,20 +126,20 @@ def init_weights(model: Variant, job: Job, found: LoadedCheckpoint | None, group
     rows = transfer(source.weights, own, wanted, tuple(borrowed))
     copied = {row.target: source.weights[row.source] for row in rows if row.what == "copied"}
     model.load_state_dict(copied, strict=False)
-    told = (
-        f"imported from {_told(source)}: {len(copied)} of {len(own)} tensors; "
+    description = (
+        f"imported from {_describe_source(source)}: {len(copied)} of {len(own)} tensors; "
         f"optimizer {'as there' if source.optim else 'new'}{beside}"
     )
     return Initialization(
         "import",
-        told,
+        description,
         {
             **record,
             "how": "import",
             "source": _record(source),
             "settings": wanted.model_dump(mode="json"),
         },
-        report=[f"init_from: every tensor, {_told(source)}", *map(str, rows)],
+        report=[f"init_from: every tensor, {_describe_source(source)}", *map(str, rows)],
         optim=source.optim,
         prepares=any(row.what in ("own start", "other shape") for row in rows),
         copied=copied,
@@ -173,7 +175,7 @@ def _borrow(model: Variant, name: str, run: str, group: Group) -> SourceRun:
     return source
 
 
-def _told(source: SourceRun) -> str:
+def _describe_source(source: SourceRun) -> str:
     which = f"{Path(source.path).name}, {source.which} weights, sha256 {source.sha256[:12]}"
     return f"{source.run} ({which})"
 

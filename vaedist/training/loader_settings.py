@@ -93,12 +93,12 @@ def choose_cache(
     size = count * sample_bytes
     if to_read <= count:
         return "none", " (no image is read twice)"
-    told = f"{math.ceil(size / 2**20):,} MiB"
+    mebibytes = f"{math.ceil(size / 2**20):,} MiB"
     if size > LARGEST:
-        return "none", f" ({told}: more than are cached unasked)"
+        return "none", f" ({mebibytes}: more than are cached unasked)"
     if size > free * SHARE:
-        return "none", f" ({told}: more than a quarter of the free memory)"
-    return "memory", f" ({told})"
+        return "none", f" ({mebibytes}: more than a quarter of the free memory)"
+    return "memory", f" ({mebibytes})"
 
 
 def choose_readers(cache: Cache, device: torch.device, threads: int) -> int:

@@ -1,11 +1,10 @@
-"""Optimizers that do not import torch's compiler.
+"""Adam and AdamW of torch, without importing torch's compiler.
 
-`torch.optim` prepares each of its methods for being traced: the first call imports `torch._dynamo`, which takes as
-long as the rest of a start on one device (1.1 s of a core), on every start of every rank and every trial of a search.
-Nothing here traces an optimizer: `train.compile` compiles a model's bodies. What lies under those preparations is the
-same arithmetic, called here directly, without gradients, as torch calls it.
+`torch.optim` wraps each method of an optimizer for `torch.compile`; the first call imports `torch._dynamo`, which takes
+about a second on every start of every rank and trial. Nothing here compiles an optimizer (`train.compile` compiles a
+model's bodies), so the wrappers are removed; the arithmetic is torch's own.
 
-With several processes DDP imports it anyway.
+With several processes DDP imports the compiler anyway.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import inspect
 
 import torch
 
-_PREPARED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-"""Methods of `torch.optim.Optimizer` that `torch.compile` is to leave alone, which asks the compiler to be there."""
+_WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+"""Methods of `torch.optim.Optimizer` that torch excludes from compilation, with a wrapper that imports the compiler."""
 
 
 class Adam(torch.optim.Adam):
@@ -27,6 +26,6 @@ class AdamW(torch.optim.AdamW):
 
 
 for _cls in (Adam, AdamW):
-    for _name in _PREPARED:
+    for _name in _WRAPPED:
         setattr(_cls, _name, inspect.unwrap(getattr(torch.optim.Optimizer, _name)))
     _cls.step = torch.no_grad()(inspect.unwrap(_cls.step))  # type: ignore[method-assign]

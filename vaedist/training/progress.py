@@ -1,9 +1,8 @@
-"""How far a run has come: what it has counted, and the window of steps that the next log row averages.
+"""Counters of a run, and the mean of every term since the last log row.
 
-The window holds one row of sums per step and rank, apart for each set of terms that steps have: those of a phase that
-is not trained at every step are averaged over the steps that have them. It is added over ranks only when a row is
-printed or a checkpoint is saved, and always in the same order, so a run that was stopped between two log rows prints
-the very digits of one that was not.
+Each step adds one row of sums per rank. Rows are kept apart by their set of terms, because a phase that is not trained
+at every step has its terms in some steps only. They are added over ranks only for a log row or a checkpoint, and always
+in the same order: a run that was stopped between two log rows prints the same digits as an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -194,10 +194,10 @@ class RunLog(SilentLog):
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         numbers = {name: float(value) for name, value in scalars.items()}
-        told = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with disk_errors("the log", self.run.path):
-            self._rows.write(json.dumps(clock | told, allow_nan=False) + "\n")
-            self._table.add(clock | told)
+            self._rows.write(json.dumps(clock | finite, allow_nan=False) + "\n")
+            self._table.add(clock | finite)
             for name, value in numbers.items():
                 self._board.add_scalar(f"{'speed' if name in SPEED else kind}/{name}", value, step)
             self._board.flush()

@@ -257,7 +257,7 @@ def _open_streams(
 def _measure_data(
     model: Variant, job: Job, group: Group, streams: Streams, initialization: Initialization
 ) -> None:
-    """Show a new model the first batches: for a k-means start of a codebook, or the data's variance."""
+    """Show a new model the first batches: for the k-means start of a codebook, or the data's variance."""
     if not initialization.prepares:
         return
     ctx = DistributedLaneContext(

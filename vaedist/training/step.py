@@ -94,7 +94,7 @@ class StepResult(NamedTuple):
     terms: dict[str, Tensor]
     """Sums over this process's rows (float64, on the device), of the phases that ran."""
     scalars: dict[str, float]
-    """Of a step that is logged: norms of gradients (before clipping) and weights; what `after_step` told."""
+    """Of a step that is logged: norms of gradients (before clipping) and weights; what `after_step` returned."""
 
 
 def micro_batches(job: Job, model: Variant, rows: int) -> list[tuple[int, int]]:
@@ -178,8 +178,8 @@ class TrainStep:
         """
         if self.group.world > 1 and len(self.phases) == 1:
             self._passes, passes = self._passes[-1:], self._passes
-            _, told = self._backward(batch, self.context(step, self.phases[0].name), False)
-            told()
+            _, wait_for_flags = self._backward(batch, self.context(step, self.phases[0].name), False)
+            wait_for_flags()
             self._passes = passes
             self._zero_grad()
 
@@ -200,7 +200,7 @@ class TrainStep:
             # Forward and backward, micro-batch by micro-batch; the loss of every row counts 1/B.
             ctx = self.context(step, phase.name, phase.turn(step))
             with self._freeze_other_phases(phase):
-                terms, told = self._backward(batch, ctx, stop_requested)
+                terms, wait_for_flags = self._backward(batch, ctx, stop_requested)
             norm = torch.nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
             if shown:
                 gradients = _norms(self._modules(phase.parameters), f"gradient_norm{suffix}", gradient=True)
@@ -208,7 +208,7 @@ class TrainStep:
             # All ranks hear of every rank's non-finite numbers and stop requests, and then do the same. The averaged
             # gradient is the same on all of them.
             names = [*terms, "gradient"]
-            stopping, *heard = torch.cat([told(), (~torch.isfinite(norm)).float()[None]]).tolist()
+            stopping, *heard = torch.cat([wait_for_flags(), (~torch.isfinite(norm)).float()[None]]).tolist()
             stop = stop or bool(stopping)
             culprits = [name for name, flag in zip(names, heard, strict=True) if flag]
             if culprits:
@@ -285,11 +285,11 @@ class TrainStep:
                     ctx.begin()
                 (terms["loss"].sum() * scale).backward()
 
-        def told() -> Tensor:
+        def wait_for_flags() -> Tensor:
             ctx.finish()
             return flags()
 
-        return sums, told
+        return sums, wait_for_flags
 
 
 def _norms(

@@ -43,8 +43,8 @@ from vaedist.runs.stop_request import StopRequest
 from vaedist.runs.weights import weights_digest
 
 _PATIENCE_S = 20.0
-"""How long rank 0 waits for another job's codes before it tells the other ranks, which wait for it, that it lives."""
-_TELL_S = 10.0
+"""How long rank 0 waits for another job's codes before it answers the other ranks, which wait for it."""
+_REPORT_S = 10.0
 """Between two lines about how far the codes are."""
 _PIXELS = 1 << 20
 """Of images that one process encodes at once."""
@@ -54,7 +54,7 @@ _PIXELS = 1 << 20
 
 
 def resolve_tokenizer(job: Job, index: Index, group: Group) -> Job:
-    """The job with its tokenizer, if it has one, described: read by rank 0, told to all. Collective.
+    """The job with its tokenizer, if it has one, described: read by rank 0, sent to all. Collective.
 
     Args:
         job: Resolved.
@@ -125,7 +125,7 @@ def code_shards(
     images: Index,
     group: Group,
     stop: StopRequest,
-    tell: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> Index | None:
     """The codes of all `images`, made by `model.tokenizer` where they are missing. Collective.
 
@@ -134,7 +134,7 @@ def code_shards(
         job: Settled.
         images: The packed folder.
         stop: Looked at between batches.
-        tell: Shows one line.
+        echo: Shows one line.
 
     Returns:
         The packed folder of codes; none where a stop was asked for before it was finished.
@@ -150,24 +150,24 @@ def code_shards(
         "images": images.identity,
     }
     with contextlib.ExitStack() as exits:
-        making = _Making(tokenizer, model, images, stamp, exits, tell)
-        while (orders := json.loads(group.from_leader(making.begin)))["wait"]:
-            if _asked(stop, group):
+        maker = _CodeMaker(tokenizer, model, images, stamp, exits, echo)
+        while (plan := json.loads(group.from_leader(maker.plan)))["wait"]:
+            if _stop_requested(stop, group):
                 return None
-        folder = Path(orders["folder"])
-        if orders["missing"]:
+        folder = Path(plan["folder"])
+        if plan["missing"]:
             encoder = copy.deepcopy(model.get_submodule("tokenizer")).to(torch.float32).eval()
-            for split, shard in orders["missing"]:
+            for split, shard in plan["missing"]:
                 codes = _encode(encoder, Inputs(job), images, split, shard, group, stop)  # type: ignore[arg-type]
                 if codes is None:
                     return None
-                group.from_leader(partial(making.write, split, shard, codes))
-        if not orders["finished"]:
-            group.from_leader(making.finish)
+                group.from_leader(partial(maker.write, split, shard, codes))
+        if not plan["finished"]:
+            group.from_leader(maker.finish)
     return open_codes(folder, stamp, images)
 
 
-class _Making:
+class _CodeMaker:
     """Rank 0's part: it looks, holds the lock, and writes."""
 
     def __init__(
@@ -177,17 +177,17 @@ class _Making:
         images: Index,
         stamp: Mapping[str, Any],
         exits: contextlib.ExitStack,
-        tell: Callable[[str], None],
+        echo: Callable[[str], None],
     ) -> None:
         self.tokenizer, self.model, self.images, self.stamp = tokenizer, model, images, stamp
-        self.exits, self.tell = exits, tell
+        self.exits, self.echo = exits, echo
         self.lock: RunLock | None = None
         self.writer: CodeWriter | None = None
         self.waits = False
         self.left = 0
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
 
-    def begin(self) -> bytes:
+    def plan(self) -> bytes:
         """What all ranks shall do, as JSON: `folder`, `wait` (ask again), `finished`, `missing` shards."""
         if (
             digest := weights_digest(self.model.get_submodule("tokenizer").state_dict())
@@ -198,19 +198,19 @@ class _Making:
             )
         checkpoint = resolve_checkpoint(expand(self.tokenizer.run, "model.tokenizer.run"))
         folder = codes_folder((run_folder_of(checkpoint) or checkpoint).absolute(), self.stamp)
-        orders: dict[str, Any] = {"folder": str(folder), "wait": False, "finished": True, "missing": []}
+        plan: dict[str, Any] = {"folder": str(folder), "wait": False, "finished": True, "missing": []}
         if (folder / INDEX_NAME).exists():
-            return json.dumps(orders).encode()
+            return json.dumps(plan).encode()
         with explain_write_errors(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._locked(folder):
-                return json.dumps(orders | {"wait": True}).encode()
+                return json.dumps(plan | {"wait": True}).encode()
             if not (folder / INDEX_NAME).exists():  # else the holder before us has finished
                 self.writer = CodeWriter(folder, self.images, self.tokenizer.codes, self.stamp)
-                orders |= {"finished": False, "missing": list(self.writer.missing())}
-                self.left = len(orders["missing"])
-                self.tell(f"codes: encoding the images of {self.images.folder} once, into {folder}")
-        return json.dumps(orders).encode()
+                plan |= {"finished": False, "missing": list(self.writer.missing())}
+                self.left = len(plan["missing"])
+                self.echo(f"codes: encoding the images of {self.images.folder} once, into {folder}")
+        return json.dumps(plan).encode()
 
     def _locked(self, folder: Path) -> bool:
         """Take the lock, unless another job has it for longer than our patience."""
@@ -220,7 +220,7 @@ class _Making:
                 self.lock = self.exits.enter_context(RunLock.acquire(folder))
             except RunLocked as held:
                 if not self.waits:
-                    self.tell(f"codes: {held.owner} is making them; waiting for it")
+                    self.echo(f"codes: {held.owner} is making them; waiting for it")
                 self.waits = True
                 if time.monotonic() > deadline:
                     return False
@@ -233,9 +233,9 @@ class _Making:
         with explain_write_errors(self.writer.folder):
             self.writer.write(split, shard, codes)
         self.left -= 1
-        if time.monotonic() - self._told > _TELL_S:
-            self._told = time.monotonic()
-            self.tell(f"codes: {self.left} shards left")
+        if time.monotonic() - self._reported > _REPORT_S:
+            self._reported = time.monotonic()
+            self.echo(f"codes: {self.left} shards left")
         return b""
 
     def finish(self) -> bytes:
@@ -246,7 +246,7 @@ class _Making:
         return b""
 
 
-def _asked(stop: StopRequest, group: Group) -> bool:
+def _stop_requested(stop: StopRequest, group: Group) -> bool:
     return bool(group.largest(torch.tensor([float(stop.requested)])))
 
 
@@ -274,6 +274,6 @@ def _encode(
         for batch in stream:
             codes = tokenizer.codes(inputs.binarize(batch["image"], batch["key"]))
             parts.append(DistributedSampleContext(group, seed=0, samples=batch["sample"]).gather(codes).cpu())
-            if _asked(stop, group):
+            if _stop_requested(stop, group):
                 return None
     return torch.cat(parts)[:count].numpy()

@@ -5,7 +5,7 @@ are masked. Noise belongs to the sample, so batch size and world size do not ent
 samples spread evenly over the split, is the same for every number of processes too.
 
 A monitor may be a measure of sample quality instead of a term of the loss: rank 0 takes it, of as many generated images
-as held-out ones, and tells the others, because a decision of the run must rest on the same number everywhere.
+as held-out ones, and sends it to the others, because a decision of the run must rest on the same number everywhere.
 """
 
 from __future__ import annotations
@@ -252,5 +252,5 @@ def _sample_quality(model: Variant, real: Tensor, job: Job, group: Group) -> dic
         )
         return json.dumps({**found, metric: monitored_value(found, metric)}).encode()
 
-    told: dict[str, float] = json.loads(group.from_leader(measure))
-    return told
+    measured: dict[str, float] = json.loads(group.from_leader(measure))
+    return measured

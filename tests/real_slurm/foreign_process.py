@@ -1,4 +1,4 @@
-"""What another user of the node can try: becomes nobody, then reads and knocks. `stranger.py RUN GCS PLACE...`
+"""What another user of the node can try: becomes nobody, then reads and knocks. `foreign_process.py RUN GCS PLACE...`
 
 RUN is the run folder, GCS the address of Ray's control service or `-`, each PLACE an address and a port at which
 something listens; `rank:` before it: a store of ranks. Prints a line for each success, and one at the end.

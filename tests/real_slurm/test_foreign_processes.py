@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.real_slurm.cluster import Slurm
-from tests.real_slurm.test_batch import TWO, Work, whole, work
+from tests.real_slurm.work import TWO, Work
 from tests.run_commands import ROOT, curve, last_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-__all__ = ["whole", "work"]  # fixtures
 
 Note = Callable[[str, object], None]
 
@@ -33,7 +32,7 @@ def listening(slurm: Slurm, node: str) -> dict[str, str]:
 
 
 def knock(work: Work, node: str, gcs: str, places: list[str], note: Note) -> None:
-    command = [sys.executable, str(ROOT / "tests/real_slurm/stranger.py"), str(work.run), gcs, *places]
+    command = [sys.executable, str(ROOT / "tests/real_slurm/foreign_process.py"), str(work.run), gcs, *places]
     tried = work.slurm.on(
         node,
         "env",
@@ -48,7 +47,9 @@ def knock(work: Work, node: str, gcs: str, places: list[str], note: Note) -> Non
 
 
 @pytest.mark.faults(row="N1", fault="another user tries every port of a job under srun", ray="")
-def test_strangers_under_srun(work: Work, whole: Callable[[int], Path], record_property: Note) -> None:
+def test_foreign_processes_under_srun(
+    work: Work, whole: Callable[[int], Path], record_property: Note
+) -> None:
     slurm = work.slurm
     job = work.submit(*TWO)
     work.wait_for_step(10, job)
@@ -64,7 +65,7 @@ def test_strangers_under_srun(work: Work, whole: Callable[[int], Path], record_p
 
 @pytest.mark.ray
 @pytest.mark.faults(row="N2", fault="another user tries every port of a job under Ray", ray="")
-def test_strangers_under_ray(work: Work, record_property: Note) -> None:
+def test_foreign_processes_under_ray(work: Work, record_property: Note) -> None:
     slurm = work.slurm
     job = work.submit(*TWO, engine="ray", settings=("train.steps=100000",))
     work.wait_for_step(10, job)
