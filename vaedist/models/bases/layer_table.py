@@ -38,7 +38,9 @@ def layer_table(model: Variant) -> str:
     with torch.no_grad():
         for phase in model.phases:
             ctx = LaneContext(seed=0, step=0, phase=phase, batch_size=1, lanes=1, device=device)
-            ctx.training = False  # in training a batch statistic, such as InfoVAE's MMD, needs more than one image
+            ctx.training = (
+                False  # in training a batch statistic, such as InfoVAE's MMD, needs more than one image
+            )
             model(batch, ctx)
     for hook in hooks:
         hook.remove()
