@@ -9,8 +9,6 @@ from pydantic import Field, Tag, model_validator
 from vaedist.config.settings import LIST, NUMBER, Strict, number_or_list
 
 Upsample = Literal["transpose", "resize", "shuffle"]
-
-
 Activation = Literal["silu", "relu", "leaky_relu", "tanh"]
 
 

@@ -20,6 +20,8 @@ N(0, 1) for a dropped label.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -105,12 +107,13 @@ class Concat(nn.Sequential):
     def forward(self, x: Tensor, code: Tensor) -> Tensor:  # type: ignore[override]
         code = code.to(x.dtype)
         if x.dim() == 2 or isinstance(self[0], nn.Flatten):
-            joined = torch.cat([x.flatten(1), code], 1)
+            x = x.flatten(1)
         else:
-            joined = torch.cat([x, code[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
+            code = code[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        x = torch.cat([x, code], 1)
         for block in self:
-            joined = block(joined)
-        return joined
+            x = block(x)
+        return x
 
 
 class Film(nn.Sequential):
@@ -178,10 +181,7 @@ def conditioned(
         return body
     if condition.how == "film":
         return Film(body, size, shape)
-    joined = Concat()
-    for name, block in body.named_children():
-        joined.add_module(name, block)
-    return joined
+    return Concat(OrderedDict(body.named_children()))
 
 
 class ClassPrior(nn.Module):

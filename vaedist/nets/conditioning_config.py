@@ -16,7 +16,7 @@ class Condition(Strict):
     size: int | None = Field(None, ge=1, description="Numbers in an embedding; default: 16.")
     factor: float = Field(1.0, gt=0, description="On the code.")
     how: Literal["film", "concat"] = "film"
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of labels not told in training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of labels dropped in training.")
     prior: Literal["standard", "per_class"] = "standard"
 
     @model_validator(mode="after")

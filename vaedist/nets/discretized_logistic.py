@@ -106,11 +106,7 @@ class DiscretizedLogistic(DecoderDistribution):
 
     @property
     def location(self) -> Tensor:
-        return (self._mean + 1) / 2
-
-    @property
-    def _mean(self) -> Tensor:
-        """(B, C, H, W) mean of the values clamped to [-1, 1].
+        """(B, C, H, W) mean of the values after they are clamped to the network's scale [-1, 1], on the [0, 1] scale.
 
         For one logistic it is 1 - integral of its distribution function from -1 to 1, a difference of softplus; the
         mean of the levels differs by less than half a level. A channel's mean depends on the means of the earlier ones.
@@ -121,7 +117,7 @@ class DiscretizedLogistic(DecoderDistribution):
             m, s = self._conditional_mean(channel, means), scales[:, :, channel]
             integral = s * (functional.softplus((1 - m) / s) - functional.softplus((-1 - m) / s))
             means.append((1 - integral).clamp(-1, 1))
-        return (self.weights.softmax(1)[:, :, None] * torch.stack(means, 2)).sum(1)
+        return ((self.weights.softmax(1)[:, :, None] * torch.stack(means, 2)).sum(1) + 1) / 2
 
     def sample(self, noise: Tensor) -> Tensor:
         """(B, C, H, W) levels / 255, from uniform noise on [0, 1).
