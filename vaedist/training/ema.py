@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor
 
 from vaedist.models.contract import Variant
 
@@ -34,7 +35,9 @@ class WeightAverage:
         borrowed = {id(module): module for name in model.pretrained for module in [model.get_submodule(name)]}
         self.model = copy.deepcopy(model, borrowed).requires_grad_(False).eval()
         named = zip(self.model.named_parameters(), model.parameters(), strict=True)
-        pairs = [(name, average, source) for (name, average), source in named if average is not source]
+        pairs: list[tuple[str, Tensor, Tensor]] = [
+            (name, average, source) for (name, average), source in named if average is not source
+        ]
         buffers = zip(self.model.buffers(), model.buffers(), strict=True)
         self._averaged = [(average, source) for name, average, source in pairs if model.averaged(name)]
         self._copied = [(average, source) for name, average, source in pairs if not model.averaged(name)]
