@@ -34,17 +34,14 @@ class WeightAverage:
         self.half_life = half_life
         borrowed = {id(module): module for name in model.pretrained for module in [model.get_submodule(name)]}
         self.model = copy.deepcopy(model, borrowed).requires_grad_(False).eval()
+        named = zip(self.model.named_parameters(), model.parameters(), strict=True)
         pairs: list[tuple[str, Tensor, Tensor]] = [
-            (name, average, source)
-            for (name, average), source in zip(self.model.named_parameters(), model.parameters(), strict=True)
+            (name, average, source) for (name, average), source in named if average is not source
         ]
+        buffers = zip(self.model.buffers(), model.buffers(), strict=True)
         self._averaged = [(average, source) for name, average, source in pairs if model.averaged(name)]
         self._copied = [(average, source) for name, average, source in pairs if not model.averaged(name)]
-        self._copied += list(zip(self.model.buffers(), model.buffers(), strict=True))
-        self._averaged, self._copied = (
-            [(average, source) for average, source in both if average is not source]
-            for both in (self._averaged, self._copied)
-        )
+        self._copied += [(average, source) for average, source in buffers if average is not source]
 
     def decay(self, images: int, batch_size: int) -> float:
         """d for a step of `batch_size` images that brings the total to `images`."""

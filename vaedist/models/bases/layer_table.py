@@ -37,7 +37,11 @@ def layer_table(model: Variant) -> str:
         batch["image"] = torch.zeros(1, *model.spec.image_shape, dtype=torch.uint8, device=device)
     with torch.no_grad():
         for phase in model.phases:
-            model(batch, LaneContext(seed=0, step=0, phase=phase, batch_size=1, lanes=1, device=device))
+            ctx = LaneContext(seed=0, step=0, phase=phase, batch_size=1, lanes=1, device=device)
+            ctx.training = (
+                False  # in training a batch statistic, such as InfoVAE's MMD, needs more than one image
+            )
+            model(batch, ctx)
     for hook in hooks:
         hook.remove()
 
