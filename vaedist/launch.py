@@ -14,7 +14,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaedist.cli import launch_options
+from vaedist.cli.launch_options import (
+    VIEWS,
+    build_parser,
+    build_view_parser,
+    check_no_other_commands_option,
+    is_setting,
+    parse_grid_axis,
+    parse_seeds,
+)
 from vaedist.core.errors import EXIT_FINISHED, UserError, cli_command, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,17 +34,15 @@ if TYPE_CHECKING:
 @cli_command
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
-    if words and words[0] in launch_options.VIEWS:
+    if words and words[0] in VIEWS:
         return _view(words[0], words[1:])
     if words and words[0].isalpha() and not Path(words[0]).exists():
-        raise UserError(
-            f"there is no job file {words[0]}, and no such view{did_you_mean(words[0], launch_options.VIEWS)}"
-        )
+        raise UserError(f"there is no job file {words[0]}, and no such view{did_you_mean(words[0], VIEWS)}")
     extra_arguments: list[str] = []
     if "--" in words:
         words, extra_arguments = words[: words.index("--")], words[words.index("--") + 1 :]
-    launch_options.check_no_other_commands_option(words)
-    arguments = launch_options.build_parser().parse_intermixed_args(words)
+    check_no_other_commands_option(words)
+    arguments = build_parser().parse_intermixed_args(words)
     site, site_file = _find_site(arguments.site, local=arguments.local)
     if arguments.print_env:
         return _print_env(site, site_file)
@@ -108,11 +114,11 @@ def _request(arguments: argparse.Namespace, extra_arguments: list[str], site: Si
     from vaedist.slurm.chain import LaunchRequest
 
     return LaunchRequest(
-        jobs=tuple(word for word in arguments.words if not launch_options.is_setting(word)),
-        settings=tuple(word for word in arguments.words if launch_options.is_setting(word)),
+        jobs=tuple(word for word in arguments.words if not is_setting(word)),
+        settings=tuple(word for word in arguments.words if is_setting(word)),
         runs=arguments.runs or _scratch(site) / "runs",
-        seeds=launch_options.parse_seeds(arguments.seeds) if arguments.seeds else (),
-        grid=tuple(launch_options.parse_grid_axis(text) for text in arguments.grid),
+        seeds=parse_seeds(arguments.seeds) if arguments.seeds else (),
+        grid=tuple(parse_grid_axis(text) for text in arguments.grid),
         chain=tuple(name.strip() for name in arguments.chain.split(",")),
         extra_arguments=tuple(extra_arguments),
         shard=arguments.shard,
@@ -204,7 +210,7 @@ def _check(site: Site, site_file: Path, wait: float) -> int:
 
 
 def _view(view: str, words: list[str]) -> int:
-    arguments = launch_options.build_view_parser(view).parse_args(words)
+    arguments = build_view_parser(view).parse_args(words)
 
     from vaedist.slurm import launch_record
     from vaedist.slurm.logs import follow_logs, show_logs

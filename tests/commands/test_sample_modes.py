@@ -88,9 +88,9 @@ def test_a_priors_codes_stand_beside_its_images(prior: Path) -> None:
     found = sampled(prior, "--codes", *options)
     model = open_run(prior).model
     label = torch.tensor([0, 0, 0, 1, 1, 1])
-    options: dict[str, Any] = {"label": label, "top_k": 4, "top_p": 0.9, "guidance": 1.5}
-    assert (found["codes"] == model.sample_codes(6, **options).numpy()).all()
-    assert (found["images"] == to_uint8(model.sample(6, **options))).all()
+    sampling: dict[str, Any] = {"label": label, "top_k": 4, "top_p": 0.9, "guidance": 1.5}
+    assert (found["codes"] == model.sample_codes(6, **sampling).numpy()).all()
+    assert (found["images"] == to_uint8(model.sample(6, **sampling))).all()
     sheet = pixels("samples.png")
     assert sheet.shape == (2 * 18 + 2, 6 * 18 + 2, 3)
     assert (sheet[2:18, 2:18] == found["images"][0, 0][..., None]).all()

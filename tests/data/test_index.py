@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from vaedist.config.job import Spec
 from vaedist.core.errors import DataError, UserError
 from vaedist.data.format.columns import Columns, SampleRow, write_columns
 from vaedist.data.format.identity import data_identity, sample_digests
@@ -18,7 +19,7 @@ from vaedist.data.format.index import Index
 
 def test_what_was_written_is_read(tmp_path, pack):
     index = pack(tmp_path, {"train": [5, 3], "test": [2]}, shape=(3, 4, 6))
-    assert index.spec == (3, 4, 6, 3) and index.classes == ("a", "b", "c") and index.info.codec == "png"
+    assert index.spec == Spec(3, (4, 6), 3) and index.classes == ("a", "b", "c") and index.info.codec == "png"
     train = index.split("train")
     assert train.count == 8 and train.counts.tolist() == [5, 3] and train.starts.tolist() == [0, 5, 8]
     assert [train.locate(n) for n in (0, 4, 5, 7)] == [(0, 0), (0, 4), (1, 0), (1, 2)]

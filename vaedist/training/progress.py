@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vaedist.config.job import Job
-from vaedist.config.schedules import better
+from vaedist.config.learning_rate import better
 from vaedist.distributed.process_group import Group
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vaedist.config.job import Job, Optim, Plateau
-from vaedist.config.schedules import PlateauState, factor
+from vaedist.config.learning_rate import PlateauState, factor
 from vaedist.core.context import Batch
 from vaedist.core.errors import UserError
 from vaedist.data.loading.inputs import Inputs

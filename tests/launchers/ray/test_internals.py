@@ -29,7 +29,6 @@ def test_the_supported_versions_are_those_of_pyproject() -> None:
         "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer",
         "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer._initialize_and_run_controller",
         "ray.train.v2._internal.execution.failure_handling.FailureDecision",
-        "ray._raylet.RAY_NODE_ID_KEY",
     ],
 )
 @pytest.mark.usefixtures("ray_cluster")

@@ -17,7 +17,7 @@ from typing import Any
 
 from vaedist.core.errors import UserError
 
-SUPPORTED = "ray>=2.55,<2.61"
+SUPPORTED = "ray>=2.57,<2.61"
 """As in pyproject.toml."""
 
 
@@ -57,8 +57,7 @@ def make_trainer(failure_file: Path, train_function: Any, **settings: Any) -> An
         from ray.train.v2.api import data_parallel_trainer
 
         module: Any = data_parallel_trainer
-        raylet: Any = ray._raylet
-        controller_class, node_key = module.TrainController, raylet.RAY_NODE_ID_KEY
+        controller_class = module.TrainController
         environment, warning = (
             module.get_env_vars_to_propagate,
             module.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
@@ -73,7 +72,7 @@ def make_trainer(failure_file: Path, train_function: Any, **settings: Any) -> An
             if "failure_policy" not in settings:
                 raise AttributeError("its controller takes no failure_policy")
             settings["failure_policy"] = _policy(settings["failure_policy"], failure_file)
-            here = {node_key: ray.get_runtime_context().get_node_id()}
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             variables = {**environment(), warning: "0"}
             remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
             self.controller = remote(controller_class).remote(**settings)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vaedist.config.job import Monitor, Optim, Plateau
-from vaedist.config.schedules import PlateauState, better, factor
+from vaedist.config.learning_rate import PlateauState, better, factor
 
 
 def optim(**schedule: object) -> Optim:
