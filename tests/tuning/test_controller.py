@@ -286,6 +286,6 @@ def test_told_to_stop_and_killed_before_it_was_measured_it_is_only_measured(
 
     again = opened(folder, space, index)
     assert again.next_trial() is not None
-    again.ended(0, trial_run.run_trial(folder, 0, str(index.folder), never))
+    again.on_trial_end(0, trial_run.run_trial(folder, 0, str(index.folder), never))
     found = read(folder)[0]
     assert (found.status, found.step) == ("stopped early", 4)
